@@ -1,0 +1,1 @@
+//! Targets, layouts, kernels and their emission, and the engine writer.

@@ -1,0 +1,2 @@
+//! The `quantc` tool: a list of subcommands.
+fn main() {}

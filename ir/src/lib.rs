@@ -1,0 +1,3 @@
+//! The intermediate representation of quantc.
+pub mod diag;
+pub mod target;

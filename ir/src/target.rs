@@ -1,0 +1,53 @@
+//! Targets as facts: what a machine can do, in numbers and names.
+//!
+//! Passes and kernels ask a [`TargetDesc`]; nothing in quantc compares target names. The entries themselves are
+//! declared by the code generator, one file each.
+
+/// One machine class that engines are compiled for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TargetDesc {
+    /// The name used on the command line, in manifests and in `.qir` files.
+    pub name: &'static str,
+    /// One sentence.
+    pub doc: &'static str,
+    /// Facts of the processor.
+    pub cpu: CpuDesc,
+}
+
+/// Facts of a CPU class. Rates are per core.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CpuDesc {
+    /// The processor name given to LLVM.
+    pub llvm_cpu: &'static str,
+    /// The instruction sets that must be present, in LLVM's spelling (`avx512vnni`).
+    pub features: &'static [&'static str],
+    /// Width of a vector register in bits.
+    pub vector_bits: u32,
+    /// Number of vector registers.
+    pub vector_regs: u32,
+    /// Fused multiply-add on f32 vectors.
+    pub fma: bool,
+    /// Integer dot products, the best first.
+    pub dots: &'static [Dot],
+    /// First-level data cache in KiB.
+    pub l1_kib: u32,
+    /// Second-level cache in KiB.
+    pub l2_kib: u32,
+    /// Multiply-adds per cycle of the best integer dot.
+    pub int8_mac_per_cycle: f32,
+    /// Multiply-adds per cycle in f32.
+    pub f32_mac_per_cycle: f32,
+    /// Bytes per cycle that one core can stream from memory.
+    pub stream_bytes_per_cycle: f32,
+}
+
+/// An integer dot product of unsigned weights and signed activations that accumulates in i32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Dot {
+    /// `vpdpbusd`: four u8 x s8 products per lane, no saturation.
+    Vnni,
+    /// `vpmaddubsw` + `vpmaddwd`: exact as long as two adjacent products fit in i16.
+    Maddubs,
+    /// Sign-extend to i16, then `pmaddwd`: always exact, half the rate.
+    Widening,
+}

@@ -1,0 +1,1 @@
+//! The passes of quantc: declaration, registry, pipelines, manager and the passes themselves.

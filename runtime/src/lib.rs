@@ -1,0 +1,1 @@
+//! The engine format, its loader and executor. Knows neither passes nor LLVM.
