@@ -1,3 +1,7 @@
 //! The intermediate representation of quantc.
 pub mod diag;
+pub mod entity;
+pub mod formats;
+pub mod scheme;
 pub mod target;
+pub mod ty;
