@@ -1,1 +1,3 @@
 //! Targets, layouts, kernels and their emission, and the engine writer.
+
+pub mod eexpr;

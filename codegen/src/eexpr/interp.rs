@@ -1,0 +1,1 @@
+//! Runs expressions in Rust: the reference that emitted code is compared with.
