@@ -1,1 +1,15 @@
 //! The engine format, its loader and executor. Knows neither passes nor LLVM.
+//!
+//! # What is not here, and why
+//! No compiler: kernels come as a relocatable object and are mapped by [`object`], so a machine that runs engines
+//! needs neither a linker nor LLVM. No intermediate representation: the manifest names symbols, buffers and sizes.
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+compile_error!("the runtime runs on 64-bit x86 Linux");
+
+pub mod error;
+mod mem;
+pub mod object;
+
+pub use error::{Error, ErrorKind, Result};
+pub use object::{KernelFn, Object};
