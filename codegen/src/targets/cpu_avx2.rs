@@ -1,0 +1,22 @@
+//! x86-64 processors with AVX2: Haswell, Zen and later.
+
+use quantc_ir::target::{CpuDesc, Dot, TargetDesc};
+
+pub(super) static TARGET: TargetDesc = TargetDesc {
+    name: "cpu-avx2",
+    doc: "x86-64 with AVX2, FMA and F16C (Haswell, Zen): 256-bit vectors.",
+    cpu: CpuDesc {
+        // The level, not a model: its features are exactly the ones listed, so the loader can check them all.
+        llvm_cpu: "x86-64-v3",
+        features: &["sse2", "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "popcnt", "movbe"],
+        vector_bits: 256,
+        vector_regs: 16,
+        fma: true,
+        dots: &[Dot::Maddubs, Dot::Widening],
+        l1_kib: 32,
+        l2_kib: 256,
+        int8_mac_per_cycle: 32.0,
+        f32_mac_per_cycle: 16.0,
+        stream_bytes_per_cycle: 8.0,
+    },
+};
