@@ -2,3 +2,4 @@
 
 #[cfg(feature = "llvm")]
 pub mod llvm;
+pub mod math;
