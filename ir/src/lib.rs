@@ -5,3 +5,4 @@ pub mod formats;
 pub mod scheme;
 pub mod target;
 pub mod ty;
+pub mod weights;
