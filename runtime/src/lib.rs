@@ -8,6 +8,7 @@
 compile_error!("the runtime runs on 64-bit x86 Linux");
 
 pub mod error;
+pub mod format;
 mod mem;
 pub mod object;
 

@@ -1,0 +1,1005 @@
+//! The manifest of an engine: what its files hold, and which kernels to call with which buffers.
+//!
+//! An engine is a folder. `manifest.pb` is 8 bytes of magic, the blake3 digest of the body, and the body: a
+//! [`Manifest`] as a protocol buffers message, whose first field is the version. `manifest.txt` says the same for
+//! people and is never read back. Every other file is listed with its length and digest.
+//!
+//! What a [`validate`](Manifest::validate)d manifest promises:
+//! - every index points at something, every offset lies inside its buffer, and the result and the taps fit theirs;
+//! - sizes are below the limits of this module, so no product of them overflows;
+//! - exactly one program serves each number of tokens from 1 to `max_tokens`;
+//! - file names stay inside the engine's folder.
+//!
+//! What it cannot promise is that kernels stay inside their buffers: that is between the manifest and the object,
+//! which one compiler wrote together and whose digests the manifest holds.
+//!
+//! ```
+//! use quantc_runtime::format::Manifest;
+//!
+//! let bytes = Manifest { model: "tiny".into(), ..Manifest::empty() }.encode_file();
+//! assert_eq!(Manifest::decode_file(&bytes)?.model, "tiny");
+//!
+//! let mut damaged = bytes.clone();
+//! *damaged.last_mut().expect("a manifest is not empty") ^= 1;
+//! let error = Manifest::decode_file(&damaged).unwrap_err();
+//! assert_eq!(error.message(), "the manifest's digest does not match its body: the file is damaged");
+//! # Ok::<(), quantc_runtime::Error>(())
+//! ```
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+
+use prost::Message as _;
+
+use crate::error::{Error, Result};
+
+/// First bytes of `manifest.pb`.
+pub const MAGIC: [u8; 8] = *b"QUANTC\x00\x01";
+/// The version this runtime writes and reads.
+pub const VERSION: u32 = 1;
+/// Bytes of a blake3 digest.
+pub const DIGEST_BYTES: usize = 32;
+
+/// Name of the manifest in the engine's folder.
+pub const MANIFEST_FILE: &str = "manifest.pb";
+/// Name of the readable manifest.
+pub const MANIFEST_TEXT_FILE: &str = "manifest.txt";
+/// Name of the file with all weights.
+pub const WEIGHTS_FILE: &str = "weights.bin";
+/// Name of the kernel object.
+pub const KERNELS_FILE: &str = "kernels.o";
+
+/// Every blob of `weights.bin` begins at a multiple of this.
+pub const BLOB_ALIGN: u64 = 4096;
+/// The launch flag that lets the next launch begin before all workers have finished this one.
+pub const NO_BARRIER_AFTER: u32 = 1;
+
+/// Largest `manifest.pb`, in bytes.
+pub const MAX_MANIFEST_BYTES: u64 = 16 << 20;
+/// Largest `context`.
+pub const MAX_CONTEXT: u32 = 1 << 24;
+/// Largest `max_tokens`, and so `max_rows`.
+pub const MAX_TOKENS: u32 = 1 << 16;
+/// Largest `vocab` and `token_limit`.
+pub const MAX_VOCAB: u32 = 1 << 24;
+/// Largest arena, state row times context, and scratch, in bytes.
+pub const MAX_BUFFER_BYTES: u64 = 1 << 40;
+/// Most work items of a launch.
+pub const MAX_ITEMS: u64 = 1 << 40;
+/// Most programs of an engine.
+pub const MAX_PROGRAMS: usize = 256;
+/// Most buffers of one launch.
+pub const MAX_ARGS: usize = 256;
+
+/// Everything the runtime knows about an engine.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Manifest {
+    /// Version of this format; [`VERSION`].
+    #[prost(uint32, tag = "1")]
+    pub version: u32,
+    /// Version of the compiler that wrote the engine.
+    #[prost(string, tag = "2")]
+    pub quantc_version: String,
+    /// Name of the model.
+    #[prost(string, tag = "3")]
+    pub model: String,
+    /// What the engine computes.
+    #[prost(enumeration = "Kind", tag = "4")]
+    pub kind: i32,
+    /// The machine the kernels are for.
+    #[prost(message, required, tag = "5")]
+    pub target: Target,
+    /// Rows of one sequence slot's states; for encoders the longest input.
+    #[prost(uint32, tag = "6")]
+    pub context: u32,
+    /// Most tokens of one call; longer prompts run in chunks.
+    #[prost(uint32, tag = "7")]
+    pub max_tokens: u32,
+    /// Most result rows of one call.
+    #[prost(uint32, tag = "8")]
+    pub max_rows: u32,
+    /// Width of a result row: vocabulary of decoders, hidden size of encoders.
+    #[prost(uint32, tag = "9")]
+    pub vocab: u32,
+    /// Token ids are smaller than this; 0 means `vocab`.
+    #[prost(uint32, tag = "10")]
+    pub token_limit: u32,
+    /// Bytes of the arena, where all intermediate values lie.
+    #[prost(uint64, tag = "11")]
+    pub arena_bytes: u64,
+    /// Bytes of each worker's scratch.
+    #[prost(uint64, tag = "12")]
+    pub scratch_bytes: u64,
+    /// The weights; a [`Ref`] names one by its index here.
+    #[prost(message, repeated, tag = "13")]
+    pub weights: Vec<Blob>,
+    /// What sequences remember between calls.
+    #[prost(message, repeated, tag = "14")]
+    pub states: Vec<State>,
+    /// Ascending by tokens, without gaps.
+    #[prost(message, repeated, tag = "15")]
+    pub programs: Vec<Program>,
+    /// Where the result lies: `r` rows of `vocab` f32, in the arena.
+    #[prost(message, required, tag = "16")]
+    pub output: Ref,
+    /// Tokens that begin and end a text.
+    #[prost(message, optional, tag = "17")]
+    pub generation: Option<Generation>,
+    /// Every other file of the folder.
+    #[prost(message, repeated, tag = "18")]
+    pub files: Vec<File>,
+    /// The pipeline the engine was made by, fully spelled.
+    #[prost(string, tag = "19")]
+    pub pipeline: String,
+    /// Anything else worth telling, in the writer's order.
+    #[prost(message, repeated, tag = "20")]
+    pub facts: Vec<Fact>,
+    /// Bytes of all weights.
+    #[prost(uint64, tag = "21")]
+    pub weight_bytes: u64,
+    /// Weight bytes read to decode one token.
+    #[prost(uint64, tag = "22")]
+    pub decode_bytes_per_token: u64,
+}
+
+/// What an engine computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum Kind {
+    /// Logits of the next token, with state.
+    Decoder = 0,
+    /// A vector for each token, without state.
+    Encoder = 1,
+}
+
+/// The machine kernels are compiled for.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct Target {
+    /// The target's name in the compiler's table.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// `x86_64`.
+    #[prost(string, tag = "2")]
+    pub arch: String,
+    /// Instruction sets the kernels use, in LLVM's spelling, for example `avx512vnni`.
+    #[prost(string, repeated, tag = "3")]
+    pub features: Vec<String>,
+}
+
+/// A range of `weights.bin`.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct Blob {
+    /// What it is, for people.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// First byte; a multiple of [`BLOB_ALIGN`].
+    #[prost(uint64, tag = "2")]
+    pub offset: u64,
+    /// Bytes.
+    #[prost(uint64, tag = "3")]
+    pub len: u64,
+    /// blake3 of the bytes.
+    #[prost(bytes = "vec", tag = "4")]
+    pub digest: Vec<u8>,
+}
+
+/// A table with `context * slots` rows that lives as long as the session.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct State {
+    /// What it is, for people.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// Bytes of one row.
+    #[prost(uint64, tag = "2")]
+    pub row_bytes: u64,
+}
+
+/// The launches for calls of `min_t..=max_t` tokens.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct Program {
+    /// Fewest tokens.
+    #[prost(uint32, tag = "1")]
+    pub min_t: u32,
+    /// Most tokens.
+    #[prost(uint32, tag = "2")]
+    pub max_t: u32,
+    /// In order; between two of them all workers meet.
+    #[prost(message, repeated, tag = "3")]
+    pub launches: Vec<Launch>,
+}
+
+/// One kernel call, shared by the workers.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct Launch {
+    /// The kernel's symbol in the object.
+    #[prost(string, tag = "1")]
+    pub symbol: String,
+    /// What it computes, for profiles and explanations.
+    #[prost(string, tag = "2")]
+    pub name: String,
+    /// The kernel's buffers, in its order.
+    #[prost(message, repeated, tag = "3")]
+    pub args: Vec<Ref>,
+    /// How many work items there are.
+    #[prost(message, required, tag = "4")]
+    pub items: Items,
+    /// A value worth comparing once the launch is done.
+    #[prost(message, optional, tag = "5")]
+    pub tap: Option<Tap>,
+    /// [`NO_BARRIER_AFTER`] or 0.
+    #[prost(uint32, tag = "6")]
+    pub flags: u32,
+}
+
+/// A buffer of a launch.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, prost::Message)]
+pub struct Ref {
+    /// Always there in a valid manifest.
+    #[prost(oneof = "RefKind", tags = "1, 2, 3, 4, 5, 6")]
+    pub kind: Option<RefKind>,
+}
+
+/// Where a buffer begins.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, prost::Oneof)]
+pub enum RefKind {
+    /// Index of a weight.
+    #[prost(uint32, tag = "1")]
+    Weight(u32),
+    /// Byte offset in the arena.
+    #[prost(uint64, tag = "2")]
+    Arena(u64),
+    /// Index of a state.
+    #[prost(uint32, tag = "3")]
+    State(u32),
+    /// One of the call's integer inputs.
+    #[prost(enumeration = "Input", tag = "4")]
+    Input(i32),
+    /// Byte offset in the worker's scratch.
+    #[prost(uint64, tag = "5")]
+    Scratch(u64),
+    /// A null pointer, for an operand that is absent.
+    #[prost(bool, tag = "6")]
+    Null(bool),
+}
+
+/// The integer inputs of a call, each `i32[t]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum Input {
+    /// Token ids.
+    Tokens = 0,
+    /// Position of each token in its own sequence.
+    Positions = 1,
+    /// First state row of each token's slot.
+    Base = 2,
+}
+
+/// A number of work items: `n * ceil(sym / div)`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, prost::Message)]
+pub struct Items {
+    /// Factor.
+    #[prost(uint64, tag = "1")]
+    pub n: u64,
+    /// What the number grows with.
+    #[prost(enumeration = "Sym", tag = "2")]
+    pub sym: i32,
+    /// At least 1.
+    #[prost(uint32, tag = "3")]
+    pub div: u32,
+}
+
+/// A size that each call chooses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum Sym {
+    /// 1.
+    One = 0,
+    /// Tokens of the call.
+    T = 1,
+    /// Result rows of the call.
+    R = 2,
+}
+
+/// A value to look at after a launch: `t` rows of `width` f32 in the arena.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct Tap {
+    /// The value's name in the model's graph.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// Where it lies; always in the arena.
+    #[prost(message, required, tag = "2")]
+    pub at: Ref,
+    /// Columns.
+    #[prost(uint32, tag = "3")]
+    pub width: u32,
+}
+
+/// Tokens that begin and end a text.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct Generation {
+    /// Put in front of a text, when the model has one.
+    #[prost(uint32, optional, tag = "1")]
+    pub bos: Option<u32>,
+    /// Each of them ends a text.
+    #[prost(uint32, repeated, tag = "2")]
+    pub eos: Vec<u32>,
+}
+
+/// A file of the engine's folder.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct File {
+    /// Its name; a plain name without folders.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// Bytes.
+    #[prost(uint64, tag = "2")]
+    pub len: u64,
+    /// blake3 of the bytes.
+    #[prost(bytes = "vec", tag = "3")]
+    pub digest: Vec<u8>,
+}
+
+/// Something worth telling.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct Fact {
+    /// What it is about.
+    #[prost(string, tag = "1")]
+    pub key: String,
+    /// What is said.
+    #[prost(string, tag = "2")]
+    pub value: String,
+}
+
+/// The fields every version begins with.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Preamble {
+    #[prost(uint32, tag = "1")]
+    version: u32,
+    #[prost(string, tag = "2")]
+    quantc_version: String,
+}
+
+impl Ref {
+    /// Weight number `index`.
+    pub fn weight(index: u32) -> Ref {
+        RefKind::Weight(index).into()
+    }
+
+    /// The arena from byte `offset` on.
+    pub fn arena(offset: u64) -> Ref {
+        RefKind::Arena(offset).into()
+    }
+
+    /// State number `index`.
+    pub fn state(index: u32) -> Ref {
+        RefKind::State(index).into()
+    }
+
+    /// An integer input.
+    pub fn input(input: Input) -> Ref {
+        RefKind::Input(input as i32).into()
+    }
+
+    /// The worker's scratch from byte `offset` on.
+    pub fn scratch(offset: u64) -> Ref {
+        RefKind::Scratch(offset).into()
+    }
+
+    /// A null pointer.
+    pub fn null() -> Ref {
+        RefKind::Null(true).into()
+    }
+}
+
+impl From<RefKind> for Ref {
+    fn from(kind: RefKind) -> Ref {
+        Ref { kind: Some(kind) }
+    }
+}
+
+impl Items {
+    /// `n` items whatever the call.
+    pub fn fixed(n: u64) -> Items {
+        Items { n, sym: Sym::One as i32, div: 1 }
+    }
+
+    /// `n * ceil(t / div)` items.
+    pub fn per_token(n: u64, div: u32) -> Items {
+        Items { n, sym: Sym::T as i32, div }
+    }
+
+    /// `n * ceil(r / div)` items.
+    pub fn per_row(n: u64, div: u32) -> Items {
+        Items { n, sym: Sym::R as i32, div }
+    }
+
+    /// How many items a call of `t` tokens and `r` rows has; `None` when the number is absurd.
+    pub fn count(&self, t: u32, r: u32) -> Option<u64> {
+        let size = match Sym::try_from(self.sym).ok()? {
+            Sym::One => 1,
+            Sym::T => t,
+            Sym::R => r,
+        };
+        if self.div == 0 {
+            return None;
+        }
+        self.n.checked_mul(u64::from(size.div_ceil(self.div))).filter(|&items| items <= MAX_ITEMS)
+    }
+}
+
+impl Manifest {
+    /// A manifest without weights and programs, at the current version; a base for struct updates.
+    pub fn empty() -> Manifest {
+        Manifest { version: VERSION, ..Manifest::default() }
+    }
+
+    /// The bytes of `manifest.pb`.
+    pub fn encode_file(&self) -> Vec<u8> {
+        let body = self.encode_to_vec();
+        let mut bytes = Vec::with_capacity(MAGIC.len() + DIGEST_BYTES + body.len());
+        bytes.extend_from_slice(&MAGIC);
+        bytes.extend_from_slice(blake3::hash(&body).as_bytes());
+        bytes.extend_from_slice(&body);
+        bytes
+    }
+
+    /// Reads the bytes of `manifest.pb`: magic, digest, version, message. Does not [`validate`](Manifest::validate).
+    pub fn decode_file(bytes: &[u8]) -> Result<Manifest> {
+        if bytes.len() as u64 > MAX_MANIFEST_BYTES {
+            let what = format!("the manifest has {} bytes, more than {MAX_MANIFEST_BYTES}", bytes.len());
+            return Err(Error::format(what));
+        }
+        let Some(rest) = bytes.strip_prefix(MAGIC.as_slice()) else {
+            return Err(Error::format("not an engine's manifest: the first 8 bytes differ"));
+        };
+        let Some((digest, body)) = rest.split_first_chunk::<DIGEST_BYTES>() else {
+            return Err(Error::format("the manifest ends before its body"));
+        };
+        if blake3::hash(body).as_bytes() != digest {
+            return Err(Error::format("the manifest's digest does not match its body: the file is damaged"));
+        }
+        let bad = |e: prost::DecodeError| Error::format(format!("the manifest's body is not a message: {e}"));
+        let preamble = Preamble::decode(body).map_err(bad)?;
+        if preamble.version != VERSION {
+            let (theirs, by) = (preamble.version, preamble.quantc_version);
+            let what = format!(
+                "the engine has format version {theirs} (written by quantc {by:?}), this runtime reads version {VERSION}; \
+                 compile the model again with this quantc"
+            );
+            return Err(Error::format(what));
+        }
+        Manifest::decode(body).map_err(bad)
+    }
+
+    /// Token ids are smaller than this.
+    pub fn token_ids(&self) -> u32 {
+        if self.token_limit == 0 { self.vocab } else { self.token_limit }
+    }
+
+    /// The listed file called `name`.
+    pub fn file(&self, name: &str) -> Option<&File> {
+        self.files.iter().find(|file| file.name == name)
+    }
+
+    /// The program for calls of `t` tokens, as an index.
+    pub fn program_for(&self, t: u32) -> Option<usize> {
+        self.programs.iter().position(|program| (program.min_t..=program.max_t).contains(&t))
+    }
+
+    /// Bytes of all states for `slots` sequences; `None` when they exceed [`MAX_BUFFER_BYTES`].
+    pub fn state_bytes(&self, slots: u32) -> Option<u64> {
+        let rows = u64::from(self.context).checked_mul(u64::from(slots))?;
+        let mut total = 0u64;
+        for state in &self.states {
+            total = total.checked_add(state.row_bytes.checked_mul(rows)?)?;
+        }
+        (total <= MAX_BUFFER_BYTES).then_some(total)
+    }
+
+    /// Checks everything that can be checked without the other files; see the module's list.
+    pub fn validate(&self) -> Result<()> {
+        self.validate_sizes()?;
+        self.validate_files()?;
+        self.validate_weights()?;
+        self.validate_states()?;
+        self.validate_programs()?;
+        let bytes = u64::from(self.max_rows) * u64::from(self.vocab) * 4;
+        self.check_floats(&self.output, bytes).map_err(|e| e.at("output"))
+    }
+
+    fn validate_sizes(&self) -> Result<()> {
+        if self.version != VERSION {
+            return Err(Error::format(format!("version {} is not {VERSION}", self.version)));
+        }
+        if Kind::try_from(self.kind).is_err() {
+            return Err(Error::format(format!("kind {} is neither decoder nor encoder", self.kind)));
+        }
+        if self.target.arch != "x86_64" {
+            let (name, arch) = (&self.target.name, &self.target.arch);
+            return Err(Error::format(format!(
+                "target `{name}` is for {arch:?}, this runtime is for \"x86_64\""
+            )));
+        }
+        in_range("context", self.context, MAX_CONTEXT)?;
+        in_range("max_tokens", self.max_tokens, MAX_TOKENS)?;
+        in_range("max_rows", self.max_rows, self.max_tokens)?;
+        in_range("vocab", self.vocab, MAX_VOCAB)?;
+        if self.token_limit > MAX_VOCAB {
+            return Err(Error::format(format!("token_limit {} is more than {MAX_VOCAB}", self.token_limit)));
+        }
+        for (what, bytes) in [("arena_bytes", self.arena_bytes), ("scratch_bytes", self.scratch_bytes)] {
+            if bytes > MAX_BUFFER_BYTES {
+                return Err(Error::format(format!("{what} {bytes} is more than {MAX_BUFFER_BYTES}")));
+            }
+        }
+        if let Some(generation) = &self.generation {
+            for &token in generation.bos.iter().chain(&generation.eos) {
+                if token >= self.token_ids() {
+                    let what = format!("token {token} is outside the {} tokens there are", self.token_ids());
+                    return Err(Error::format(what).at("generation"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_files(&self) -> Result<()> {
+        let mut names = BTreeSet::new();
+        for file in &self.files {
+            let name = file.name.as_str();
+            let at = |e: Error| e.at(format_args!("file {name:?}"));
+            let plain = !name.is_empty()
+                && name != "."
+                && name != ".."
+                && name.len() <= 255
+                && !name.contains(['/', '\\', '\0'])
+                && !name.chars().any(char::is_control);
+            if !plain || name == MANIFEST_FILE {
+                return Err(at(Error::format("not a plain file name beside the manifest")));
+            }
+            check_digest(&file.digest).map_err(at)?;
+            if !names.insert(name) {
+                return Err(at(Error::format("listed twice")));
+            }
+        }
+        if !names.contains(KERNELS_FILE) {
+            return Err(Error::format(format!("{KERNELS_FILE} is not listed")));
+        }
+        if !self.weights.is_empty() && !names.contains(WEIGHTS_FILE) {
+            return Err(Error::format(format!("{WEIGHTS_FILE} is not listed")));
+        }
+        Ok(())
+    }
+
+    fn validate_weights(&self) -> Result<()> {
+        let available = self.file(WEIGHTS_FILE).map_or(0, |file| file.len);
+        for (index, blob) in self.weights.iter().enumerate() {
+            let at = |e: Error| e.at(format_args!("weight {index} {:?}", blob.name));
+            check_digest(&blob.digest).map_err(at)?;
+            if blob.offset % BLOB_ALIGN != 0 {
+                return Err(at(Error::format(format!(
+                    "offset {} is not a multiple of {BLOB_ALIGN}",
+                    blob.offset
+                ))));
+            }
+            if blob.offset.checked_add(blob.len).is_none_or(|end| end > available) {
+                let (offset, len) = (blob.offset, blob.len);
+                let what = format!("{len} bytes at {offset} are not within {WEIGHTS_FILE}'s {available}");
+                return Err(at(Error::format(what)));
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_states(&self) -> Result<()> {
+        for (index, state) in self.states.iter().enumerate() {
+            if state.row_bytes == 0 || state.row_bytes > MAX_BUFFER_BYTES {
+                let what = format!("row_bytes {} is not in 1..={MAX_BUFFER_BYTES}", state.row_bytes);
+                return Err(Error::format(what).at(format_args!("state {index} {:?}", state.name)));
+            }
+        }
+        match self.state_bytes(1) {
+            Some(_) => Ok(()),
+            None => Err(Error::format(format!("the states take more than {MAX_BUFFER_BYTES} bytes"))),
+        }
+    }
+
+    fn validate_programs(&self) -> Result<()> {
+        if self.programs.len() > MAX_PROGRAMS {
+            return Err(Error::format(format!("{} programs, more than {MAX_PROGRAMS}", self.programs.len())));
+        }
+        let mut next = 1;
+        for (index, program) in self.programs.iter().enumerate() {
+            let at = |e: Error| e.at(format_args!("program {index}"));
+            let (min, max) = (program.min_t, program.max_t);
+            if min != next || max < min {
+                let what = format!("covers {min}..={max} tokens, but the next to be covered is {next}");
+                return Err(at(Error::format(what)));
+            }
+            next = match max.checked_add(1) {
+                Some(next) if max <= MAX_TOKENS => next,
+                _ => return Err(at(Error::format(format!("max_t {max} is more than {MAX_TOKENS}")))),
+            };
+            for (index, launch) in program.launches.iter().enumerate() {
+                let (symbol, name) = (&launch.symbol, &launch.name);
+                self.validate_launch(launch, max)
+                    .map_err(|e| at(e.at(format_args!("launch {index} {name:?} ({symbol})"))))?;
+            }
+        }
+        if next <= self.max_tokens {
+            return Err(Error::format(format!(
+                "no program serves {next} tokens; max_tokens is {}",
+                self.max_tokens
+            )));
+        }
+        Ok(())
+    }
+
+    fn validate_launch(&self, launch: &Launch, max_t: u32) -> Result<()> {
+        if launch.args.len() > MAX_ARGS {
+            return Err(Error::format(format!("{} buffers, more than {MAX_ARGS}", launch.args.len())));
+        }
+        if launch.flags & !NO_BARRIER_AFTER != 0 {
+            return Err(Error::format(format!("flags {:#x} are unknown", launch.flags)));
+        }
+        if launch.items.count(max_t, max_t).is_none() {
+            let Items { n, sym, div } = launch.items;
+            return Err(Error::format(format!(
+                "{n} items times ceil(symbol {sym} / {div}) is not a sane number"
+            )));
+        }
+        for (index, arg) in launch.args.iter().enumerate() {
+            self.check_ref(arg).map_err(|e| e.at(format_args!("buffer {index}")))?;
+        }
+        if let Some(tap) = &launch.tap {
+            let bytes = u64::from(max_t.min(self.max_tokens)) * u64::from(tap.width) * 4;
+            self.check_floats(&tap.at, bytes).map_err(|e| e.at(format_args!("tap {:?}", tap.name)))?;
+        }
+        Ok(())
+    }
+
+    fn check_ref(&self, at: &Ref) -> Result<()> {
+        let outside = |what: &str, index: u64, count: u64| {
+            Err(Error::format(format!("{what} {index} is outside the {count} there are")))
+        };
+        match at.kind {
+            None => Err(Error::format("the buffer is of no known kind")),
+            Some(RefKind::Weight(index)) if index as usize >= self.weights.len() => {
+                outside("weight", u64::from(index), self.weights.len() as u64)
+            }
+            Some(RefKind::State(index)) if index as usize >= self.states.len() => {
+                outside("state", u64::from(index), self.states.len() as u64)
+            }
+            Some(RefKind::Arena(offset)) if offset >= self.arena_bytes => {
+                outside("arena byte", offset, self.arena_bytes)
+            }
+            Some(RefKind::Scratch(offset)) if offset >= self.scratch_bytes => {
+                outside("scratch byte", offset, self.scratch_bytes)
+            }
+            Some(RefKind::Input(input)) if Input::try_from(input).is_err() => {
+                Err(Error::format(format!("input {input} is unknown")))
+            }
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// Checks that `at` is `bytes` bytes of f32 in the arena.
+    fn check_floats(&self, at: &Ref, bytes: u64) -> Result<()> {
+        let Some(RefKind::Arena(offset)) = at.kind else {
+            return Err(Error::format("the value does not lie in the arena"));
+        };
+        if offset % 4 != 0 {
+            return Err(Error::format(format!("arena offset {offset} is not a multiple of 4")));
+        }
+        if offset.checked_add(bytes).is_none_or(|end| end > self.arena_bytes) {
+            let have = self.arena_bytes;
+            return Err(Error::format(format!(
+                "{bytes} bytes at {offset} are not within the arena's {have}"
+            )));
+        }
+        Ok(())
+    }
+
+    /// The text of `manifest.txt`.
+    pub fn to_text(&self) -> String {
+        let mut text = String::new();
+        self.write_text(&mut text).expect("writing to a string does not fail");
+        text
+    }
+
+    fn write_text(&self, out: &mut String) -> std::fmt::Result {
+        let kind = match Kind::try_from(self.kind) {
+            Ok(Kind::Decoder) => "decoder",
+            Ok(Kind::Encoder) => "encoder",
+            Err(_) => "unknown",
+        };
+        writeln!(
+            out,
+            "engine {:?}: {kind}, format version {}, quantc {}",
+            self.model, self.version, self.quantc_version
+        )?;
+        writeln!(
+            out,
+            "target {} ({}): {}",
+            self.target.name,
+            self.target.arch,
+            self.target.features.join(", ")
+        )?;
+        if !self.pipeline.is_empty() {
+            writeln!(out, "pipeline {}", self.pipeline)?;
+        }
+        writeln!(out, "context {}", self.context)?;
+        writeln!(out, "max_tokens {}", self.max_tokens)?;
+        writeln!(out, "max_rows {}", self.max_rows)?;
+        writeln!(out, "vocab {}", self.vocab)?;
+        writeln!(out, "token_limit {}", self.token_ids())?;
+        writeln!(out, "arena_bytes {}", self.arena_bytes)?;
+        writeln!(out, "scratch_bytes {} per worker", self.scratch_bytes)?;
+        writeln!(out, "weight_bytes {}", self.weight_bytes)?;
+        writeln!(out, "decode_bytes_per_token {}", self.decode_bytes_per_token)?;
+        writeln!(out, "output {}", RefText(&self.output, self))?;
+        if let Some(generation) = &self.generation {
+            match generation.bos {
+                Some(bos) => writeln!(out, "bos {bos}")?,
+                None => writeln!(out, "bos none")?,
+            }
+            writeln!(out, "eos {:?}", generation.eos)?;
+        }
+        for fact in &self.facts {
+            writeln!(out, "fact {} = {}", fact.key, fact.value)?;
+        }
+        writeln!(out, "\nfiles")?;
+        for file in &self.files {
+            writeln!(out, "  {} {} bytes blake3 {}", file.name, file.len, hex(&file.digest))?;
+        }
+        writeln!(out, "\nweights")?;
+        for (index, blob) in self.weights.iter().enumerate() {
+            let (name, offset, len) = (&blob.name, blob.offset, blob.len);
+            writeln!(out, "  {index} {name} {len} bytes at {offset} blake3 {}", hex(&blob.digest))?;
+        }
+        writeln!(out, "\nstates")?;
+        for (index, state) in self.states.iter().enumerate() {
+            writeln!(out, "  {index} {} {} bytes a row", state.name, state.row_bytes)?;
+        }
+        for program in &self.programs {
+            writeln!(out, "\nprogram for {}..={} tokens", program.min_t, program.max_t)?;
+            for launch in &program.launches {
+                self.write_launch(out, launch)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_launch(&self, out: &mut String, launch: &Launch) -> std::fmt::Result {
+        let Items { n, div, .. } = launch.items;
+        let sym = match Sym::try_from(launch.items.sym) {
+            Ok(Sym::One) => "1",
+            Ok(Sym::T) => "t",
+            Ok(Sym::R) => "r",
+            Err(_) => "?",
+        };
+        write!(out, "  {} = {}(", launch.name, launch.symbol)?;
+        for (index, arg) in launch.args.iter().enumerate() {
+            let comma = if index == 0 { "" } else { ", " };
+            write!(out, "{comma}{}", RefText(arg, self))?;
+        }
+        write!(out, ") items {n}")?;
+        if sym != "1" {
+            write!(out, " * ceil({sym} / {div})")?;
+        }
+        if launch.flags & NO_BARRIER_AFTER != 0 {
+            write!(out, " no-barrier-after")?;
+        }
+        if let Some(tap) = &launch.tap {
+            write!(out, " tap {} {} x {}", tap.name, RefText(&tap.at, self), tap.width)?;
+        }
+        writeln!(out)
+    }
+}
+
+/// A reference as `manifest.txt` writes it.
+struct RefText<'a>(&'a Ref, &'a Manifest);
+
+impl std::fmt::Display for RefText<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let RefText(at, manifest) = self;
+        match at.kind {
+            Some(RefKind::Weight(index)) => match manifest.weights.get(index as usize) {
+                Some(blob) => write!(f, "@{}", blob.name),
+                None => write!(f, "@weight {index}"),
+            },
+            Some(RefKind::State(index)) => match manifest.states.get(index as usize) {
+                Some(state) => write!(f, "${}", state.name),
+                None => write!(f, "$state {index}"),
+            },
+            Some(RefKind::Arena(offset)) => write!(f, "arena+{offset}"),
+            Some(RefKind::Scratch(offset)) => write!(f, "scratch+{offset}"),
+            Some(RefKind::Input(input)) => f.write_str(match Input::try_from(input) {
+                Ok(Input::Tokens) => "tokens",
+                Ok(Input::Positions) => "positions",
+                Ok(Input::Base) => "base",
+                Err(_) => "unknown input",
+            }),
+            Some(RefKind::Null(_)) => f.write_str("null"),
+            None => f.write_str("unknown"),
+        }
+    }
+}
+
+fn in_range(what: &str, value: u32, max: u32) -> Result<()> {
+    if value == 0 || value > max {
+        return Err(Error::format(format!("{what} {value} is not in 1..={max}")));
+    }
+    Ok(())
+}
+
+fn check_digest(digest: &[u8]) -> Result<()> {
+    if digest.len() != DIGEST_BYTES {
+        return Err(Error::format(format!("the digest has {} bytes, not {DIGEST_BYTES}", digest.len())));
+    }
+    Ok(())
+}
+
+/// Lower-case hexadecimal, as `b3sum` prints it.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(bytes.len() * 2);
+    for byte in bytes {
+        write!(text, "{byte:02x}").expect("writing to a string does not fail");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn small() -> Manifest {
+        let digest = vec![7; DIGEST_BYTES];
+        let launch = Launch {
+            symbol: "k".into(),
+            name: "embed".into(),
+            args: vec![
+                Ref::weight(0),
+                Ref::input(Input::Tokens),
+                Ref::arena(64),
+                Ref::state(0),
+                Ref::scratch(8),
+            ],
+            items: Items::per_token(3, 2),
+            tap: Some(Tap { name: "x".into(), at: Ref::arena(64), width: 4 }),
+            flags: NO_BARRIER_AFTER,
+        };
+        Manifest {
+            quantc_version: "0.1.0".into(),
+            model: "small".into(),
+            target: Target { name: "x86-64".into(), arch: "x86_64".into(), features: vec!["sse2".into()] },
+            context: 16,
+            max_tokens: 4,
+            max_rows: 2,
+            vocab: 8,
+            token_limit: 10,
+            arena_bytes: 128,
+            scratch_bytes: 64,
+            weights: vec![Blob { name: "w".into(), offset: 4096, len: 100, digest: digest.clone() }],
+            states: vec![State { name: "kv".into(), row_bytes: 32 }],
+            programs: vec![
+                Program { min_t: 1, max_t: 1, launches: vec![launch.clone()] },
+                Program { min_t: 2, max_t: 4, launches: vec![launch] },
+            ],
+            output: Ref::arena(0),
+            generation: Some(Generation { bos: Some(1), eos: vec![2, 3] }),
+            files: vec![
+                File { name: KERNELS_FILE.into(), len: 10, digest: digest.clone() },
+                File { name: WEIGHTS_FILE.into(), len: 4196, digest },
+            ],
+            pipeline: "outline-layers".into(),
+            facts: vec![Fact { key: "preset".into(), value: "w4a16".into() }],
+            weight_bytes: 100,
+            decode_bytes_per_token: 100,
+            ..Manifest::empty()
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let manifest = small();
+        manifest.validate().expect("the small manifest is valid");
+        assert_eq!(Manifest::decode_file(&manifest.encode_file()).expect("it was just written"), manifest);
+    }
+
+    #[test]
+    fn text_is_readable() {
+        let text = small().to_text();
+        for line in [
+            "target x86-64 (x86_64): sse2",
+            "eos [2, 3]",
+            "fact preset = w4a16",
+            "program for 2..=4 tokens",
+            "  embed = k(@w, tokens, arena+64, $kv, scratch+8) items 3 * ceil(t / 2) no-barrier-after tap x arena+64 x 4",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line:?} is missing in\n{text}");
+        }
+    }
+
+    #[test]
+    fn items_are_counted() {
+        assert_eq!(Items::fixed(5).count(100, 3), Some(5));
+        assert_eq!(Items::per_token(5, 4).count(9, 3), Some(15));
+        assert_eq!(Items::per_row(5, 4).count(9, 0), Some(0));
+        assert_eq!(Items { n: 1, sym: 0, div: 0 }.count(1, 1), None);
+        assert_eq!(Items { n: 1, sym: 9, div: 1 }.count(1, 1), None);
+        assert_eq!(Items::per_token(u64::MAX, 1).count(2, 1), None);
+    }
+
+    #[test]
+    fn each_broken_promise_is_refused() {
+        type Break = fn(&mut Manifest);
+        let cases: &[(Break, &str)] = &[
+            (|m| m.version = 2, "version 2"),
+            (|m| m.kind = 7, "kind 7"),
+            (|m| m.target.arch = "aarch64".into(), "aarch64"),
+            (|m| m.context = 0, "context 0"),
+            (|m| m.context = u32::MAX, "context"),
+            (|m| m.max_tokens = 5, "no program serves 5 tokens"),
+            (|m| m.max_tokens = MAX_TOKENS + 1, "max_tokens"),
+            (|m| m.max_rows = 5, "max_rows 5"),
+            (|m| m.vocab = 0, "vocab 0"),
+            (|m| m.vocab = MAX_VOCAB + 1, "vocab"),
+            (|m| m.token_limit = u32::MAX, "token_limit"),
+            (|m| m.arena_bytes = 96, "tap \"x\": 64 bytes at 64"),
+            (|m| m.arena_bytes = u64::MAX, "arena_bytes"),
+            (|m| m.scratch_bytes = u64::MAX, "scratch_bytes"),
+            (|m| m.scratch_bytes = 8, "scratch byte 8"),
+            (|m| m.output = Ref::arena(68), "output: 64 bytes at 68"),
+            (|m| m.output = Ref::arena(u64::MAX - 3), "output"),
+            (|m| m.output = Ref::arena(2), "not a multiple of 4"),
+            (|m| m.output = Ref::weight(0), "output: the value does not lie in the arena"),
+            (|m| m.weights[0].offset = 8, "multiple of 4096"),
+            (|m| m.weights[0].len = 101, "101 bytes at 4096"),
+            (|m| m.weights[0].len = u64::MAX, "weight 0"),
+            (|m| m.weights[0].digest.clear(), "digest has 0 bytes"),
+            (|m| m.weights.clear(), "weight 0 is outside the 0"),
+            (|m| m.states.clear(), "state 0 is outside the 0"),
+            (|m| m.states[0].row_bytes = 0, "row_bytes 0"),
+            (|m| m.states[0].row_bytes = MAX_BUFFER_BYTES, "states take more"),
+            (|m| m.programs[1].min_t = 3, "next to be covered is 2"),
+            (|m| m.programs[1].min_t = 1, "next to be covered is 2"),
+            (|m| m.programs[1].max_t = u32::MAX, "max_t"),
+            (|m| m.programs.clear(), "no program serves 1"),
+            (|m| m.programs[0].launches[0].items.div = 0, "not a sane number"),
+            (|m| m.programs[0].launches[0].items.n = u64::MAX, "not a sane number"),
+            (|m| m.programs[0].launches[0].flags = 2, "flags 0x2"),
+            (
+                |m| m.programs[0].launches[0].args[1] = Ref { kind: None },
+                "buffer 1: the buffer is of no known kind",
+            ),
+            (|m| m.programs[0].launches[0].args[1] = RefKind::Input(3).into(), "input 3"),
+            (|m| m.programs[0].launches[0].args = vec![Ref::null(); MAX_ARGS + 1], "257 buffers"),
+            (|m| m.files[0].name = "../kernels.o".into(), "not a plain file name"),
+            (|m| m.files[0].name = "other.o".into(), "kernels.o is not listed"),
+            (|m| m.files[1].name = "other.bin".into(), "weights.bin is not listed"),
+            (|m| m.files[1].name = KERNELS_FILE.into(), "listed twice"),
+            (|m| m.files[1].digest.push(0), "digest has 33 bytes"),
+            (|m| m.generation = Some(Generation { bos: Some(10), eos: vec![] }), "token 10"),
+        ];
+        for (index, (change, part)) in cases.iter().enumerate() {
+            let mut manifest = small();
+            change(&mut manifest);
+            let error = manifest.validate().expect_err(part).to_string();
+            assert!(error.contains(part), "case {index}: {error:?} does not say {part:?}");
+            manifest.to_text();
+        }
+    }
+
+    #[test]
+    fn foreign_and_future_files_are_told_apart() {
+        let bytes = small().encode_file();
+        let message = |bytes: &[u8]| Manifest::decode_file(bytes).expect_err("damaged").to_string();
+        assert!(message(b"QUANTC").contains("not an engine's manifest"));
+        assert!(message(&bytes[..20]).contains("ends before its body"));
+        let mut future = small();
+        future.version = 9;
+        future.quantc_version = "3.1".into();
+        assert!(message(&future.encode_file()).contains("format version 9 (written by quantc \"3.1\")"));
+    }
+}
