@@ -121,6 +121,70 @@ impl fmt::Display for Scheme {
     }
 }
 
+impl Scheme {
+    /// Reads `!q<int4:f16 block 128@1>`, the form in which schemes are written.
+    pub fn parse(text: &str) -> Result<Scheme> {
+        let bad = |why: String| {
+            Diag::input(format!("`{text}` is not a scheme: {why}"))
+                .help("write `!q<FORMAT:SCALE GROUP>` or `!q<FORMAT:SCALE GROUP zero FORMAT>`, with a group of \
+                       `tensor`, `axis A`, `block N@A`, `tile RxC` or `token`")
+        };
+        let inner = text.strip_prefix("!q<").and_then(|t| t.strip_suffix('>'));
+        let inner = inner.ok_or_else(|| bad("it must lie between `!q<` and `>`".into()))?;
+        let format = |name: &str| {
+            Format::by_name(name).ok_or_else(|| {
+                let near = crate::diag::near_misses(name, crate::formats::ALL.iter().map(|f| f.name));
+                bad(format!("unknown format `{name}`; near: {near:?}"))
+            })
+        };
+        let number = |t: &str| t.parse::<u32>().map_err(|_| bad(format!("`{t}` is not a number")));
+        let axis = |t: &str| t.parse::<u8>().map_err(|_| bad(format!("`{t}` is not an axis")));
+        let mut words = inner.split_ascii_whitespace();
+        let mut word = |what: &str| words.next().ok_or_else(|| bad(format!("{what} is missing")));
+        let head = word("the format")?;
+        let (name, scale) = head.split_once(':').unwrap_or((head, "f32"));
+        let scale_ty = Float::by_name(scale).ok_or_else(|| bad(format!("unknown scale type `{scale}`")))?;
+        let group = match word("the group")? {
+            "tensor" => Group::Tensor,
+            "token" => Group::Token,
+            "axis" => Group::Axis(axis(word("the axis")?)?),
+            "block" => {
+                let spec = word("the block size")?;
+                let (size, at) = spec.split_once('@').ok_or_else(|| bad(format!("`{spec}` is not `SIZE@AXIS`")))?;
+                Group::Block { axis: axis(at)?, size: number(size)? }
+            }
+            "tile" => {
+                let spec = word("the tile")?;
+                let (r, c) = spec.split_once('x').ok_or_else(|| bad(format!("`{spec}` is not `ROWSxCOLS`")))?;
+                Group::Tile([number(r)?, number(c)?])
+            }
+            other => return Err(bad(format!("unknown group `{other}`"))),
+        };
+        let zero = match words.next() {
+            None => Zero::Symmetric,
+            Some("zero") => Zero::Point(format(words.next().ok_or_else(|| bad("a format must follow `zero`".into()))?)?),
+            Some(other) => return Err(bad(format!("unexpected `{other}`"))),
+        };
+        match words.next() {
+            None => Ok(Scheme { format: format(name)?, group, zero, scale: scale_ty }),
+            Some(other) => Err(bad(format!("unexpected `{other}`"))),
+        }
+    }
+}
+
+impl serde::Serialize for Scheme {
+    fn serialize<S: serde::Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        out.collect_str(self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for Scheme {
+    fn deserialize<D: serde::Deserializer<'de>>(input: D) -> Result<Scheme, D::Error> {
+        let text = String::deserialize(input)?;
+        Scheme::parse(&text).map_err(|e| serde::de::Error::custom(e.message))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

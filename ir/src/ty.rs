@@ -1,5 +1,6 @@
 //! Tensor types: element type and shape.
 
+use crate::diag::{Diag, Result};
 use crate::formats::{self, Format};
 use crate::scheme::Scheme;
 use std::fmt;
@@ -60,6 +61,52 @@ impl Shape {
     /// The innermost extent.
     pub fn last(&self) -> Option<Dim> {
         self.0.last().copied()
+    }
+}
+
+impl Shape {
+    /// Reads `?tx4x64`, the form in which shapes are written; the empty text is rank 0.
+    pub fn parse(text: &str) -> Result<Shape> {
+        let bad = || Diag::input(format!("`{text}` is not a shape")).help("write extents as in `?tx4x64`");
+        let mut dims = vec![];
+        let mut rest = text;
+        while !rest.is_empty() {
+            if !dims.is_empty() {
+                rest = rest.strip_prefix('x').ok_or_else(bad)?;
+            }
+            if let Some(after) = rest.strip_prefix('?') {
+                let symbol = after.chars().next().filter(|c| c.is_ascii_lowercase() && *c != 'x');
+                dims.push(Dim::Sym(symbol.unwrap_or('?')));
+                rest = &after[usize::from(symbol.is_some())..];
+            } else {
+                let end = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+                dims.push(Dim::Static(rest[..end].parse().map_err(|_| bad())?));
+                rest = &rest[end..];
+            }
+        }
+        Ok(Shape(dims))
+    }
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, d) in self.0.iter().enumerate() {
+            write!(f, "{}{d}", if i > 0 { "x" } else { "" })?;
+        }
+        Ok(())
+    }
+}
+
+impl serde::Serialize for Shape {
+    fn serialize<S: serde::Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        out.collect_str(self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for Shape {
+    fn deserialize<D: serde::Deserializer<'de>>(input: D) -> Result<Shape, D::Error> {
+        let text = String::deserialize(input)?;
+        Shape::parse(&text).map_err(|e| serde::de::Error::custom(e.message))
     }
 }
 
@@ -209,5 +256,20 @@ impl fmt::Display for TensorTy {
             write!(f, "{d}x")?;
         }
         write!(f, "{}>", self.elem)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_read_back() {
+        for text in ["", "?", "?tx4x64", "3x?", "?sx1"] {
+            assert_eq!(Shape::parse(text).unwrap().to_string(), text);
+        }
+        for text in ["x", "4x", "4y", "?t4", "-1", "99999999999999999999"] {
+            assert!(Shape::parse(text).is_err(), "{text}");
+        }
     }
 }

@@ -1,0 +1,399 @@
+//! The reference evaluator: walks a graph and calls each op's meaning.
+//!
+//! It is the oracle that importers, rewrites and kernels are compared with, so it is plain, not fast. Values are
+//! kept in f32; sums inside an op are taken in f64 and rounded once.
+
+use crate::diag::{Diag, Loc, Result};
+use crate::entity::{SecondaryMap, StateId, ValueId};
+use crate::graph::{Def, Graph};
+use crate::module::Module;
+use crate::ops::OpSpec;
+use crate::ty::{Dim, ElemTy, Shape, TensorTy};
+use crate::weights::Store;
+use std::collections::BTreeMap;
+
+/// The elements of a tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Data {
+    /// Numbers of any float type, already rounded to it.
+    F32(Vec<f32>),
+    /// Plain integers.
+    I32(Vec<i32>),
+    /// Codes of a quantized type, one a byte.
+    Codes(Vec<u8>),
+}
+
+/// A tensor with its type; the shape is static.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tensor {
+    /// Element type and shape.
+    pub ty: TensorTy,
+    /// Elements, row-major.
+    pub data: Data,
+}
+
+impl Tensor {
+    fn checked(ty: &TensorTy, data: Data, len: usize) -> Result<Tensor> {
+        if ty.shape.elements() == Some(len as u64) {
+            return Ok(Tensor { ty: ty.clone(), data });
+        }
+        Err(Diag::bug(format!("{len} elements do not fill {ty}")))
+    }
+
+    /// A float tensor; the numbers are rounded to the element type.
+    pub fn float(ty: &TensorTy, mut data: Vec<f32>) -> Result<Tensor> {
+        match ty.elem {
+            ElemTy::F32 => {}
+            ElemTy::F16 => data.iter_mut().for_each(|x| *x = half::f16::from_f32(*x).to_f32()),
+            ElemTy::Bf16 => data.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32()),
+            _ => return Err(Diag::bug(format!("float data for {ty}"))),
+        }
+        let len = data.len();
+        Tensor::checked(ty, Data::F32(data), len)
+    }
+
+    /// An f32 tensor of static extents.
+    pub fn f32(dims: &[u64], data: Vec<f32>) -> Result<Tensor> {
+        Tensor::float(&TensorTy::fixed(ElemTy::F32, dims), data)
+    }
+
+    /// An integer tensor.
+    pub fn i32(dims: &[u64], data: Vec<i32>) -> Result<Tensor> {
+        let len = data.len();
+        Tensor::checked(&TensorTy::fixed(ElemTy::I32, dims), Data::I32(data), len)
+    }
+
+    /// A tensor of codes.
+    pub fn codes(ty: &TensorTy, data: Vec<u8>) -> Result<Tensor> {
+        let len = data.len();
+        Tensor::checked(ty, Data::Codes(data), len)
+    }
+
+    /// The numbers of a float tensor.
+    pub fn f32s(&self) -> Result<&[f32]> {
+        match &self.data {
+            Data::F32(x) => Ok(x),
+            _ => Err(Diag::bug(format!("{} has no float elements", self.ty))),
+        }
+    }
+
+    /// The numbers of an integer tensor.
+    pub fn i32s(&self) -> Result<&[i32]> {
+        match &self.data {
+            Data::I32(x) => Ok(x),
+            _ => Err(Diag::bug(format!("{} has no i32 elements", self.ty))),
+        }
+    }
+
+    /// The codes of a quantized tensor.
+    pub fn code_bytes(&self) -> Result<&[u8]> {
+        match &self.data {
+            Data::Codes(x) => Ok(x),
+            _ => Err(Diag::bug(format!("{} has no codes", self.ty))),
+        }
+    }
+
+    /// Extents.
+    pub fn dims(&self) -> Vec<usize> {
+        let fixed = |d: &Dim| d.fixed().expect("shapes of tensors are static, checked when they are made");
+        self.ty.shape.0.iter().map(|d| fixed(d) as usize).collect()
+    }
+
+    /// Extents as (rows, columns): the last axis against all others.
+    pub fn rows_cols(&self) -> (usize, usize) {
+        let dims = self.dims();
+        let cols = dims.last().copied().unwrap_or(1);
+        (dims.iter().rev().skip(1).product(), cols)
+    }
+
+    /// The same elements under another shape of as many elements.
+    pub fn reshaped(mut self, shape: Shape) -> Result<Tensor> {
+        if shape.elements() != self.ty.shape.elements() {
+            return Err(Diag::bug(format!("{} does not reshape to {shape}", self.ty)));
+        }
+        self.ty.shape = shape;
+        Ok(self)
+    }
+
+    /// Rows `from..from + count` of the first axis.
+    pub fn slice_rows(&self, from: usize, count: usize) -> Result<Tensor> {
+        let dims = self.dims();
+        let (Some(&n), Some(end)) = (dims.first(), from.checked_add(count)) else {
+            return Err(Diag::bug("rows of a tensor without axes"));
+        };
+        if end > n {
+            return Err(Diag::bug(format!("rows {from}..{end} of {}", self.ty)));
+        }
+        let row: usize = dims[1..].iter().product();
+        let (a, b) = (from * row, end * row);
+        let mut ty = self.ty.clone();
+        ty.shape.0[0] = Dim::Static(count as u64);
+        let data = match &self.data {
+            Data::F32(x) => Data::F32(x[a..b].to_vec()),
+            Data::I32(x) => Data::I32(x[a..b].to_vec()),
+            Data::Codes(x) => Data::Codes(x[a..b].to_vec()),
+        };
+        Ok(Tensor { ty, data })
+    }
+
+    /// Overwrites rows of the first axis with those of `rows`, from row `at` on.
+    pub fn write_rows(&mut self, at: usize, rows: &Tensor) -> Result<()> {
+        let (dims, src) = (self.dims(), rows.dims());
+        if dims.is_empty() || dims[1..] != src[1..] || at + src[0] > dims[0] || self.ty.elem != rows.ty.elem {
+            return Err(Diag::bug(format!("writing {} into {} at row {at}", rows.ty, self.ty)));
+        }
+        let start = at * dims[1..].iter().product::<usize>();
+        match (&mut self.data, &rows.data) {
+            (Data::F32(x), Data::F32(y)) => x[start..start + y.len()].copy_from_slice(y),
+            (Data::I32(x), Data::I32(y)) => x[start..start + y.len()].copy_from_slice(y),
+            (Data::Codes(x), Data::Codes(y)) => x[start..start + y.len()].copy_from_slice(y),
+            _ => return Err(Diag::bug("rows of another kind")),
+        }
+        Ok(())
+    }
+}
+
+/// Operand `i`, which inference has shown to be present.
+pub fn arg<'a>(args: &[Option<&'a Tensor>], i: usize) -> Result<&'a Tensor> {
+    args.get(i).copied().flatten().ok_or_else(|| Diag::bug(format!("operand {i} is missing in evaluation")))
+}
+
+/// What an op may ask while it is evaluated.
+pub struct EvalCx<'a> {
+    /// Tokens in the state before this call.
+    pub past: u64,
+    /// Tokens of this call.
+    pub tokens: u64,
+    /// Rows of logits wanted.
+    pub rows: u64,
+    states: &'a mut BTreeMap<StateId, Tensor>,
+    arg_states: Vec<Option<StateId>>,
+    layer: &'a dyn Fn(&str, &[&Tensor], EvalCx<'_>) -> Result<Tensor>,
+}
+
+impl EvalCx<'_> {
+    /// The extent bound to a symbol.
+    pub fn symbol(&self, c: char) -> u64 {
+        match c {
+            's' => self.past + self.tokens,
+            'r' => self.rows,
+            _ => self.tokens,
+        }
+    }
+
+    /// Writes `rows` into the state given as operand `i`, after the tokens it holds, and returns all it then holds.
+    pub fn append(&mut self, i: usize, rows: &Tensor) -> Result<Tensor> {
+        let id = self.arg_states.get(i).copied().flatten();
+        let id = id.ok_or_else(|| Diag::input(format!("operand {i} is not a state")))?;
+        let past = self.past as usize;
+        let state = self.states.get_mut(&id).ok_or_else(|| Diag::bug("a state was not allocated"))?;
+        let context = state.dims()[0];
+        let filled = past + rows.dims()[0];
+        if filled > context {
+            return Err(Diag::input(format!("{filled} tokens exceed the context of {context}")));
+        }
+        state.write_rows(past, rows)?;
+        state.slice_rows(0, filled)
+    }
+
+    /// Runs a layer.
+    pub fn call(&mut self, layer: &str, args: &[&Tensor]) -> Result<Tensor> {
+        let inner = EvalCx {
+            past: self.past,
+            tokens: self.tokens,
+            rows: self.rows,
+            states: self.states,
+            arg_states: vec![],
+            layer: self.layer,
+        };
+        (self.layer)(layer, args, inner)
+    }
+
+    /// `ty` with its symbols bound.
+    pub fn bind(&self, ty: &TensorTy) -> TensorTy {
+        let bound = |d: &Dim| match *d {
+            Dim::Sym(c) => Dim::Static(self.symbol(c)),
+            fixed => fixed,
+        };
+        TensorTy { elem: ty.elem, shape: Shape(ty.shape.0.iter().map(bound).collect()) }
+    }
+}
+
+/// Called with the function's name, a value and what it holds, each time an op was evaluated.
+pub type Tap<'a> = dyn Fn(&str, ValueId, &Tensor) + 'a;
+
+/// Runs a module call by call, keeping its states.
+pub struct Evaluator<'m> {
+    module: &'m Module,
+    store: &'m Store,
+    states: BTreeMap<StateId, Tensor>,
+    past: u64,
+    tap: Option<&'m Tap<'m>>,
+}
+
+impl<'m> Evaluator<'m> {
+    /// An evaluator with empty states.
+    pub fn new(module: &'m Module, store: &'m Store) -> Result<Evaluator<'m>> {
+        let mut states = BTreeMap::new();
+        for (id, state) in module.states.iter() {
+            let n = state.ty.shape.elements().filter(|&n| n <= 1 << 30);
+            let n = n.ok_or_else(|| Diag::input(format!("state @{} of type {} is too large", state.name, state.ty)))?;
+            let data = match state.ty.elem {
+                ElemTy::I32 => Data::I32(vec![0; n as usize]),
+                ElemTy::Q(_) => Data::Codes(vec![0; n as usize]),
+                _ => Data::F32(vec![0.0; n as usize]),
+            };
+            states.insert(id, Tensor { ty: state.ty.clone(), data });
+        }
+        Ok(Evaluator { module, store, states, past: 0, tap: None })
+    }
+
+    /// Shows every op's result to `tap`.
+    pub fn with_tap(mut self, tap: &'m Tap<'m>) -> Self {
+        self.tap = Some(tap);
+        self
+    }
+
+    /// Forgets all tokens.
+    pub fn reset(&mut self) {
+        self.past = 0;
+    }
+
+    /// Runs `main` on inputs whose first extent is the number of tokens; `rows` is the number of rows wanted of ops
+    /// that cut to the last rows. Returns the results of `main`.
+    pub fn step(&mut self, inputs: &[Tensor], rows: u64) -> Result<Vec<Tensor>> {
+        let tokens = inputs.first().and_then(|x| x.dims().first().copied()).unwrap_or(1) as u64;
+        let (module, store, tap) = (self.module, self.store, self.tap);
+        let layer = LayerRunner { module, store, tap };
+        let run = |name: &str, args: &[&Tensor], cx: EvalCx<'_>| layer.run(name, args, cx);
+        let cx = EvalCx {
+            past: self.past,
+            tokens,
+            rows: rows.min(tokens),
+            states: &mut self.states,
+            arg_states: vec![],
+            layer: &run,
+        };
+        let args: Vec<&Tensor> = inputs.iter().collect();
+        let out = eval_graph("main", &module.main, &args, cx, module, store, tap)?;
+        self.past += tokens;
+        Ok(out)
+    }
+}
+
+struct LayerRunner<'m> {
+    module: &'m Module,
+    store: &'m Store,
+    tap: Option<&'m Tap<'m>>,
+}
+
+impl LayerRunner<'_> {
+    fn run(&self, name: &str, args: &[&Tensor], cx: EvalCx<'_>) -> Result<Tensor> {
+        let id = self.module.layer(name).ok_or_else(|| Diag::input(format!("there is no layer @{name}")))?;
+        let graph = &self.module.layers[id].graph;
+        let mut out = eval_graph(name, graph, args, cx, self.module, self.store, self.tap)?;
+        match out.len() {
+            1 => Ok(out.remove(0)),
+            n => Err(Diag::input(format!("layer @{name} has {n} results, expected one"))),
+        }
+    }
+}
+
+/// Evaluates a graph that reads no state: what constant folding and rule proofs need. `tokens` binds every symbol.
+pub fn eval_pure(
+    graph: &Graph,
+    args: &[&Tensor],
+    tokens: u64,
+    module: &Module,
+    store: &Store,
+) -> Result<Vec<Tensor>> {
+    let layer = LayerRunner { module, store, tap: None };
+    let run = |name: &str, args: &[&Tensor], cx: EvalCx<'_>| layer.run(name, args, cx);
+    let mut states = BTreeMap::new();
+    let cx = EvalCx { past: 0, tokens, rows: tokens, states: &mut states, arg_states: vec![], layer: &run };
+    eval_graph("main", graph, args, cx, module, store, None)
+}
+
+/// The tensor that a weight is, read as a whole.
+pub fn weight_tensor(module: &Module, store: &Store, id: crate::entity::WeightId) -> Result<Tensor> {
+    let view = store.view(&module.weights, id)?;
+    let ty = &module.weights[id].ty;
+    match ty.elem {
+        ElemTy::Q(_) => {
+            let mut codes = vec![0; view.rows() * view.cols()];
+            view.read_rows_codes(0, view.rows(), &mut codes)?;
+            Tensor::codes(ty, codes)
+        }
+        ElemTy::I32 => Err(Diag::input(format!("weight @{} has integer elements", module.weights[id].name))),
+        _ => Tensor::float(ty, view.read_all_f32()?),
+    }
+}
+
+fn eval_graph(
+    function: &str,
+    graph: &Graph,
+    args: &[&Tensor],
+    mut cx: EvalCx<'_>,
+    module: &Module,
+    store: &Store,
+    tap: Option<&Tap<'_>>,
+) -> Result<Vec<Tensor>> {
+    if args.len() != graph.params.len() {
+        return Err(Diag::input(format!("@{function} takes {} inputs, got {}", graph.params.len(), args.len())));
+    }
+    let mut uses = SecondaryMap::<ValueId, u32>::new();
+    for (_, node) in graph.ops() {
+        node.args.iter().for_each(|&a| uses[a] += 1);
+    }
+    graph.results.iter().for_each(|&r| uses[r] += 1);
+
+    let mut live: BTreeMap<ValueId, Tensor> = BTreeMap::new();
+    for (&param, &arg) in graph.params.iter().zip(args) {
+        let want = cx.bind(graph.ty(param));
+        if arg.ty != want {
+            return Err(Diag::input(format!("an input of @{function} has type {}, expected {want}", arg.ty)));
+        }
+        live.insert(param, arg.clone());
+    }
+    for (_, node) in graph.ops() {
+        for &a in &node.args {
+            if let Def::Weight(w) = graph.value(a).def
+                && !live.contains_key(&a)
+            {
+                live.insert(a, weight_tensor(module, store, w)?);
+            }
+        }
+        cx.arg_states = node
+            .args
+            .iter()
+            .map(|&a| match graph.value(a).def {
+                Def::State(s) => Some(s),
+                _ => None,
+            })
+            .collect();
+        let operands: Vec<Option<&Tensor>> = node.args.iter().map(|a| live.get(a)).collect();
+        let out = cx.bind(graph.ty(node.result));
+        let result = node.op.eval(&mut cx, &operands, &out).map_err(|e| {
+            let name = graph.value(node.result).name.as_deref().unwrap_or(node.op.name());
+            e.at(Loc::Item(format!("%{name} in @{function}")))
+        })?;
+        if result.ty != out {
+            return Err(Diag::bug(format!("`{}` made {}, declared {out}", node.op.name(), result.ty)));
+        }
+        if let Some(tap) = tap {
+            tap(function, node.result, &result);
+        }
+        live.insert(node.result, result);
+        for &a in &node.args {
+            uses[a] -= 1;
+            if uses[a] == 0 {
+                live.remove(&a);
+            }
+        }
+    }
+    let result = |r: &ValueId| {
+        let missing = || Diag::input(format!("a result of @{function} is not computed"));
+        live.get(r).cloned().ok_or_else(missing)
+    };
+    graph.results.iter().map(result).collect()
+}

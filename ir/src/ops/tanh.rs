@@ -1,0 +1,23 @@
+//! Hyperbolic tangent.
+
+use super::{InferCx, OpSpec, elementwise, op};
+use crate::diag::Result;
+use crate::eval::{EvalCx, Tensor, arg};
+use crate::ty::TensorTy;
+
+op! {
+    /// Elementwise `y = tanh(x)`.
+    "tanh" => pub struct Tanh (
+        /// Input.
+        x: One,
+    ) {}
+}
+
+impl OpSpec for Tanh {
+    fn infer(&self, cx: &InferCx<'_>) -> Result<TensorTy> {
+        cx.float(0).cloned()
+    }
+    fn eval(&self, _: &mut EvalCx<'_>, args: &[Option<&Tensor>], out: &TensorTy) -> Result<Tensor> {
+        elementwise::map(arg(args, 0)?, out, f64::tanh)
+    }
+}
