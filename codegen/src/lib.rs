@@ -2,3 +2,6 @@
 
 pub mod cpu;
 pub mod eexpr;
+pub mod layout;
+pub mod spec;
+pub mod targets;
