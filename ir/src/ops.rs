@@ -208,7 +208,6 @@ macro_rules! op {
         }
     };
 }
-pub(crate) use op;
 
 /// The declaration of an op, for manuals and messages.
 #[derive(Clone, Copy, Debug)]

@@ -3,6 +3,14 @@
 //! Passes and kernels ask a [`TargetDesc`]; nothing in quantc compares target names. The entries themselves are
 //! declared by the code generator, one file each.
 
+use crate::diag::Result;
+use crate::entity::OpId;
+use crate::graph::Graph;
+use crate::module::Module;
+use crate::ops::Op;
+use crate::ty::{ElemTy, TensorTy};
+use crate::weights::{Digest, Store};
+
 /// One machine class that engines are compiled for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TargetDesc {
@@ -50,4 +58,43 @@ pub enum Dot {
     Maddubs,
     /// Sign-extend to i16, then `pmaddwd`: always exact, half the rate.
     Widening,
+}
+
+/// What passes may ask of the code generator without depending on it.
+///
+/// The tool injects it; without one, a pipeline is checked and costed against the target's facts alone.
+pub trait Backend: Sync {
+    /// The target compiled for.
+    fn target(&self) -> &TargetDesc;
+
+    /// Whether a product of rows of `x` with a matrix of `w` has a kernel; the error says what is missing and what has one.
+    fn supports_matmul(&self, x: ElemTy, w: ElemTy) -> Result<()>;
+
+    /// Estimated nanoseconds of one execution for `tokens` tokens.
+    fn cost(&self, op: &Op, args: &[Option<&TensorTy>], out: &TensorTy, tokens: u64) -> f64;
+
+    /// Packs the weight operands of `op` into the layout its kernel wants, through the store, so that the same weight
+    /// is packed once. `None` when the op's kernel reads the weight as it is.
+    fn pack(&self, job: &PackJob<'_>) -> Result<Option<Packed>>;
+}
+
+/// A matmul whose weight is to be packed.
+pub struct PackJob<'a> {
+    /// The module that declares the weights.
+    pub module: &'a Module,
+    /// Where weights are read and the packed bytes go.
+    pub store: &'a Store,
+    /// The function that holds the op.
+    pub graph: &'a Graph,
+    /// The op.
+    pub op: OpId,
+}
+
+/// A weight in a target's layout.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Packed {
+    /// Name of the layout with its parameters.
+    pub layout: String,
+    /// The bytes.
+    pub blob: Digest,
 }

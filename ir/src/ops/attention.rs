@@ -1,6 +1,6 @@
 //! Scaled dot-product attention.
 
-use super::{Binding, InferCx, OpSpec, Real, Work, elements, op};
+use super::{Binding, InferCx, OpSpec, Real, Work, elements};
 use crate::diag::{Diag, Result};
 use crate::eval::{EvalCx, Tensor, arg};
 use crate::ty::{Dim, TensorTy};

@@ -1,6 +1,6 @@
 //! Calling a layer.
 
-use super::{InferCx, OpSpec, op};
+use super::{InferCx, OpSpec};
 use crate::diag::{Diag, Result};
 use crate::eval::{EvalCx, Tensor};
 use crate::ty::TensorTy;

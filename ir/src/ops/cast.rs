@@ -1,6 +1,6 @@
 //! Conversion between float types.
 
-use super::{InferCx, OpSpec, op};
+use super::{InferCx, OpSpec};
 use crate::diag::Result;
 use crate::eval::{EvalCx, Tensor, arg};
 use crate::ty::{Float, TensorTy};

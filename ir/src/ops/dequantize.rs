@@ -1,6 +1,6 @@
 //! From codes to numbers.
 
-use super::{InferCx, OpSpec, op, scales};
+use super::{InferCx, OpSpec, scales};
 use crate::diag::Result;
 use crate::eval::{EvalCx, Tensor, arg};
 use crate::ty::{Float, TensorTy};

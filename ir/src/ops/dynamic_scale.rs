@@ -1,7 +1,7 @@
 //! Scales computed when the engine runs.
 
 use super::quantize::DYNAMIC_INT8;
-use super::{InferCx, OpSpec, op, scales};
+use super::{InferCx, OpSpec, scales};
 use crate::diag::{Diag, Result};
 use crate::eval::{EvalCx, Tensor, arg};
 use crate::quant;

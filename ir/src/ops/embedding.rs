@@ -1,6 +1,6 @@
 //! Rows of a table.
 
-use super::{InferCx, OpSpec, op};
+use super::{InferCx, OpSpec};
 use crate::diag::{Diag, Result};
 use crate::eval::{EvalCx, Tensor, arg};
 use crate::ty::{Float, TensorTy};

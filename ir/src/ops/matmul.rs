@@ -1,7 +1,7 @@
 //! Matrix product with weights stored row by row.
 
 use super::epilogue::{self, Step};
-use super::{Binding, InferCx, OpSpec, Work, elements, op};
+use super::{Binding, InferCx, OpSpec, Work, elements};
 use crate::diag::Result;
 use crate::eval::{EvalCx, Tensor, arg};
 use crate::ty::TensorTy;

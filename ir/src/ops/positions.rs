@@ -1,6 +1,6 @@
 //! Positions of this call's tokens.
 
-use super::{InferCx, OpSpec, op};
+use super::{InferCx, OpSpec};
 use crate::diag::Result;
 use crate::eval::{EvalCx, Tensor};
 use crate::ty::{Dim, ElemTy, TensorTy};

@@ -1,7 +1,7 @@
 //! Matrix product with quantized weights.
 
 use super::epilogue::{self, Step};
-use super::{Binding, InferCx, OpSpec, Work, elements, op, scales};
+use super::{Binding, InferCx, OpSpec, Work, elements, scales};
 use crate::diag::{Diag, Result};
 use crate::eval::{EvalCx, Tensor, arg};
 use crate::scheme::{Group, Zero};

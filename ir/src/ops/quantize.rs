@@ -1,6 +1,6 @@
 //! From numbers to codes.
 
-use super::{InferCx, OpSpec, op, scales};
+use super::{InferCx, OpSpec, scales};
 use crate::diag::Result;
 use crate::eval::{EvalCx, Tensor, arg};
 use crate::formats;

@@ -1,6 +1,6 @@
 //! Another shape for the same elements.
 
-use super::{InferCx, OpSpec, op};
+use super::{InferCx, OpSpec};
 use crate::diag::{Diag, Result};
 use crate::eval::{EvalCx, Tensor, arg};
 use crate::ty::{Dim, Shape, TensorTy};

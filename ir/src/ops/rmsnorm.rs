@@ -1,6 +1,6 @@
 //! Root-mean-square normalization.
 
-use super::{InferCx, OpSpec, Real, last_dim, op};
+use super::{InferCx, OpSpec, Real, last_dim};
 use crate::diag::Result;
 use crate::eval::{EvalCx, Tensor, arg};
 use crate::ty::TensorTy;

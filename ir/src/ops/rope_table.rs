@@ -1,6 +1,6 @@
 //! Angles of rotary position embeddings.
 
-use super::{InferCx, OpSpec, Real, op};
+use super::{InferCx, OpSpec, Real};
 use crate::diag::{Diag, Result};
 use crate::eval::{EvalCx, Tensor, arg};
 use crate::ty::{Dim, ElemTy, TensorTy};

@@ -1,6 +1,6 @@
 //! Sigmoid-weighted linear unit.
 
-use super::{InferCx, OpSpec, elementwise, op};
+use super::{InferCx, OpSpec, elementwise};
 use crate::diag::Result;
 use crate::eval::{EvalCx, Tensor, arg};
 use crate::ty::TensorTy;

@@ -1,6 +1,6 @@
 //! A range of one axis.
 
-use super::{InferCx, OpSpec, op};
+use super::{InferCx, OpSpec};
 use crate::diag::{Diag, Result};
 use crate::eval::{EvalCx, Tensor, arg};
 use crate::eval::Data;

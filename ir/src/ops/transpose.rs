@@ -1,6 +1,6 @@
 //! Swapped axes of a matrix.
 
-use super::{InferCx, OpSpec, op};
+use super::{InferCx, OpSpec};
 use crate::diag::{Diag, Result};
 use crate::eval::{EvalCx, Tensor, arg};
 use crate::ty::{Shape, TensorTy};
