@@ -3,3 +3,7 @@
 #[cfg(feature = "llvm")]
 pub mod llvm;
 pub mod math;
+pub mod row;
+#[cfg(all(test, feature = "llvm"))]
+mod testing;
+pub mod matmul;

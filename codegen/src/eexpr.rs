@@ -16,7 +16,7 @@
 //! - `gelu_erf(x) = 0.5 * x * (1 + erf(x / sqrt(2)))`,
 //!   `gelu_tanh(x) = 0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3)))`.
 //! - `rsqrt(x) = 1 / sqrt(x)` and `rcp(x) = 1 / x`, with true square roots and divisions, no estimates.
-//! - `round` is to the nearest integer, ties to even.
+//! - `round` is to the nearest integer, ties to even. `one_if_zero(x) = if x == 0 { 1 } else { x }`, for scales.
 //! - `fma(a, b, c) = a * b + c`, rounded once where the target can and twice where it cannot.
 //! - `min(a, b) = if a < b { a } else { b }`, `max(a, b) = if a > b { a } else { b }`: with a NaN, the second operand.
 //!   `relu(x) = if x < 0 { 0 } else { x }`, which keeps NaN.
@@ -30,6 +30,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 pub mod interp;
+#[cfg(feature = "llvm")]
+pub mod llvm;
 
 /// An f32 constant, compared and hashed by its bits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -184,6 +186,7 @@ pub enum UnaryOp {
     Rcp,
     Relu,
     Round,
+    OneIfZero,
 }
 
 /// Functions of two values.

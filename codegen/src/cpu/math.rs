@@ -272,8 +272,19 @@ mod tests {
     fn samples() -> impl Iterator<Item = f32> {
         let spread = (0..=u32::MAX).step_by(2999).map(f32::from_bits);
         let fine = (-2_100_000..2_100_000).map(|i| i as f32 * 5.1e-5);
-        let special =
-            [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN, 0.625, 0.93, 4.0, 88.722_84, 1e-40];
+        let special = [
+            0.0,
+            -0.0,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            f32::MAX,
+            f32::MIN,
+            0.625,
+            0.93,
+            4.0,
+            88.722_84,
+            1e-40,
+        ];
         spread.chain(fine).chain(special)
     }
 
@@ -336,7 +347,10 @@ mod tests {
         for x in samples().filter(|x| x.is_finite() && x.abs() < 1e18) {
             let w = x as f64;
             let close = |got: f32, want: f64, abs: f64, what: &str| {
-                assert!((got as f64 - want).abs() <= abs + 6e-7 * want.abs(), "{what}({x}) = {got}, not {want}");
+                assert!(
+                    (got as f64 - want).abs() <= abs + 6e-7 * want.abs(),
+                    "{what}({x}) = {got}, not {want}"
+                );
             };
             close(sigmoid(&mut l, x), 1.0 / (1.0 + (-w).exp()), 2e-38, "sigmoid");
             close(silu(&mut l, x), w / (1.0 + (-w).exp()), 1e-36, "silu");
