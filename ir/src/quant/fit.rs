@@ -276,7 +276,7 @@ pub fn quantize_view(
     narrow(scheme)?;
     let cols = groups.cols();
     let mut block = vec![];
-    let mut read = |rows: Range<usize>, block: &mut Vec<f32>| {
+    let read = |rows: Range<usize>, block: &mut Vec<f32>| {
         block.resize(rows.len() * cols, 0.0);
         view.read_rows_f32(rows.start, rows.len(), block)?;
         view.release(rows);
