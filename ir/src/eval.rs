@@ -237,7 +237,9 @@ impl<'m> Evaluator<'m> {
         let mut states = BTreeMap::new();
         for (id, state) in module.states.iter() {
             let n = state.ty.shape.elements().filter(|&n| n <= 1 << 30);
-            let n = n.ok_or_else(|| Diag::input(format!("state @{} of type {} is too large", state.name, state.ty)))?;
+            let n = n.ok_or_else(|| {
+                Diag::input(format!("state @{} of type {} is too large", state.name, state.ty))
+            })?;
             let data = match state.ty.elem {
                 ElemTy::I32 => Data::I32(vec![0; n as usize]),
                 ElemTy::Q(_) => Data::Codes(vec![0; n as usize]),
@@ -339,7 +341,11 @@ fn eval_graph(
     tap: Option<&Tap<'_>>,
 ) -> Result<Vec<Tensor>> {
     if args.len() != graph.params.len() {
-        return Err(Diag::input(format!("@{function} takes {} inputs, got {}", graph.params.len(), args.len())));
+        return Err(Diag::input(format!(
+            "@{function} takes {} inputs, got {}",
+            graph.params.len(),
+            args.len()
+        )));
     }
     let mut uses = SecondaryMap::<ValueId, u32>::new();
     for (_, node) in graph.ops() {

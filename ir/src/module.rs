@@ -75,7 +75,8 @@ impl Module {
 
     /// A name for a new weight that starts with `stem` and is not taken.
     pub fn fresh_weight_name(&self, stem: &str) -> String {
-        let taken: std::collections::BTreeSet<&str> = self.weights.values().map(|w| w.name.as_str()).collect();
+        let taken: std::collections::BTreeSet<&str> =
+            self.weights.values().map(|w| w.name.as_str()).collect();
         let mut name = stem.to_string();
         let mut n = 1;
         while taken.contains(name.as_str()) {

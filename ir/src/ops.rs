@@ -112,7 +112,11 @@ impl<'a> InferCx<'a> {
     /// The type of operand `i`, which must have plain i32 elements.
     pub fn ints(&self, i: usize) -> Result<&'a TensorTy> {
         let ty = self.arg(i)?;
-        if ty.elem == ElemTy::I32 { Ok(ty) } else { Err(Diag::input(format!("operand {i} has type {ty}, expected i32"))) }
+        if ty.elem == ElemTy::I32 {
+            Ok(ty)
+        } else {
+            Err(Diag::input(format!("operand {i} has type {ty}, expected i32")))
+        }
     }
     /// Demands a shape of operand `i`.
     pub fn expect_shape(&self, i: usize, shape: &[Dim], what: &str) -> Result<()> {
@@ -326,9 +330,9 @@ pub use attention::visible;
 pub use epilogue::Step;
 pub use qmatmul::QMATMUL_EXTRAS;
 pub use quantize::DYNAMIC_INT8;
-pub use scales::zero_scheme;
 pub use rope::RopeStyle;
 pub use rope_table::RopeScaling;
+pub use scales::zero_scheme;
 
 impl OpKind {
     /// The op named `name`.
@@ -357,7 +361,11 @@ impl OpSpec for Op {
         let declared = self.operands();
         if cx.args.len() < declared.fixed() || (cx.args.len() > declared.fixed() && !declared.many()) {
             let want = declared.fixed();
-            return Err(Diag::input(format!("`{}` has {} operands, expected {want}", self.name(), cx.args.len())));
+            return Err(Diag::input(format!(
+                "`{}` has {} operands, expected {want}",
+                self.name(),
+                cx.args.len()
+            )));
         }
         for (operand, arg) in declared.0.iter().zip(&cx.args) {
             if operand.arity == Arity::One && arg.is_none() {

@@ -71,7 +71,9 @@ impl Scheme {
             }
             Group::Tile(tile) => {
                 if rank != 2 {
-                    return Err(Diag::input(format!("{self} needs a matrix, but the tensor has rank {rank}")));
+                    return Err(Diag::input(format!(
+                        "{self} needs a matrix, but the tensor has rank {rank}"
+                    )));
                 }
                 blocks = tile.iter().map(|&n| Some(u64::from(n))).collect();
             }
@@ -125,9 +127,10 @@ impl Scheme {
     /// Reads `!q<int4:f16 block 128@1>`, the form in which schemes are written.
     pub fn parse(text: &str) -> Result<Scheme> {
         let bad = |why: String| {
-            Diag::input(format!("`{text}` is not a scheme: {why}"))
-                .help("write `!q<FORMAT:SCALE GROUP>` or `!q<FORMAT:SCALE GROUP zero FORMAT>`, with a group of \
-                       `tensor`, `axis A`, `block N@A`, `tile RxC` or `token`")
+            Diag::input(format!("`{text}` is not a scheme: {why}")).help(
+                "write `!q<FORMAT:SCALE GROUP>` or `!q<FORMAT:SCALE GROUP zero FORMAT>`, with a group of \
+                       `tensor`, `axis A`, `block N@A`, `tile RxC` or `token`",
+            )
         };
         let inner = text.strip_prefix("!q<").and_then(|t| t.strip_suffix('>'));
         let inner = inner.ok_or_else(|| bad("it must lie between `!q<` and `>`".into()))?;
@@ -150,19 +153,23 @@ impl Scheme {
             "axis" => Group::Axis(axis(word("the axis")?)?),
             "block" => {
                 let spec = word("the block size")?;
-                let (size, at) = spec.split_once('@').ok_or_else(|| bad(format!("`{spec}` is not `SIZE@AXIS`")))?;
+                let (size, at) =
+                    spec.split_once('@').ok_or_else(|| bad(format!("`{spec}` is not `SIZE@AXIS`")))?;
                 Group::Block { axis: axis(at)?, size: number(size)? }
             }
             "tile" => {
                 let spec = word("the tile")?;
-                let (r, c) = spec.split_once('x').ok_or_else(|| bad(format!("`{spec}` is not `ROWSxCOLS`")))?;
+                let (r, c) =
+                    spec.split_once('x').ok_or_else(|| bad(format!("`{spec}` is not `ROWSxCOLS`")))?;
                 Group::Tile([number(r)?, number(c)?])
             }
             other => return Err(bad(format!("unknown group `{other}`"))),
         };
         let zero = match words.next() {
             None => Zero::Symmetric,
-            Some("zero") => Zero::Point(format(words.next().ok_or_else(|| bad("a format must follow `zero`".into()))?)?),
+            Some("zero") => {
+                Zero::Point(format(words.next().ok_or_else(|| bad("a format must follow `zero`".into()))?)?)
+            }
             Some(other) => return Err(bad(format!("unexpected `{other}`"))),
         };
         match words.next() {

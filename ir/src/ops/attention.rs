@@ -35,9 +35,12 @@ pub fn visible(q: u64, k: u64, causal: bool, window: u32) -> bool {
 impl OpSpec for Attention {
     fn infer(&self, cx: &InferCx<'_>) -> Result<TensorTy> {
         let (q, k, v) = (cx.float(0)?, cx.float(1)?, cx.float(2)?);
-        let ([_, Dim::Static(h), Dim::Static(d)], [_, Dim::Static(g), Dim::Static(kd)]) = (&q.shape.0[..], &k.shape.0[..])
+        let ([_, Dim::Static(h), Dim::Static(d)], [_, Dim::Static(g), Dim::Static(kd)]) =
+            (&q.shape.0[..], &k.shape.0[..])
         else {
-            return Err(Diag::input(format!("queries {q} and keys {k} must have shape tokens x heads x size")));
+            return Err(Diag::input(format!(
+                "queries {q} and keys {k} must have shape tokens x heads x size"
+            )));
         };
         if d != kd || *g == 0 || h % g != 0 {
             return Err(Diag::input(format!("queries {q} do not match keys {k}")));
@@ -69,14 +72,16 @@ impl OpSpec for Attention {
                     .iter()
                     .map(|&j| {
                         let key = &k[row(j)..][..d];
-                        self.scale.0 * query.iter().zip(key).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>()
+                        self.scale.0
+                            * query.iter().zip(key).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>()
                     })
                     .collect();
                 let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|x| (x - top).exp()).collect();
                 let total: f64 = weights.iter().sum();
                 for e in 0..d {
-                    let sum: f64 = seen.iter().zip(&weights).map(|(&j, w)| w * f64::from(v[row(j) + e])).sum();
+                    let sum: f64 =
+                        seen.iter().zip(&weights).map(|(&j, w)| w * f64::from(v[row(j) + e])).sum();
                     y[(i * heads + h) * d + e] = (sum / total) as f32;
                 }
             }

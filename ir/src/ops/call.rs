@@ -27,7 +27,10 @@ impl OpSpec for Call {
         for (i, param) in signature.params.iter().enumerate() {
             let arg = cx.arg(i)?;
             if arg != param {
-                return Err(Diag::input(format!("input {i} of layer @{} has type {arg}, expected {param}", self.layer)));
+                return Err(Diag::input(format!(
+                    "input {i} of layer @{} has type {arg}, expected {param}",
+                    self.layer
+                )));
             }
         }
         Ok(signature.result)

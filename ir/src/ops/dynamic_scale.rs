@@ -23,7 +23,10 @@ impl OpSpec for DynamicScale {
     fn infer(&self, cx: &InferCx<'_>) -> Result<TensorTy> {
         let x = cx.float(0)?;
         if self.to.zero != Zero::Symmetric {
-            return Err(Diag::input(format!("dynamic scales of {} need zero points, which are not computed", self.to)));
+            return Err(Diag::input(format!(
+                "dynamic scales of {} need zero points, which are not computed",
+                self.to
+            )));
         }
         Ok(TensorTy { elem: self.to.scale.into(), shape: self.to.scale_shape(&x.shape)? })
     }
@@ -36,7 +39,8 @@ impl OpSpec for DynamicScale {
             let top = &mut absmax[grouping.of(i)];
             *top = top.max(x.abs());
         }
-        let scales: Vec<f32> = absmax.into_iter().map(|a| quant::symmetric_scale(a, self.to.format, self.to.scale)).collect();
+        let scale = |a| Ok(quant::scale_for(quant::Span::symmetric(a), &self.to, quant::ScaleRule::Real)?.0);
+        let scales: Vec<f32> = absmax.into_iter().map(scale).collect::<Result<_>>()?;
         Tensor::float(out, scales)
     }
 }

@@ -21,7 +21,8 @@ op! {
 impl OpSpec for Embedding {
     fn infer(&self, cx: &InferCx<'_>) -> Result<TensorTy> {
         let (ids, table) = (cx.ints(0)?, cx.float(1)?);
-        let (_, width) = table.matrix().ok_or_else(|| Diag::input(format!("the table has type {table}, not a matrix")))?;
+        let (_, width) =
+            table.matrix().ok_or_else(|| Diag::input(format!("the table has type {table}, not a matrix")))?;
         let mut ty = ids.with_elem(self.to);
         ty.shape.0.push(width);
         Ok(ty)

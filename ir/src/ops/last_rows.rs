@@ -25,7 +25,8 @@ impl OpSpec for LastRows {
     fn eval(&self, cx: &mut EvalCx<'_>, args: &[Option<&Tensor>], _: &TensorTy) -> Result<Tensor> {
         let x = arg(args, 0)?;
         let (rows, wanted) = (x.dims()[0], cx.symbol('r') as usize);
-        let from = rows.checked_sub(wanted).ok_or_else(|| Diag::bug("more rows wanted than there are tokens"))?;
+        let from =
+            rows.checked_sub(wanted).ok_or_else(|| Diag::bug("more rows wanted than there are tokens"))?;
         x.slice_rows(from, wanted)
     }
 }

@@ -46,12 +46,16 @@ impl OpSpec for QMatMul {
             None => {
                 cx.float(0)?;
                 if let Some(ty) = cx.opt(4) {
-                    return Err(Diag::input(format!("scales of type {ty} are given for {x}, which has none")));
+                    return Err(Diag::input(format!(
+                        "scales of type {ty} are given for {x}, which has none"
+                    )));
                 }
             }
             Some(scheme) => {
                 if scheme.group != Group::Token || scheme.zero != Zero::Symmetric {
-                    return Err(Diag::input(format!("rows of type {x} must be symmetric with one scale per token")));
+                    return Err(Diag::input(format!(
+                        "rows of type {x} must be symmetric with one scale per token"
+                    )));
                 }
                 scales::check(cx, scheme, &x.shape, 4, None)?;
             }

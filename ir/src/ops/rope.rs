@@ -38,7 +38,9 @@ impl OpSpec for Rope {
     fn infer(&self, cx: &InferCx<'_>) -> Result<TensorTy> {
         let (x, table) = (cx.float(0)?, cx.float(1)?);
         match (&x.shape.0[..], &table.shape.0[..]) {
-            ([t, _, Dim::Static(d)], [t2, Dim::Static(size)]) if t == t2 && size <= d && size % 2 == 0 => Ok(x.clone()),
+            ([t, _, Dim::Static(d)], [t2, Dim::Static(size)]) if t == t2 && size <= d && size % 2 == 0 => {
+                Ok(x.clone())
+            }
             _ => Err(Diag::input(format!("{x} cannot be rotated by a table of type {table}"))),
         }
     }

@@ -46,22 +46,34 @@ pub(super) fn scheme(cx: &InferCx<'_>, i: usize) -> Result<(Scheme, Shape)> {
 }
 
 /// Checks the scale operand `at` and the zero-point operand of a tensor of `shape` under `scheme`.
-pub(super) fn check(cx: &InferCx<'_>, scheme: Scheme, shape: &Shape, at: usize, zero: Option<usize>) -> Result<()> {
+pub(super) fn check(
+    cx: &InferCx<'_>,
+    scheme: Scheme,
+    shape: &Shape,
+    at: usize,
+    zero: Option<usize>,
+) -> Result<()> {
     let want = TensorTy { elem: scheme.scale.into(), shape: scheme.scale_shape(shape)? };
-    let got = cx.opt(at).ok_or_else(|| Diag::input(format!("{scheme} needs its scales, a value of type {want}")))?;
+    let got = cx
+        .opt(at)
+        .ok_or_else(|| Diag::input(format!("{scheme} needs its scales, a value of type {want}")))?;
     if *got != want {
         return Err(Diag::input(format!("the scales have type {got}, {scheme} needs {want}")));
     }
     let zero_ty = zero.and_then(|z| cx.opt(z));
     match (scheme.zero, zero_ty) {
         (Zero::Symmetric, None) => Ok(()),
-        (Zero::Symmetric, Some(ty)) => Err(Diag::input(format!("{scheme} has no zero points, but one of type {ty} is given"))),
+        (Zero::Symmetric, Some(ty)) => {
+            Err(Diag::input(format!("{scheme} has no zero points, but one of type {ty} is given")))
+        }
         (Zero::Point(format), ty) => {
             let elem = ElemTy::Q(zero_scheme(scheme, format));
             let want = TensorTy { elem, shape: want.shape };
             match ty {
                 Some(ty) if *ty == want => Ok(()),
-                Some(ty) => Err(Diag::input(format!("the zero points have type {ty}, {scheme} needs {want}"))),
+                Some(ty) => {
+                    Err(Diag::input(format!("the zero points have type {ty}, {scheme} needs {want}")))
+                }
                 None => Err(Diag::input(format!("{scheme} needs its zero points, a value of type {want}"))),
             }
         }

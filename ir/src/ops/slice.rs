@@ -2,8 +2,8 @@
 
 use super::{InferCx, OpSpec};
 use crate::diag::{Diag, Result};
-use crate::eval::{EvalCx, Tensor, arg};
 use crate::eval::Data;
+use crate::eval::{EvalCx, Tensor, arg};
 use crate::ty::{Dim, TensorTy};
 
 op! {
@@ -43,7 +43,8 @@ impl OpSpec for Slice {
         let axis = usize::from(self.axis);
         let inner: usize = dims[axis + 1..].iter().product();
         let (start, len) = (self.start as usize * inner, self.len as usize * inner);
-        let cut = x.f32s()?.chunks(dims[axis] * inner).flat_map(|c| &c[start..start + len]).copied().collect();
+        let cut =
+            x.f32s()?.chunks(dims[axis] * inner).flat_map(|c| &c[start..start + len]).copied().collect();
         Ok(Tensor { ty: out.clone(), data: Data::F32(cut) })
     }
 }
