@@ -11,6 +11,9 @@ pub mod error;
 pub mod format;
 mod mem;
 pub mod object;
+pub mod pool;
+pub mod sample;
+pub mod stats;
 
 pub use error::{Error, ErrorKind, Result};
 pub use object::{KernelFn, Object};
