@@ -102,7 +102,7 @@ impl Mapping {
         }
         let inside = offset.checked_add(len).is_some_and(|end| end <= self.len);
         assert!(
-            inside && offset % PAGE == 0 && len % PAGE == 0,
+            inside && offset.is_multiple_of(PAGE) && len.is_multiple_of(PAGE),
             "protected ranges are whole pages of the mapping"
         );
         let flags = match protection {

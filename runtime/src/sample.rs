@@ -118,8 +118,8 @@ impl Sampler {
                 rest.select_nth_unstable_by(part, rank);
             }
             rest[..part].sort_unstable_by(rank);
-            for offset in 0..part {
-                kept += weigh(rest[offset].0);
+            for (offset, &(logit, _)) in rest[..part].iter().enumerate() {
+                kept += weigh(logit);
                 if kept >= wanted {
                     self.ranked.truncate(sorted + offset + 1);
                     return kept;

@@ -1,0 +1,256 @@
+//! Opens an engine's folder: checks every file, maps the weights, loads the kernels.
+//!
+//! What holds for an open engine:
+//! - the manifest is valid, and this machine has the instruction sets of the engine's target;
+//! - every listed file has the length and digest the manifest says (weights only when asked to verify them);
+//! - every launch's symbol is in the object.
+//!
+//! Weights are mapped, not read: pages come from the file as they are touched and are shared between processes. The
+//! file must not be changed while an engine is open.
+
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use memmap2::Mmap;
+
+use crate::cpu;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{self, Blob, KERNELS_FILE, MANIFEST_FILE, Manifest, WEIGHTS_FILE};
+use crate::object::{KernelFn, MAX_OBJECT_BYTES, Object};
+use crate::stats;
+
+/// How to open an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// Compare the weights with their digests. It reads all of them once.
+    pub verify_weights: bool,
+}
+
+impl Default for OpenOptions {
+    fn default() -> OpenOptions {
+        OpenOptions { verify_weights: true }
+    }
+}
+
+/// An open engine; sessions share it.
+#[derive(Debug)]
+pub struct Engine {
+    path: PathBuf,
+    manifest: Manifest,
+    /// `None` when the engine has no weights.
+    weights: Option<Mmap>,
+    object: Object,
+    /// The kernel of each launch of each program.
+    kernels: Vec<Vec<KernelFn>>,
+}
+
+impl Engine {
+    /// Opens the engine in the folder `path`.
+    pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Engine> {
+        let path = path.as_ref();
+        let manifest = read_manifest(path)?;
+        cpu::check(&manifest.target).map_err(|e| e.at(path.display()))?;
+        let mut object = None;
+        let mut weights = None;
+        for file in &manifest.files {
+            let at = path.join(&file.name);
+            match file.name.as_str() {
+                KERNELS_FILE => {
+                    let bytes = read_checked(&at, file)?;
+                    object = Some(Object::load(&bytes).map_err(|e| e.at(at.display()))?);
+                }
+                WEIGHTS_FILE => weights = map_weights(&at, file)?,
+                _ => check_file(&at, file)?,
+            }
+        }
+        let object = object.ok_or_else(|| Error::format(format!("{KERNELS_FILE} is not listed")))?;
+        if options.verify_weights {
+            let bytes = weights.as_deref().unwrap_or_default();
+            verify_weights(bytes, &manifest.weights).map_err(|e| e.at(path.join(WEIGHTS_FILE).display()))?;
+        }
+        let kernels =
+            resolve_kernels(&manifest, &object).map_err(|e| e.at(path.join(KERNELS_FILE).display()))?;
+        Ok(Engine { path: path.to_owned(), manifest, weights, object, kernels })
+    }
+
+    /// The engine's folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The manifest; it is valid.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The loaded kernels.
+    pub fn object(&self) -> &Object {
+        &self.object
+    }
+
+    /// The bytes of weight `index`; `None` when there is no such weight.
+    pub fn weight(&self, index: usize) -> Option<&[u8]> {
+        let blob = self.manifest.weights.get(index)?;
+        let bytes = self.weights.as_deref().unwrap_or_default();
+        bytes.get(blob.offset as usize..)?.get(..blob.len as usize)
+    }
+
+    /// The bytes of another listed file, compared with its digest; for example `tokenizer.json`.
+    pub fn read_file(&self, name: &str) -> Result<Vec<u8>> {
+        let at = self.path.join(name);
+        match self.manifest.file(name) {
+            Some(file) => read_checked(&at, file),
+            None => Err(Error::input("the engine has no such file").at(at.display())),
+        }
+    }
+
+    /// The kernel of a launch; both indices are the manifest's.
+    pub(crate) fn kernel(&self, program: usize, launch: usize) -> KernelFn {
+        self.kernels[program][launch]
+    }
+}
+
+/// Reads and validates the manifest of the engine in `folder`, without looking at any other file.
+pub fn read_manifest(folder: &Path) -> Result<Manifest> {
+    let at = folder.join(MANIFEST_FILE);
+    let (file, len) = open_plain(&at)?;
+    if len > format::MAX_MANIFEST_BYTES {
+        let what = format!("the manifest has {len} bytes, more than {}", format::MAX_MANIFEST_BYTES);
+        return Err(Error::format(what).at(at.display()));
+    }
+    let bytes = read_exactly(file, len, &at)?;
+    let manifest = Manifest::decode_file(&bytes).map_err(|e| e.at(at.display()))?;
+    manifest.validate().map_err(|e| e.at(at.display()))?;
+    Ok(manifest)
+}
+
+/// Opens a plain file; anything else (a pipe would wait for ever) is refused.
+fn open_plain(path: &Path) -> Result<(fs::File, u64)> {
+    let metadata = fs::metadata(path).map_err(|e| Error::io(path, "open the file", &e))?;
+    if !metadata.is_file() {
+        return Err(Error::new(ErrorKind::Io, "not a plain file").at(path.display()));
+    }
+    let file = fs::File::open(path).map_err(|e| Error::io(path, "open the file", &e))?;
+    let len = file.metadata().map_err(|e| Error::io(path, "ask for the file's length", &e))?.len();
+    Ok((file, len))
+}
+
+/// Opens a listed file and compares its length.
+fn open_listed(path: &Path, listed: &format::File) -> Result<fs::File> {
+    let (file, len) = open_plain(path)?;
+    if len != listed.len {
+        let what = format!("the file has {len} bytes, the manifest says {}", listed.len);
+        return Err(Error::new(ErrorKind::Digest, what).at(path.display()));
+    }
+    Ok(file)
+}
+
+fn read_exactly(file: fs::File, len: u64, path: &Path) -> Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(usize::try_from(len).unwrap_or(0).min(MAX_OBJECT_BYTES));
+    file.take(len).read_to_end(&mut bytes).map_err(|e| Error::io(path, "read the file", &e))?;
+    Ok(bytes)
+}
+
+fn read_checked(path: &Path, listed: &format::File) -> Result<Vec<u8>> {
+    let file = open_listed(path, listed)?;
+    if listed.len > MAX_OBJECT_BYTES as u64 {
+        let what = format!("the file has {} bytes, more than {MAX_OBJECT_BYTES}", listed.len);
+        return Err(Error::format(what).at(path.display()));
+    }
+    let bytes = read_exactly(file, listed.len, path)?;
+    compare(&listed.digest, &blake3::hash(&bytes)).map_err(|e| e.at(path.display()))?;
+    Ok(bytes)
+}
+
+fn check_file(path: &Path, listed: &format::File) -> Result<()> {
+    let file = open_listed(path, listed)?;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(file).map_err(|e| Error::io(path, "read the file", &e))?;
+    compare(&listed.digest, &hasher.finalize()).map_err(|e| e.at(path.display()))
+}
+
+fn compare(listed: &[u8], found: &blake3::Hash) -> Result<()> {
+    if listed == found.as_bytes() {
+        return Ok(());
+    }
+    let what = format!("the contents have blake3 {found}, the manifest says {}", format::hex(listed));
+    Err(Error::new(ErrorKind::Digest, what))
+}
+
+fn map_weights(path: &Path, listed: &format::File) -> Result<Option<Mmap>> {
+    let file = open_listed(path, listed)?;
+    if listed.len == 0 {
+        return Ok(None);
+    }
+    // SAFETY: the mapping is read-only, and an engine's file must not change while it is open, as the module says.
+    let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, "map the file", &e))?;
+    // The file may have changed between asking for its length and mapping it.
+    if map.len() as u64 != listed.len {
+        let what = format!("the file has {} bytes, the manifest says {}", map.len(), listed.len);
+        return Err(Error::new(ErrorKind::Digest, what).at(path.display()));
+    }
+    Ok(Some(map))
+}
+
+/// Compares every blob with its digest, and every byte between blobs with zero, so that no byte goes unchecked.
+fn verify_weights(bytes: &[u8], blobs: &[Blob]) -> Result<()> {
+    let outside = |index: usize, blob: &Blob| {
+        Error::format("lies outside the file").at(format_args!("weight {index} {:?}", blob.name))
+    };
+    let mut ranges = Vec::with_capacity(blobs.len());
+    for (index, blob) in blobs.iter().enumerate() {
+        let range = blob.offset as usize..blob.offset.saturating_add(blob.len) as usize;
+        bytes.get(range.clone()).ok_or_else(|| outside(index, blob))?;
+        ranges.push(range);
+    }
+    let next = AtomicUsize::new(0);
+    let first_bad = AtomicUsize::new(usize::MAX);
+    let verify_some = || {
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(range) = ranges.get(index) else { return };
+            if blake3::hash(&bytes[range.clone()]).as_bytes() != blobs[index].digest.as_slice() {
+                first_bad.fetch_min(index, Ordering::Relaxed);
+            }
+        }
+    };
+    let helpers = stats::available_cpus().min(blobs.len()).saturating_sub(1);
+    std::thread::scope(|scope| {
+        for _ in 0..helpers {
+            // When a thread cannot be started, the others do its part.
+            let _started = std::thread::Builder::new().spawn_scoped(scope, verify_some);
+        }
+        verify_some();
+    });
+    let bad = first_bad.into_inner();
+    if let Some(blob) = blobs.get(bad) {
+        let found = blake3::hash(&bytes[ranges[bad].clone()]);
+        return compare(&blob.digest, &found).map_err(|e| e.at(format_args!("weight {bad} {:?}", blob.name)));
+    }
+    ranges.sort_by_key(|range| (range.start, range.end));
+    let mut end = 0;
+    for range in ranges {
+        check_zero(bytes, end, range.start)?;
+        end = end.max(range.end);
+    }
+    check_zero(bytes, end, bytes.len())
+}
+
+fn check_zero(bytes: &[u8], start: usize, end: usize) -> Result<()> {
+    if start < end && bytes[start..end].iter().any(|&byte| byte != 0) {
+        let what = format!("the bytes {start}..{end} belong to no weight but are not zero");
+        return Err(Error::new(ErrorKind::Digest, what));
+    }
+    Ok(())
+}
+
+fn resolve_kernels(manifest: &Manifest, object: &Object) -> Result<Vec<Vec<KernelFn>>> {
+    let resolve = |launch: &format::Launch| {
+        object.symbol(&launch.symbol).ok_or_else(|| {
+            Error::object(format!("the object lacks `{}`, which `{}` calls", launch.symbol, launch.name))
+        })
+    };
+    manifest.programs.iter().map(|program| program.launches.iter().map(resolve).collect()).collect()
+}

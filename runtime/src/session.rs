@@ -1,0 +1,695 @@
+//! Runs an engine: a session holds the memory and threads of one conversation, or of several side by side.
+//!
+//! A session has `slots` sequences. Each slot remembers its tokens in the engine's states, up to `context` of them.
+//! [`Session::step`] is the one way kernels are run: a batch of tokens, each with its slot and position, gives rows of
+//! results. [`prefill`](Session::prefill), [`decode`](Session::decode), [`decode_batch`](Session::decode_batch),
+//! [`score`](Session::score) and [`encode`](Session::encode) are made of steps.
+//!
+//! What holds:
+//! - Everything is allocated by [`Session::new`]; a step allocates nothing.
+//! - Nothing runs before the whole call has been checked: a refused call changes neither states nor positions.
+//! - Results do not depend on the number of threads, because work items are independent of each other.
+//! - A step reads only state rows that were written since the slot's last [`reset`](Session::reset): positions have no
+//!   gaps.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use crate::engine::Engine;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{Input, Items, Kind, Launch, Manifest, NO_BARRIER_AFTER, RefKind};
+use crate::mem::{Mapping, PAGE};
+use crate::object::KernelFn;
+use crate::pool::{Pool, PoolOptions};
+use crate::stats;
+
+/// How to make a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SessionOptions {
+    /// Workers, the caller included; 0 means one for each CPU this process may use.
+    pub threads: usize,
+    /// Sequences side by side.
+    pub slots: u32,
+    /// Tie the workers to CPUs.
+    pub pin: bool,
+    /// Fill arena and scratch with NaN before every step, so that a read of something never written shows.
+    pub poison: bool,
+    /// Measure the time of every launch; see [`Session::profile`].
+    pub profile: bool,
+}
+
+impl Default for SessionOptions {
+    fn default() -> SessionOptions {
+        SessionOptions { threads: 0, slots: 1, pin: false, poison: false, profile: false }
+    }
+}
+
+/// A batch of tokens; all slices have the same length.
+#[derive(Clone, Copy, Debug)]
+pub struct Step<'a> {
+    /// Token ids.
+    pub tokens: &'a [u32],
+    /// Position of each token in its slot. Tokens of one slot come in ascending order without gaps; the first is at
+    /// most the slot's position (a smaller one forgets what came after).
+    pub positions: &'a [u32],
+    /// Slot of each token.
+    pub slots: &'a [u32],
+    /// How many result rows are wanted: those of the last tokens. 0 only updates the states.
+    pub rows: usize,
+}
+
+/// Time spent in launches of one name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProfileRow {
+    /// The launches' name.
+    pub name: String,
+    /// The first such launch's kernel.
+    pub symbol: String,
+    /// How often such a launch ran.
+    pub calls: u64,
+    /// Time from the end of the launch before, with all workers, in nanoseconds.
+    pub nanos: u64,
+}
+
+/// What a tap sees: name, rows, width and `rows * width` values.
+pub type TapFn<'a> = dyn FnMut(&str, usize, usize, &[f32]) + 'a;
+
+/// Memory and threads to run an engine with; see the module.
+pub struct Session {
+    pool: Pool,
+    programs: Vec<Prepared>,
+    arena: Mapping,
+    scratch: Mapping,
+    inputs: Mapping,
+    /// Read by kernels through the pointer tables only.
+    _states: Vec<Mapping>,
+    /// Byte offset of the result in the arena.
+    output: usize,
+    /// Tokens each slot holds.
+    positions: Vec<u32>,
+    /// Position each slot must go on with inside the batch being checked; [`NOT_SEEN`] before its first token.
+    expected: Vec<u32>,
+    /// Positions and slots of the batches that `prefill` and the like make.
+    batch_positions: Vec<u32>,
+    batch_slots: Vec<u32>,
+    poison: bool,
+    profile: bool,
+    /// Kernels and weights the tables point to; dropped last.
+    engine: Arc<Engine>,
+}
+
+const NOT_SEEN: u32 = u32::MAX;
+
+/// A program with all addresses known.
+struct Prepared {
+    launches: Vec<PreparedLaunch>,
+    /// For each worker, the buffers of all launches.
+    tables: Vec<Vec<*mut u8>>,
+}
+
+struct PreparedLaunch {
+    kernel: KernelFn,
+    /// Where the launch's buffers begin in a worker's table.
+    first_arg: usize,
+    items: Items,
+    barrier_after: bool,
+    calls: AtomicU64,
+    nanos: AtomicU64,
+}
+
+// SAFETY: the tables point into mappings that the session or its engine owns; a session is used by one thread at a time
+// (`&mut self`) and may move between threads.
+unsafe impl Send for Session {}
+// SAFETY: with `&Session` one can only read positions, times and the result; kernels run under `&mut Session`.
+unsafe impl Sync for Session {}
+
+impl Session {
+    /// Allocates memory and starts threads.
+    pub fn new(engine: Arc<Engine>, options: &SessionOptions) -> Result<Session> {
+        let threads = if options.threads == 0 { stats::available_cpus() } else { options.threads };
+        let manifest = engine.manifest();
+        let sizes = Sizes::of(manifest, options.slots, threads)?;
+        sizes.check_available(manifest, options.slots, threads)?;
+        let pool = Pool::new(threads, PoolOptions { pin: options.pin })?;
+        let map = |bytes: usize, what: &str| {
+            let mapping = Mapping::new(bytes, what)?;
+            mapping.advise_huge();
+            Ok(mapping)
+        };
+        let arena = map(sizes.arena, "the arena")?;
+        let scratch = map(sizes.scratch * threads, "scratch")?;
+        let inputs = map(sizes.input * 3, "inputs")?;
+        let states =
+            sizes.states.iter().map(|&bytes| map(bytes, "a state")).collect::<Result<Vec<Mapping>>>()?;
+        let memory =
+            Memory { arena: &arena, scratch: &scratch, inputs: &inputs, states: &states, sizes: &sizes };
+        let programs =
+            (0..manifest.programs.len()).map(|index| memory.prepare(&engine, index, threads)).collect();
+        let output = match manifest.output.kind {
+            Some(RefKind::Arena(offset)) => offset as usize,
+            _ => return Err(Error::format("the result does not lie in the arena")),
+        };
+        let max_tokens = manifest.max_tokens as usize;
+        Ok(Session {
+            pool,
+            programs,
+            arena,
+            scratch,
+            inputs,
+            _states: states,
+            output,
+            positions: vec![0; options.slots as usize],
+            expected: vec![NOT_SEEN; options.slots as usize],
+            batch_positions: Vec::with_capacity(max_tokens),
+            batch_slots: Vec::with_capacity(max_tokens),
+            poison: options.poison,
+            profile: options.profile,
+            engine,
+        })
+    }
+
+    /// The engine this session runs.
+    pub fn engine(&self) -> &Arc<Engine> {
+        &self.engine
+    }
+
+    /// How many workers there are.
+    pub fn threads(&self) -> usize {
+        self.pool.workers()
+    }
+
+    /// How many sequences there are.
+    pub fn slots(&self) -> u32 {
+        self.positions.len() as u32
+    }
+
+    /// How many tokens `slot` holds; 0 for a slot that does not exist.
+    pub fn position(&self, slot: u32) -> u32 {
+        self.positions.get(slot as usize).copied().unwrap_or(0)
+    }
+
+    /// Forgets everything in `slot`.
+    pub fn reset(&mut self, slot: u32) -> Result<()> {
+        self.truncate(slot, 0)
+    }
+
+    /// Forgets everything in `slot` after its first `len` tokens.
+    pub fn truncate(&mut self, slot: u32, len: u32) -> Result<()> {
+        let held = self.held(slot)?;
+        if len > held {
+            return Err(Error::input(format!(
+                "slot {slot} holds {held} tokens, fewer than the {len} to keep"
+            )));
+        }
+        self.positions[slot as usize] = len;
+        Ok(())
+    }
+
+    /// Runs one batch; returns `rows * vocab` numbers.
+    pub fn step(&mut self, step: Step<'_>) -> Result<&[f32]> {
+        self.run_step(step, None)
+    }
+
+    /// Like [`Session::step`], and calls `tap` with every value that the manifest names, in order.
+    ///
+    /// Workers stop between launches for it, so it is slower; the results are the same.
+    pub fn step_tapped(&mut self, step: Step<'_>, tap: &mut TapFn<'_>) -> Result<&[f32]> {
+        self.run_step(step, Some(tap))
+    }
+
+    /// Appends `tokens` to `slot`, in chunks of at most `max_tokens`; returns the results of the last `rows` of them.
+    pub fn prefill(&mut self, slot: u32, tokens: &[u32], rows: usize) -> Result<&[f32]> {
+        let limit = self.engine.manifest().max_tokens as usize;
+        let most = tokens.len().min(self.engine.manifest().max_rows as usize);
+        if rows > most {
+            let what =
+                format!("{rows} result rows were asked for, this prompt and engine give at most {most}");
+            return Err(Error::input(what));
+        }
+        self.check_append(slot, tokens)?;
+        let mut rest = tokens;
+        while rest.len() > limit {
+            // The last chunk must hold all the rows wanted; `rows <= max_rows <= max_tokens` makes this at least 1.
+            let (chunk, after) = rest.split_at(limit.min(rest.len() - rows));
+            self.append(slot, chunk, 0)?;
+            rest = after;
+        }
+        self.append(slot, rest, rows)
+    }
+
+    /// Appends one token to `slot` and returns its row of results.
+    pub fn decode(&mut self, slot: u32, token: u32) -> Result<&[f32]> {
+        self.check_append(slot, &[token])?;
+        self.append(slot, &[token], 1)
+    }
+
+    /// Appends one token to each of several slots at once; returns a row of results for each, in the same order.
+    pub fn decode_batch(&mut self, slots: &[u32], tokens: &[u32]) -> Result<&[f32]> {
+        for &slot in slots {
+            self.held(slot)?;
+        }
+        if slots.len() > self.engine.manifest().max_tokens as usize {
+            return Err(self.too_many_tokens(slots.len()));
+        }
+        let mut positions = std::mem::take(&mut self.batch_positions);
+        positions.clear();
+        positions.extend(slots.iter().map(|&slot| self.positions[slot as usize]));
+        let done = self.run(Step { tokens, positions: &positions, slots, rows: tokens.len() }, None);
+        self.batch_positions = positions;
+        done?;
+        Ok(self.output(tokens.len()))
+    }
+
+    /// Appends `tokens` to `slot` and calls `row(i, results)` for every one of them, in order.
+    pub fn score(&mut self, slot: u32, tokens: &[u32], row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
+        self.check_append(slot, tokens)?;
+        let width = self.engine.manifest().vocab as usize;
+        let limit = self.engine.manifest().max_rows.min(self.engine.manifest().max_tokens) as usize;
+        for (index, chunk) in tokens.chunks(limit).enumerate() {
+            let results = self.append(slot, chunk, chunk.len())?;
+            for (offset, result) in results.chunks_exact(width).enumerate() {
+                row(index * limit + offset, result);
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs a text through an encoder, whole; returns a row of `vocab` (the hidden size) numbers for each token.
+    pub fn encode(&mut self, tokens: &[u32]) -> Result<&[f32]> {
+        self.reset(0)?;
+        self.check_append(0, tokens)?;
+        self.append(0, tokens, tokens.len())
+    }
+
+    /// Time spent by launch name, in the order of the programs; empty unless the session was made to profile.
+    pub fn profile(&self) -> Vec<ProfileRow> {
+        let mut rows: Vec<ProfileRow> = Vec::new();
+        let mut index_of = std::collections::BTreeMap::new();
+        for (program, prepared) in self.engine.manifest().programs.iter().zip(&self.programs) {
+            for (launch, prepared) in program.launches.iter().zip(&prepared.launches) {
+                let calls = prepared.calls.load(Ordering::Relaxed);
+                if calls == 0 {
+                    continue;
+                }
+                let nanos = prepared.nanos.load(Ordering::Relaxed);
+                let index = *index_of.entry(launch.name.as_str()).or_insert(rows.len());
+                if index == rows.len() {
+                    let (name, symbol) = (launch.name.clone(), launch.symbol.clone());
+                    rows.push(ProfileRow { name, symbol, calls: 0, nanos: 0 });
+                }
+                rows[index].calls += calls;
+                rows[index].nanos += nanos;
+            }
+        }
+        rows
+    }
+
+    /// Forgets the times measured so far.
+    pub fn clear_profile(&mut self) {
+        for launch in self.programs.iter_mut().flat_map(|program| &mut program.launches) {
+            *launch.calls.get_mut() = 0;
+            *launch.nanos.get_mut() = 0;
+        }
+    }
+
+    fn held(&self, slot: u32) -> Result<u32> {
+        self.positions.get(slot as usize).copied().ok_or_else(|| {
+            Error::input(format!(
+                "slot {slot} does not exist; the session has {} slots",
+                self.positions.len()
+            ))
+        })
+    }
+
+    /// Checks that all of `tokens` can be appended to `slot`, before the first chunk runs.
+    fn check_append(&self, slot: u32, tokens: &[u32]) -> Result<()> {
+        let held = self.held(slot)?;
+        let context = self.engine.manifest().context;
+        if tokens.is_empty() {
+            return Err(Error::input("there are no tokens"));
+        }
+        if tokens.len() > (context - held.min(context)) as usize {
+            let what = format!(
+                "slot {slot} holds {held} tokens, {} more do not fit the engine's context of {context}",
+                tokens.len()
+            );
+            return Err(Error::input(what));
+        }
+        tokens.iter().try_for_each(|&token| self.check_token(token))
+    }
+
+    fn check_token(&self, token: u32) -> Result<()> {
+        let limit = self.engine.manifest().token_ids();
+        if token >= limit {
+            return Err(Error::input(format!("token {token} does not exist; the model has {limit} tokens")));
+        }
+        Ok(())
+    }
+
+    fn too_many_tokens(&self, given: usize) -> Error {
+        let limit = self.engine.manifest().max_tokens;
+        Error::input(format!("{given} tokens in one step; the engine takes 1 to {limit}"))
+    }
+
+    /// Appends one chunk, already checked, to a slot.
+    fn append(&mut self, slot: u32, tokens: &[u32], rows: usize) -> Result<&[f32]> {
+        if tokens.len() > self.engine.manifest().max_tokens as usize {
+            return Err(self.too_many_tokens(tokens.len()));
+        }
+        let start = self.held(slot)?;
+        // Taken out while the step borrows them; both keep their capacity.
+        let mut positions = std::mem::take(&mut self.batch_positions);
+        let mut slots = std::mem::take(&mut self.batch_slots);
+        positions.clear();
+        positions.extend((start..).take(tokens.len()));
+        slots.clear();
+        slots.resize(tokens.len(), slot);
+        let done = self.run(Step { tokens, positions: &positions, slots: &slots, rows }, None);
+        self.batch_positions = positions;
+        self.batch_slots = slots;
+        done?;
+        Ok(self.output(rows))
+    }
+
+    fn run_step(&mut self, step: Step<'_>, tap: Option<&mut TapFn<'_>>) -> Result<&[f32]> {
+        self.run(step, tap)?;
+        Ok(self.output(step.rows))
+    }
+
+    fn output(&self, rows: usize) -> &[f32] {
+        self.floats(self.output, rows * self.engine.manifest().vocab as usize)
+    }
+
+    /// Numbers in the arena.
+    fn floats(&self, offset: usize, len: usize) -> &[f32] {
+        assert!(
+            offset.is_multiple_of(4) && offset + len * 4 <= self.arena.len(),
+            "the manifest was validated"
+        );
+        // SAFETY: the range was just checked and is aligned; any bits are an f32; kernels write the arena only during
+        // `run`, which borrows the session mutably.
+        unsafe { std::slice::from_raw_parts(self.arena.ptr().add(offset).cast::<f32>(), len) }
+    }
+
+    /// Checks a step, runs it, and moves the slots' positions on.
+    fn run(&mut self, step: Step<'_>, mut tap: Option<&mut TapFn<'_>>) -> Result<()> {
+        let checked = self.check_step(step);
+        for &slot in step.slots {
+            if let Some(expected) = self.expected.get_mut(slot as usize) {
+                *expected = NOT_SEEN;
+            }
+        }
+        checked?;
+        self.write_inputs(step);
+        if self.poison {
+            self.fill_with_nan();
+        }
+        let t = step.tokens.len() as u32;
+        let rows = step.rows as u32;
+        let manifest = self.engine.manifest();
+        let program = manifest.program_for(t).ok_or_else(|| self.too_many_tokens(t as usize))?;
+        let count = self.programs[program].launches.len();
+        let Some(tap) = &mut tap else {
+            self.run_launches(program, 0..count, t, rows)?;
+            self.advance(step);
+            return Ok(());
+        };
+        for index in 0..count {
+            self.run_launches(program, index..index + 1, t, rows)?;
+            let launch = &self.engine.manifest().programs[program].launches[index];
+            let Some(value) = &launch.tap else { continue };
+            let Some(RefKind::Arena(offset)) = value.at.kind else { continue };
+            let (rows, width) = (t as usize, value.width as usize);
+            tap(&value.name, rows, width, self.floats(offset as usize, rows * width));
+        }
+        self.advance(step);
+        Ok(())
+    }
+
+    /// Checks everything about a step that kernels rely on. Leaves marks in `expected`.
+    fn check_step(&mut self, step: Step<'_>) -> Result<()> {
+        let Step { tokens, positions, slots, rows } = step;
+        let manifest = self.engine.manifest();
+        let t = tokens.len();
+        if t == 0 || t > manifest.max_tokens as usize {
+            return Err(self.too_many_tokens(t));
+        }
+        if positions.len() != t || slots.len() != t {
+            let what =
+                format!("{t} tokens, {} positions and {} slots do not match", positions.len(), slots.len());
+            return Err(Error::input(what));
+        }
+        let most = t.min(manifest.max_rows as usize);
+        if rows > most {
+            return Err(Error::input(format!(
+                "{rows} result rows were asked for, this step gives at most {most}"
+            )));
+        }
+        let (context, encoder) = (manifest.context, manifest.kind() == Kind::Encoder);
+        for ((&token, &position), &slot) in tokens.iter().zip(positions).zip(slots) {
+            self.check_token(token)?;
+            let held = self.held(slot)?;
+            if position >= context {
+                let what = format!(
+                    "position {position} of slot {slot} is outside the engine's context of {context}"
+                );
+                return Err(Error::input(what));
+            }
+            let expected = &mut self.expected[slot as usize];
+            let allowed = match *expected {
+                // An encoder sees a text as a whole, from its beginning.
+                NOT_SEEN if encoder => position == 0,
+                NOT_SEEN => position <= held,
+                next => position == next,
+            };
+            if !allowed {
+                let what = format!(
+                    "position {position} of slot {slot} leaves a gap after the {held} tokens it holds"
+                );
+                return Err(Error::input(what));
+            }
+            *expected = position + 1;
+        }
+        Ok(())
+    }
+
+    /// Writes tokens, positions and bases where kernels read them. The step has been checked.
+    fn write_inputs(&mut self, step: Step<'_>) {
+        let context = self.engine.manifest().context;
+        let stride = input_bytes(self.engine.manifest());
+        // SAFETY: inputs are never protected, and no kernel runs while `self` is borrowed here.
+        let bytes = unsafe { self.inputs.bytes_mut() };
+        let (tokens, rest) = bytes.split_at_mut(stride);
+        let (positions, bases) = rest.split_at_mut(stride);
+        for (index, ((&token, &position), &slot)) in
+            step.tokens.iter().zip(step.positions).zip(step.slots).enumerate()
+        {
+            let at = index * 4..index * 4 + 4;
+            tokens[at.clone()].copy_from_slice(&token.to_le_bytes());
+            positions[at.clone()].copy_from_slice(&position.to_le_bytes());
+            bases[at].copy_from_slice(&(slot * context).to_le_bytes());
+        }
+    }
+
+    fn fill_with_nan(&mut self) {
+        // All bits set is NaN as f64, f32, f16 and bf16, and -1 as an integer.
+        // SAFETY: neither mapping is ever protected, and no kernel runs while `self` is borrowed here.
+        unsafe {
+            self.arena.bytes_mut().fill(0xff);
+            self.scratch.bytes_mut().fill(0xff);
+        }
+    }
+
+    fn advance(&mut self, step: Step<'_>) {
+        if self.engine.manifest().kind() == Kind::Encoder {
+            return;
+        }
+        for (&slot, &position) in step.slots.iter().zip(step.positions) {
+            self.positions[slot as usize] = position + 1;
+        }
+    }
+
+    fn run_launches(&self, program: usize, range: std::ops::Range<usize>, t: u32, rows: u32) -> Result<()> {
+        let program = &self.programs[program];
+        let launches = &program.launches[range];
+        let tables = Tables(&program.tables);
+        let dims = [i64::from(t), i64::from(rows)];
+        let (workers, barrier, profile) = (self.pool.workers() as u64, self.pool.barrier(), self.profile);
+        let work = |worker: usize| {
+            let table = tables.of(worker);
+            let mut start = profile.then(Instant::now);
+            for (index, launch) in launches.iter().enumerate() {
+                // The manifest was validated for every size of this program.
+                let items = launch.items.count(t, rows).unwrap_or(0);
+                // Items are at most 2^40 and workers 2^10.
+                let begin = items * worker as u64 / workers;
+                let end = items * (worker as u64 + 1) / workers;
+                if begin < end {
+                    let args = table[launch.first_arg..].as_ptr();
+                    // SAFETY: the engine's author vouches for its kernels; the table holds the launch's buffers in
+                    // the manifest's order, each as large as the manifest says, and no two workers share an item.
+                    unsafe { (launch.kernel)(args, dims.as_ptr(), begin as i64, end as i64) };
+                }
+                let last = index + 1 == launches.len();
+                if launch.barrier_after && (!last || profile) && barrier.wait().is_err() {
+                    return;
+                }
+                if worker == 0
+                    && let Some(start) = &mut start
+                {
+                    let now = Instant::now();
+                    let nanos = u64::try_from((now - *start).as_nanos()).unwrap_or(u64::MAX);
+                    launch.nanos.fetch_add(nanos, Ordering::Relaxed);
+                    launch.calls.fetch_add(1, Ordering::Relaxed);
+                    *start = now;
+                }
+            }
+        };
+        self.pool.run(&work)
+    }
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session")
+            .field("engine", &self.engine.path())
+            .field("threads", &self.threads())
+            .field("positions", &self.positions)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The workers' pointer tables, shared with the workers.
+struct Tables<'a>(&'a [Vec<*mut u8>]);
+
+// SAFETY: the tables are only read; what the pointers may be used for is the kernels' contract.
+unsafe impl Sync for Tables<'_> {}
+
+impl Tables<'_> {
+    fn of(&self, worker: usize) -> &[*mut u8] {
+        &self.0[worker]
+    }
+}
+
+/// Bytes of one integer input.
+fn input_bytes(manifest: &Manifest) -> usize {
+    (manifest.max_tokens as usize * 4).next_multiple_of(64)
+}
+
+/// Bytes of everything a session allocates.
+struct Sizes {
+    arena: usize,
+    /// For each worker.
+    scratch: usize,
+    /// For each integer input.
+    input: usize,
+    states: Vec<usize>,
+}
+
+impl Sizes {
+    fn of(manifest: &Manifest, slots: u32, threads: usize) -> Result<Sizes> {
+        let rows = u64::from(manifest.context) * u64::from(slots);
+        // Kernels hold row numbers as i32.
+        if slots == 0 || rows > i32::MAX as u64 {
+            let most = i32::MAX as u32 / manifest.context;
+            return Err(Error::input(format!(
+                "{slots} slots are not in 1..={most}, what this engine's context allows"
+            )));
+        }
+        let states_fit = manifest.state_bytes(slots).is_some();
+        let scratch = (manifest.scratch_bytes as usize).next_multiple_of(PAGE);
+        let scratch_fits = scratch.checked_mul(threads).is_some_and(|bytes| bytes <= isize::MAX as usize);
+        if !states_fit || !scratch_fits {
+            let what = format!(
+                "the states of {slots} slots, or the scratch of {threads} threads, are absurdly large"
+            );
+            return Err(Error::new(ErrorKind::Memory, what));
+        }
+        Ok(Sizes {
+            arena: manifest.arena_bytes as usize,
+            scratch,
+            input: input_bytes(manifest),
+            states: manifest.states.iter().map(|state| (state.row_bytes * rows) as usize).collect(),
+        })
+    }
+
+    /// Compares the sum with what the machine has left.
+    fn check_available(&self, manifest: &Manifest, slots: u32, threads: usize) -> Result<()> {
+        let states = self.states.iter().fold(0u64, |sum, &bytes| sum.saturating_add(bytes as u64));
+        let scratch = (self.scratch * threads) as u64;
+        let arena = self.arena as u64;
+        let needed = arena.saturating_add(states).saturating_add(scratch);
+        match stats::available_memory_bytes() {
+            Some(available) if needed > available => {
+                let context = manifest.context;
+                let what = format!(
+                    "the session needs {needed} bytes (arena {arena}, states {states} for {slots} slots of {context} \
+                     tokens, scratch {scratch} for {threads} threads), but only {available} are available; use fewer \
+                     slots or compile with a smaller context"
+                );
+                Err(Error::new(ErrorKind::Memory, what))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Where buffers lie.
+struct Memory<'a> {
+    arena: &'a Mapping,
+    scratch: &'a Mapping,
+    inputs: &'a Mapping,
+    states: &'a [Mapping],
+    sizes: &'a Sizes,
+}
+
+impl Memory<'_> {
+    fn prepare(&self, engine: &Engine, program: usize, threads: usize) -> Prepared {
+        let launches = &engine.manifest().programs[program].launches;
+        let mut first_arg = 0;
+        let prepare = |(index, launch): (usize, &Launch)| {
+            let prepared = PreparedLaunch {
+                kernel: engine.kernel(program, index),
+                first_arg,
+                items: launch.items,
+                barrier_after: launch.flags & NO_BARRIER_AFTER == 0,
+                calls: AtomicU64::new(0),
+                nanos: AtomicU64::new(0),
+            };
+            first_arg += launch.args.len();
+            prepared
+        };
+        let prepared = launches.iter().enumerate().map(prepare).collect();
+        let table = |worker: usize| {
+            let args = launches.iter().flat_map(|launch| &launch.args);
+            args.map(|arg| self.address(engine, arg.kind, worker)).collect()
+        };
+        Prepared { launches: prepared, tables: (0..threads).map(table).collect() }
+    }
+
+    /// Where a buffer begins. The manifest was validated, so every index and offset is inside.
+    fn address(&self, engine: &Engine, kind: Option<RefKind>, worker: usize) -> *mut u8 {
+        match kind {
+            Some(RefKind::Weight(index)) => {
+                let bytes = engine.weight(index as usize).unwrap_or_default();
+                // Kernels only read weights; the pages are mapped read-only.
+                bytes.as_ptr().cast_mut()
+            }
+            Some(RefKind::Arena(offset)) => self.arena.ptr().wrapping_add(offset as usize),
+            Some(RefKind::State(index)) => self.states[index as usize].ptr(),
+            Some(RefKind::Input(input)) => {
+                let index = match Input::try_from(input) {
+                    Ok(Input::Tokens) | Err(_) => 0,
+                    Ok(Input::Positions) => 1,
+                    Ok(Input::Base) => 2,
+                };
+                self.inputs.ptr().wrapping_add(index * self.sizes.input)
+            }
+            Some(RefKind::Scratch(offset)) => {
+                self.scratch.ptr().wrapping_add(worker * self.sizes.scratch + offset as usize)
+            }
+            Some(RefKind::Null(_)) | None => std::ptr::null_mut(),
+        }
+    }
+}
