@@ -7,6 +7,8 @@
 //! A *code* is the unsigned integer stored for one number. Rows of codes are packed as one little-endian bit stream:
 //! element 0 lies in the least significant bits, and each row starts on a byte boundary.
 
+#[cfg(test)]
+mod check;
 mod derive;
 
 use std::fmt;

@@ -21,7 +21,9 @@
 mod fit;
 mod groups;
 
-pub use fit::{Fit, Params, Quantized, dequantize_block, fit, quantize_block, quantize_rows, quantize_view};
+pub use fit::{
+    Emit, Fit, Params, Quantized, dequantize_block, fit, quantize_block, quantize_rows, quantize_view,
+};
 pub use groups::Groups;
 
 use crate::diag::{Diag, Result};
@@ -31,7 +33,9 @@ use crate::ty::Float;
 use half::{bf16, f16};
 
 /// How a scale follows from the range of its group.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum ScaleRule {
     /// The quotient, rounded to the scale type.
@@ -45,7 +49,9 @@ pub enum ScaleRule {
 }
 
 /// Whether to look for a better scale than the one that covers the range.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Search {
     /// Take the range as it is.
@@ -147,7 +153,7 @@ pub fn dequantize_one(code: u32, scale: f32, zero: i32, format: &Format) -> f32 
 /// The scale of a group with the range `span`, as stored, and the integer of its zero point.
 pub fn scale_for(span: Span, scheme: &Scheme, rule: ScaleRule) -> Result<(f32, i32)> {
     let format = scheme.format;
-    if !(span.absmax() <= f32::MAX) {
+    if !(span.min.is_finite() && span.max.is_finite()) {
         return Err(Diag::input("a range that is not finite cannot be quantized"));
     }
     let Zero::Point(zero_format) = scheme.zero else {
@@ -176,7 +182,9 @@ pub fn scale_for(span: Span, scheme: &Scheme, rule: ScaleRule) -> Result<(f32, i
         _ if width == 0.0 => 1.0,
         ScaleRule::Real => quotient,
         ScaleRule::PowerOfTwo => power_of_two_from(quotient),
-        ScaleRule::Mx => return Err(Diag::pipeline(format!("{scheme} has zero points, which OCP MX does not know"))),
+        ScaleRule::Mx => {
+            return Err(Diag::pipeline(format!("{scheme} has zero points, which OCP MX does not know")));
+        }
     };
     let scale = stored_scale(scale, scheme.scale)?;
     let zero = (qmin as f32 - span.min / scale).round_ties_even() as i32;
@@ -193,11 +201,13 @@ fn symmetric_top(format: &Format) -> Option<f32> {
     }
 }
 
-/// `scale`, which is above 0, as the scale type stores it.
+/// `scale` as the scale type stores it.
 fn stored_scale(scale: f32, to: Float) -> Result<f32> {
+    // The quotient of a tiny range may be subnormal, or 0.
+    let scale = scale.max(f32::MIN_POSITIVE);
     let stored = match to {
-        Float::F32 => scale.max(f32::MIN_POSITIVE),
-        Float::Bf16 => bf16::from_f32(scale).to_f32().max(f32::MIN_POSITIVE),
+        Float::F32 => scale,
+        Float::Bf16 => bf16::from_f32(scale).to_f32(),
         Float::F16 => {
             let near = f16::from_f32(scale);
             // Subnormal numbers are so coarse that rounding down would saturate the group.
@@ -208,7 +218,8 @@ fn stored_scale(scale: f32, to: Float) -> Result<f32> {
     if stored <= f32::MAX {
         return Ok(stored);
     }
-    Err(Diag::input(format!("the scale {scale:e} is too large for {to}")).help("take scales of type f32 or bf16"))
+    Err(Diag::input(format!("the scale {scale:e} is too large for {to}"))
+        .help("take scales of type f32 or bf16"))
 }
 
 /// The least power of two that is not below `x`, which is above 0.
@@ -251,3 +262,6 @@ impl IntBounds {
         (x + NO_FRACTION) - NO_FRACTION
     }
 }
+
+#[cfg(test)]
+mod tests;

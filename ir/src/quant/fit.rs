@@ -61,6 +61,8 @@ pub struct Quantized {
 /// the rows are cut into blocks nor, without a search, on their order.
 pub struct Fit {
     groups: Groups,
+    /// What the first row is called in messages.
+    origin: usize,
     scheme: Scheme,
     options: Options,
     spans: Vec<Span>,
@@ -84,18 +86,19 @@ impl Fit {
             Search::Mse { steps } => steps as usize + 1,
         };
         let spans = vec![Span::default(); groups.len()];
-        Fit { groups, scheme: *scheme, options, spans, tried: vec![], per_group }
+        Fit { groups, origin: 0, scheme: *scheme, options, spans, tried: vec![], per_group }
     }
 
     /// Takes note of the ranges of rows that start with row `from`.
     pub fn add_ranges(&mut self, from: usize, block: &[f32]) -> Result<()> {
         let rows = rows_of(&self.groups, from, block.len())?;
-        let (groups, spans) = (self.groups, &mut self.spans);
+        let (groups, origin, spans) = (self.groups, self.origin, &mut self.spans);
         if groups.cols() == 0 {
             return Ok(());
         }
         for (row, xs) in rows.zip(block.chunks_exact(groups.cols())) {
             let not_finite = |col: usize| {
+                let row = row + origin;
                 let text = format!("element [{row}, {col}] is {}, which cannot be quantized", xs[col]);
                 Err(Diag::input(text))
             };
@@ -251,8 +254,19 @@ pub fn dequantize_block(
 
 /// Quantizes rows that contain whole groups: `block` is a tensor by itself.
 pub fn quantize_rows(groups: &Groups, scheme: &Scheme, options: Options, block: &[f32]) -> Result<Quantized> {
-    let mut fit = Fit::new(*groups, scheme, options);
+    quantize_part(groups, scheme, options, block, 0)
+}
+
+/// Quantizes the rows of a tensor from row `origin` on, which contain whole groups.
+fn quantize_part(
+    groups: &Groups,
+    scheme: &Scheme,
+    options: Options,
+    block: &[f32],
+    origin: usize,
+) -> Result<Quantized> {
     narrow(scheme)?;
+    let mut fit = Fit { origin, ..Fit::new(*groups, scheme, options) };
     fit.add_ranges(0, block)?;
     if fit.needs_errors() {
         fit.add_errors(0, block)?;
@@ -263,6 +277,9 @@ pub fn quantize_rows(groups: &Groups, scheme: &Scheme, options: Options, block: 
     Ok(Quantized { codes, params })
 }
 
+/// Takes the codes, one a byte, of a range of rows.
+pub type Emit<'a> = &'a mut dyn FnMut(Range<usize>, &[u8]) -> Result<()>;
+
 /// Quantizes a weight, reading it by blocks of rows of about `budget` bytes, and gives the codes of each block, one a
 /// byte, to `emit`, in order of rows. The result does not depend on the budget.
 pub fn quantize_view(
@@ -270,7 +287,7 @@ pub fn quantize_view(
     scheme: &Scheme,
     options: Options,
     budget: usize,
-    emit: &mut dyn FnMut(Range<usize>, &[u8]) -> Result<()>,
+    emit: Emit<'_>,
 ) -> Result<Params> {
     let groups = Groups::new(scheme, &view.ty().shape)?;
     narrow(scheme)?;
@@ -284,18 +301,17 @@ pub fn quantize_view(
     };
     // Blocks of whole groups are read once. Where one group is beyond the budget, rows are read again for each phase.
     let per_block = view.row_blocks(budget).next().map_or(1, |rows| rows.len());
-    let aligned = per_block / groups.rows_per_group() * groups.rows_per_group();
-    let mut params = Params::default();
-    if aligned > 0 || groups.rows_per_group() >= groups.rows() && per_block >= groups.rows() {
-        let step = aligned.max(1).max(if aligned == 0 { groups.rows() } else { 0 });
+    let step = match per_block / groups.rows_per_group() * groups.rows_per_group() {
+        0 if per_block >= groups.rows() => groups.rows(),
+        whole_groups => whole_groups,
+    };
+    if step > 0 {
+        let mut params = Params::default();
         let mut from = 0;
         while from < groups.rows() {
             let rows = from..groups.rows().min(from + step);
             read(rows.clone(), &mut block)?;
-            let part =
-                quantize_rows(&groups.of_rows(rows.clone()), scheme, options, &block).map_err(|d| {
-                    if from > 0 { d.context(format!("quantizing rows from {from} on")) } else { d }
-                })?;
+            let part = quantize_part(&groups.of_rows(rows.clone()), scheme, options, &block, rows.start)?;
             emit(rows.clone(), &part.codes)?;
             params.append(part.params);
             from = rows.end;
