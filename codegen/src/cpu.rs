@@ -3,7 +3,9 @@
 #[cfg(feature = "llvm")]
 pub mod llvm;
 pub mod math;
+pub mod matmul;
 pub mod row;
 #[cfg(all(test, feature = "llvm"))]
 mod testing;
-pub mod matmul;
+pub mod attention;
+pub mod gather;

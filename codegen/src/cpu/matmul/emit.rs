@@ -1,0 +1,460 @@
+//! The skeleton: loops over panels, row tiles, strips, groups and steps.
+
+use inkwell::values::PointerValue;
+use quantc_ir::diag::{Diag, Result};
+use quantc_ir::target::Dot;
+
+use super::dot::{Act, Quad, accumulate, activations, quads};
+use super::schedule::{CpuTile, Inner, MatmulSchedule, panel_vectors};
+use super::unpack::{Unpack, check_width, load_zeros};
+use crate::cpu::llvm::{Elem, IntCmp, Unit, Val, VecBuilder};
+use crate::eexpr::llvm::{At, Frame, Valid};
+use crate::layout::{Layout, PANEL};
+use crate::spec::{AFmt, MatmulSpec, ScaleTy, Zero, i8_row_stride};
+
+/// Emits the kernel of `spec` as `symbol`, made of the tiles of `schedule`.
+pub fn emit(unit: &Unit<'_>, symbol: &str, spec: &MatmulSpec, schedule: &MatmulSchedule) -> Result<()> {
+    spec.check()?;
+    let cpu = &unit.target().cpu;
+    check_width(cpu.vector_bits)?;
+    if let Some(tile) = schedule.tiles.iter().find(|t| t.nr == 0 || !panel_vectors(cpu).is_multiple_of(t.nr))
+    {
+        return Err(Diag::bug(format!("a tile of {} vectors does not divide a panel", tile.nr)));
+    }
+    if !schedule.tiles.iter().any(|t| t.mr == 1) {
+        return Err(Diag::bug("a matmul needs a tile of one row for what is left over"));
+    }
+    unit.kernel(symbol, |b| Matmul::new(b, spec, schedule.inner).run(b, schedule))
+}
+
+/// A kernel being emitted: its spec and its buffers.
+struct Matmul<'s, 'b, 'u, 'c> {
+    spec: &'s MatmulSpec,
+    layout: Layout,
+    inner: Inner,
+    unpack: Unpack<'c>,
+    a: PointerValue<'c>,
+    /// Scale of a row and sums of its groups, for integer activations.
+    a_int: Option<(PointerValue<'c>, PointerValue<'c>)>,
+    w: PointerValue<'c>,
+    frame: Frame<'b, 'u, 'c, 's>,
+}
+
+/// Where a tile works.
+#[derive(Clone, Copy)]
+struct Spot<'c> {
+    /// The panel.
+    panel: Val<'c>,
+    /// First row.
+    row: Val<'c>,
+    /// First column within the panel, and as bytes of 32-bit lanes.
+    col: Val<'c>,
+    /// The first byte of the panel's weights.
+    w: PointerValue<'c>,
+    tile: CpuTile,
+}
+
+/// One scale group: where its operands are and how long it is.
+#[derive(Clone, Copy)]
+struct Group<'c> {
+    index: Val<'c>,
+    /// Columns of k.
+    len: u32,
+    /// The first byte of the group's codes.
+    w: PointerValue<'c>,
+    /// The first row's activations at the group's first k.
+    a: PointerValue<'c>,
+}
+
+impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
+    fn new(b: &'b VecBuilder<'u, 'c>, spec: &'s MatmulSpec, inner: Inner) -> Self {
+        let a_int = match spec.a {
+            AFmt::F32 => None,
+            AFmt::I8Token => Some((b.arg(1), b.arg(2))),
+        };
+        Matmul {
+            spec,
+            layout: Layout::of(spec),
+            inner,
+            unpack: Unpack::new(b, &spec.w),
+            a: b.arg(0),
+            a_int,
+            w: b.arg(spec.fixed_args() - 1),
+            frame: Frame::new(b, &spec.epilogue, spec.fixed_args()),
+        }
+    }
+
+    /// Bytes from one row of activations to the next.
+    fn a_stride(&self) -> i64 {
+        match self.spec.a {
+            AFmt::F32 => i64::from(self.spec.k) * 4,
+            AFmt::I8Token => i64::from(i8_row_stride(self.spec.k)),
+        }
+    }
+
+    /// Bytes of one activation.
+    fn a_bytes(&self) -> i64 {
+        match self.spec.a {
+            AFmt::F32 => 4,
+            AFmt::I8Token => 1,
+        }
+    }
+
+    fn run(&self, b: &VecBuilder<'u, 'c>, schedule: &MatmulSchedule) -> Result<()> {
+        let m = b.dim(self.spec.rows.dim());
+        let mut result = Ok(());
+        b.for_items(|panel| {
+            let w = b.row(self.w, panel, self.layout.panel_bytes() as i64);
+            let mut row = b.i64(0);
+            for tile in &schedule.tiles {
+                // While the tile's rows are all there.
+                let last = b.sub(m, b.i64(i64::from(tile.mr) - 1));
+                row = b.for_range(row, last, i64::from(tile.mr), &[row], |row, _| {
+                    if let Err(e) = self.strips(b, panel, row, w, *tile) {
+                        result = Err(e);
+                    }
+                    vec![b.add(row, b.i64(i64::from(tile.mr)))]
+                })[0];
+            }
+        });
+        result
+    }
+
+    /// All columns of a panel for the rows of one tile.
+    fn strips(
+        &self,
+        b: &VecBuilder<'u, 'c>,
+        panel: Val<'c>,
+        row: Val<'c>,
+        w: PointerValue<'c>,
+        tile: CpuTile,
+    ) -> Result<()> {
+        let width = i64::from(tile.nr * b.width());
+        let mut result = Ok(());
+        b.for_const(0, i64::from(PANEL), width, &[], |col, _| {
+            result = self.tile(b, Spot { panel, row, col, w, tile });
+            vec![]
+        });
+        result
+    }
+
+    /// One tile: all of k, then the epilogue.
+    fn tile(&self, b: &VecBuilder<'u, 'c>, spot: Spot<'c>) -> Result<()> {
+        let (group, k) = (self.spec.w.group, self.spec.k);
+        let full = k / group;
+        let a_row = b.row(self.a, spot.row, self.a_stride());
+        let results = (spot.tile.mr * spot.tile.nr) as usize;
+        let mut sums = vec![b.f32(b.width(), 0.0); results];
+        let mut result = Ok(());
+        let turn = |index: Val<'c>, len: u32, sums: &[Val<'c>]| {
+            let w = b.row(spot.w, index, i64::from(self.layout.group_bytes()));
+            let a = b.row(a_row, index, i64::from(group) * self.a_bytes());
+            self.group(b, &spot, Group { index, len, w, a }, sums)
+        };
+        sums = b.for_const(0, i64::from(full), 1, &sums, |index, sums| match turn(index, group, sums) {
+            Ok(sums) => sums,
+            Err(e) => {
+                result = Err(e);
+                sums.to_vec()
+            }
+        });
+        result?;
+        if !k.is_multiple_of(group) {
+            sums = turn(b.i64(i64::from(full)), k % group, &sums)?;
+        }
+        if let Some((scales, _)) = self.a_int {
+            for (r, sums) in sums.chunks_mut(spot.tile.nr as usize).enumerate() {
+                let row = b.add(spot.row, b.i64(r as i64));
+                let scale = b.splat(b.load(b.row(scales, row, 4), Elem::F32, 1), b.width());
+                for sum in sums {
+                    *sum = b.fmul(*sum, scale);
+                }
+            }
+        }
+        self.store(b, &spot, &sums);
+        Ok(())
+    }
+
+    /// Adds the scaled sums of one group to `sums`.
+    fn group(
+        &self,
+        b: &VecBuilder<'u, 'c>,
+        spot: &Spot<'c>,
+        group: Group<'c>,
+        sums: &[Val<'c>],
+    ) -> Result<Vec<Val<'c>>> {
+        let inner = match self.inner {
+            Inner::Int(dot) => self.int_group(b, dot, spot, &group),
+            Inner::Float => self.float_group(b, spot, &group)?,
+        };
+        let nr = spot.tile.nr as usize;
+        let scales: Vec<_> = (0..spot.tile.nr).map(|v| self.load_scale(b, spot, &group, v)).collect();
+        Ok(sums
+            .iter()
+            .zip(inner)
+            .enumerate()
+            .map(|(i, (&sum, group_sum))| match scales[i % nr] {
+                Some(scale) => b.fma(group_sum, scale, sum),
+                // Without scales there is one group, and nothing before it.
+                None => group_sum,
+            })
+            .collect())
+    }
+
+    /// The column of vector `v` of the tile, times `bytes`.
+    fn col_bytes(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'c>, v: u32, bytes: u32) -> Val<'c> {
+        let col = b.add(spot.col, b.i64(i64::from(v * b.width())));
+        b.mul(col, b.i64(i64::from(bytes)))
+    }
+
+    fn load_scale(
+        &self,
+        b: &VecBuilder<'u, 'c>,
+        spot: &Spot<'c>,
+        group: &Group<'c>,
+        v: u32,
+    ) -> Option<Val<'c>> {
+        let base = b.offset(group.w, i64::from(self.layout.codes_bytes(group.len)));
+        let ty = self.spec.w.scale;
+        let ptr = b.at(base, self.col_bytes(b, spot, v, ty.bytes()));
+        match ty {
+            ScaleTy::None => None,
+            ScaleTy::F32 => Some(b.load(ptr, Elem::F32, b.width())),
+            ScaleTy::Bf16 => Some(b.load_bf16(ptr, b.width())),
+        }
+    }
+
+    /// The zero points of vector `v`.
+    fn zeros(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'c>, group: &Group<'c>, v: u32) -> PointerValue<'c> {
+        let at = self.layout.codes_bytes(group.len) + self.layout.scales_bytes();
+        b.at(b.offset(group.w, i64::from(at)), self.col_bytes(b, spot, v, 1))
+    }
+
+    /// The codes of vector `v` in step `step`; a code step gives each column `bytes` bytes.
+    fn codes(
+        &self,
+        b: &VecBuilder<'u, 'c>,
+        spot: &Spot<'c>,
+        group: &Group<'c>,
+        step: Val<'c>,
+        v: u32,
+    ) -> PointerValue<'c> {
+        let column = self.layout.step_bytes() / PANEL;
+        let base = b.row(group.w, step, i64::from(self.layout.step_bytes()));
+        b.at(base, self.col_bytes(b, spot, v, column))
+    }
+
+    /// The activations of row `r` of the tile at k = `k` of the group.
+    fn act(&self, b: &VecBuilder<'u, 'c>, group: &Group<'c>, r: u32, k: Val<'c>) -> PointerValue<'c> {
+        let row = b.offset(group.a, i64::from(r) * self.a_stride());
+        b.row(row, k, self.a_bytes())
+    }
+
+    /// The exact sums of one group, as f32.
+    fn int_group(
+        &self,
+        b: &VecBuilder<'u, 'c>,
+        dot: Dot,
+        spot: &Spot<'c>,
+        group: &Group<'c>,
+    ) -> Vec<Val<'c>> {
+        let CpuTile { mr, nr, ku } = spot.tile;
+        let step_k = self.layout.step_k();
+        let seeds = self.seeds(b, spot, group);
+        // The last step of a group may have fewer k than a step: its codes are zero there, and what it reads of the
+        // activations is the next group or the row's padding.
+        let steps = group.len.div_ceil(step_k);
+        let body = |first: Val<'c>, count: u32, sums: &[Val<'c>]| {
+            let at = |s: u32| b.add(first, b.i64(i64::from(s)));
+            let mut sums = sums.to_vec();
+            // Steps whose narrow products are summed before they are widened.
+            let joined = if dot == Dot::Maddubs { count } else { 1 };
+            for s in (0..count).step_by(joined as usize) {
+                let weights: Vec<Vec<Quad<'c>>> = (0..nr)
+                    .map(|v| {
+                        (s..s + joined)
+                            .flat_map(|s| {
+                                quads(b, dot, self.spec.w.code, self.codes(b, spot, group, at(s), v))
+                            })
+                            .collect()
+                    })
+                    .collect();
+                for r in 0..mr {
+                    let acts: Vec<Act<'c>> = (s..s + joined)
+                        .flat_map(|s| {
+                            let k = b.mul(at(s), b.i64(i64::from(step_k)));
+                            (0..step_k / 4).map(move |quad| b.add(k, b.i64(i64::from(quad * 4))))
+                        })
+                        .map(|k| activations(b, dot, self.act(b, group, r, k)))
+                        .collect();
+                    for v in 0..nr {
+                        let sum = &mut sums[(r * nr + v) as usize];
+                        *sum = accumulate(b, dot, *sum, &weights[v as usize], &acts);
+                    }
+                }
+            }
+            sums
+        };
+        let ku = ku.clamp(1, steps);
+        let whole = steps / ku * ku;
+        let mut sums = b.for_const(0, i64::from(whole), i64::from(ku), &seeds, |s, sums| body(s, ku, sums));
+        if whole < steps {
+            sums = body(b.i64(i64::from(whole)), steps - whole, &sums);
+        }
+        sums.into_iter().map(|sum| b.sitofp(sum, Elem::F32)).collect()
+    }
+
+    /// What integer sums of a group start with: minus the zero point times the sum of the row's activations.
+    fn seeds(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'c>, group: &Group<'c>) -> Vec<Val<'c>> {
+        let CpuTile { mr, nr, .. } = spot.tile;
+        let lanes = b.width();
+        let Some((_, a_sums)) = self.a_int.filter(|_| self.spec.w.zero != Zero::Sym(0)) else {
+            return vec![b.i32(lanes, 0); (mr * nr) as usize];
+        };
+        let zeros: Vec<_> = match self.spec.w.zero {
+            Zero::Sym(_) => vec![],
+            Zero::Asym => (0..nr).map(|v| load_zeros(b, self.zeros(b, spot, group, v))).collect(),
+        };
+        let mut seeds = vec![];
+        for r in 0..mr {
+            let row = b.add(spot.row, b.i64(i64::from(r)));
+            let at = b.add(b.mul(row, b.i64(i64::from(self.spec.groups()))), group.index);
+            let sum = b.load(b.row(a_sums, at, 4), Elem::I32, 1);
+            let minus = b.sub(b.i32(1, 0), sum);
+            match self.spec.w.zero {
+                Zero::Sym(zero) => {
+                    let seed = b.splat(b.mul(minus, b.i32(1, i32::from(zero))), lanes);
+                    seeds.extend((0..nr).map(|_| seed));
+                }
+                Zero::Asym => {
+                    let minus = b.splat(minus, lanes);
+                    seeds.extend(zeros.iter().map(|&zero| b.mul(zero, minus)));
+                }
+            }
+        }
+        seeds
+    }
+
+    /// The sums of one group in f32.
+    fn float_group(
+        &self,
+        b: &VecBuilder<'u, 'c>,
+        spot: &Spot<'c>,
+        group: &Group<'c>,
+    ) -> Result<Vec<Val<'c>>> {
+        let CpuTile { mr, nr, ku } = spot.tile;
+        let lanes = b.width();
+        let step_k = self.layout.step_k();
+        let zeros: Vec<_> = (0..nr)
+            .map(|v| match self.spec.w.zero {
+                Zero::Sym(_) => None,
+                Zero::Asym => self.unpack.group(b, self.zeros(b, spot, group, v)),
+            })
+            .collect();
+        // `valid` k of each of `count` steps from `first` on.
+        let body = |first: Val<'c>, count: u32, valid: u32, sums: &[Val<'c>]| -> Result<Vec<Val<'c>>> {
+            let mut sums = sums.to_vec();
+            for s in 0..count {
+                let step = b.add(first, b.i64(i64::from(s)));
+                let codes: Vec<_> = (0..nr)
+                    .map(|v| self.unpack.load(b, self.codes(b, spot, group, step, v)))
+                    .collect::<Result<_>>()?;
+                let k = b.mul(step, b.i64(i64::from(step_k)));
+                for i in 0..valid {
+                    let k = b.add(k, b.i64(i64::from(i)));
+                    let acts: Vec<_> = (0..mr)
+                        .map(|r| b.splat(b.load(self.act(b, group, r, k), Elem::F32, 1), lanes))
+                        .collect();
+                    for v in 0..nr {
+                        let w = self.unpack.value(b, codes[v as usize], i, zeros[v as usize]);
+                        for r in 0..mr {
+                            let sum = &mut sums[(r * nr + v) as usize];
+                            *sum = b.fma(acts[r as usize], w, *sum);
+                        }
+                    }
+                }
+            }
+            Ok(sums)
+        };
+        let steps = group.len / step_k;
+        let ku = ku.clamp(1, steps.max(1));
+        let whole = steps / ku * ku;
+        let mut result = Ok(());
+        let zero = vec![b.f32(lanes, 0.0); (mr * nr) as usize];
+        let mut sums = b.for_const(0, i64::from(whole), i64::from(ku), &zero, |s, sums| {
+            body(s, ku, step_k, sums).unwrap_or_else(|e| {
+                result = Err(e);
+                sums.to_vec()
+            })
+        });
+        result?;
+        if whole < steps {
+            sums = body(b.i64(i64::from(whole)), steps - whole, step_k, &sums)?;
+        }
+        let left = group.len % step_k;
+        if left > 0 {
+            sums = body(b.i64(i64::from(steps)), 1, left, &sums)?;
+        }
+        Ok(sums)
+    }
+
+    /// The epilogue of a tile. Only the last panel of an n that is no multiple of 64 has columns that do not exist.
+    fn store(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'c>, sums: &[Val<'c>]) {
+        let tail = self.spec.n % PANEL;
+        let whole = || {
+            self.store_vectors(b, spot, sums, |_| Valid::All);
+            vec![]
+        };
+        if tail == 0 {
+            whole();
+            return;
+        }
+        let partial = || {
+            self.store_tail(b, spot, sums, tail);
+            vec![]
+        };
+        if self.spec.n < PANEL {
+            partial();
+            return;
+        }
+        let last = b.i64(i64::from(self.spec.n / PANEL));
+        b.if_else(b.icmp(IntCmp::EQ, spot.panel, last), partial, whole);
+    }
+
+    /// The epilogue of a tile in the last panel, which has `tail` columns.
+    fn store_tail(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'c>, sums: &[Val<'c>], tail: u32) {
+        let lanes = b.width();
+        if spot.tile.nr * lanes == PANEL {
+            // The strip is the panel: which lanes exist is known now.
+            self.store_vectors(b, spot, sums, |v| Valid::First(tail.saturating_sub(v * lanes).min(lanes)));
+            return;
+        }
+        self.store_vectors(b, spot, sums, |v| {
+            let col = b.add(spot.col, b.i64(i64::from(v * lanes)));
+            Valid::Mask(b.lane_mask(lanes, b.sub(b.i64(i64::from(tail)), col)))
+        });
+    }
+
+    fn store_vectors(
+        &self,
+        b: &VecBuilder<'u, 'c>,
+        spot: &Spot<'c>,
+        sums: &[Val<'c>],
+        valid: impl Fn(u32) -> Valid<'c>,
+    ) {
+        let first = b.add(b.mul(spot.panel, b.i64(i64::from(PANEL))), spot.col);
+        for v in 0..spot.tile.nr {
+            let valid = valid(v);
+            if matches!(valid, Valid::First(0)) {
+                continue;
+            }
+            let col = b.add(first, b.i64(i64::from(v * b.width())));
+            let at = |row| At { row, out_row: row, col, lanes: b.width(), valid };
+            let known = self.frame.columns(&at(spot.row));
+            for r in 0..spot.tile.mr {
+                let row = b.add(spot.row, b.i64(i64::from(r)));
+                self.frame.emit(&at(row), Some(sums[(r * spot.tile.nr + v) as usize]), &known);
+            }
+        }
+    }
+}

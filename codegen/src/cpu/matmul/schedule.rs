@@ -1,0 +1,208 @@
+//! Which tiles a matmul kernel is made of, and why.
+
+use std::fmt;
+
+use quantc_ir::target::{CpuDesc, Dot};
+use serde::{Deserialize, Serialize};
+
+use crate::layout::{Layout, PANEL};
+use crate::spec::{AFmt, Code, MatmulSpec, Zero};
+
+/// A block of results held in registers: `mr` rows by `nr` vectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct CpuTile {
+    /// Rows.
+    pub mr: u32,
+    /// Vectors of columns.
+    pub nr: u32,
+    /// Steps along k in one turn of the inner loop.
+    pub ku: u32,
+}
+
+/// The inner product of a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Inner {
+    /// Integers, by this instruction.
+    Int(Dot),
+    /// f32 multiply-adds on weights converted in registers.
+    Float,
+}
+
+/// What a tile is expected to take on a core, in cycles per 1000 multiply-adds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Cost {
+    /// Multiplier ports: products, sums at group ends, conversions.
+    pub multiply: f64,
+    /// All vector instructions.
+    pub issue: f64,
+    /// Weights through the second-level cache.
+    pub cache: f64,
+    /// Weights from memory, which all rows of the call share.
+    pub memory: f64,
+}
+
+impl Cost {
+    /// The slowest part.
+    pub fn total(&self) -> f64 {
+        self.multiply.max(self.issue).max(self.cache).max(self.memory)
+    }
+}
+
+/// The tiles of one kernel: the first for as many rows as it fits, each next one for what is left.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MatmulSchedule {
+    /// How products are formed.
+    pub inner: Inner,
+    /// Tiles of falling height, down to one row.
+    pub tiles: Vec<CpuTile>,
+    /// What the first tile is expected to take.
+    pub cost: Cost,
+    /// How many tiles were compared for it.
+    pub compared: usize,
+}
+
+impl fmt::Display for MatmulSchedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let inner = match self.inner {
+            Inner::Int(Dot::Vnni) => "vpdpbusd",
+            Inner::Int(Dot::Maddubs) => "vpmaddubsw",
+            Inner::Int(Dot::Widening) => "pmaddwd",
+            Inner::Float => "f32",
+        };
+        write!(f, "{inner}, rows x vectors")?;
+        for tile in &self.tiles {
+            write!(f, " {}x{}", tile.mr, tile.nr)?;
+        }
+        let Cost { multiply, issue, cache, memory } = self.cost;
+        write!(f, "; cycles per 1000 products: multiply {multiply:.1}, issue {issue:.1}, ")?;
+        write!(f, "cache {cache:.1}, memory {memory:.1}; {} tiles compared", self.compared)
+    }
+}
+
+/// The inner product for `spec`: the target's best dot that is exact for these weights.
+pub fn inner(spec: &MatmulSpec, cpu: &CpuDesc) -> Inner {
+    match spec.a {
+        AFmt::F32 => Inner::Float,
+        AFmt::I8Token => {
+            // Two products of a full-range byte do not fit in the sixteen bits of `vpmaddubsw`.
+            let exact = |dot: &&Dot| **dot != Dot::Maddubs || spec.w.code == Code::U4;
+            Inner::Int(cpu.dots.iter().find(exact).copied().unwrap_or(Dot::Widening))
+        }
+    }
+}
+
+/// Vectors of 32-bit lanes in a panel.
+pub fn panel_vectors(cpu: &CpuDesc) -> u32 {
+    PANEL / (cpu.vector_bits / 32)
+}
+
+/// Every tile worth comparing: it fits in the registers, and `spec` has rows for it.
+pub fn candidates(spec: &MatmulSpec, cpu: &CpuDesc) -> Vec<CpuTile> {
+    let inner = inner(spec, cpu);
+    let mut tiles = vec![];
+    for mr in [1, 2, 3, 4, 6, 8] {
+        if mr > spec.m.max {
+            continue;
+        }
+        for nr in [1, 2, 4, 8, 16] {
+            if panel_vectors(cpu).is_multiple_of(nr) && registers(spec, inner, mr, nr) <= cpu.vector_regs {
+                tiles.push(CpuTile { mr, nr, ku: unroll(spec, inner, mr * nr) });
+            }
+        }
+    }
+    tiles
+}
+
+/// Registers that the inner loop keeps busy. Sums of finished groups may wait in memory.
+fn registers(spec: &MatmulSpec, inner: Inner, mr: u32, nr: u32) -> u32 {
+    let sums = mr * nr;
+    match inner {
+        // A four-bit step gives two operands a vector; the mask and one broadcast come on top.
+        Inner::Int(Dot::Vnni) if spec.w.code == Code::U4 => sums + 2 * nr + 2,
+        Inner::Int(Dot::Vnni) => sums + nr + 1,
+        // Four operands of one vector, the mask, ones, a sum and a broadcast.
+        Inner::Int(Dot::Maddubs) => sums + 7,
+        // Even and odd operands, the mask, even and odd activations, a product.
+        Inner::Int(Dot::Widening) => sums + 6,
+        // One operand, its table or constants, codes of the vectors, a broadcast a row.
+        Inner::Float => sums + nr + 2 + if spec.w.code.bits() < 16 { 1 } else { 0 },
+    }
+}
+
+/// Steps in one turn of the inner loop: enough work to hide the loop, little enough code.
+fn unroll(spec: &MatmulSpec, inner: Inner, sums: u32) -> u32 {
+    match inner {
+        // Two steps of `vpmaddubsw` share one widening.
+        Inner::Int(Dot::Maddubs) => 2,
+        Inner::Int(Dot::Vnni) => (32 / sums).clamp(1, 4),
+        Inner::Int(Dot::Widening) => 1,
+        Inner::Float if spec.w.code.bits() >= 16 => 4,
+        Inner::Float => 1,
+    }
+}
+
+/// What `tile` takes for `spec` with as many rows as the class is meant for.
+pub fn cost(spec: &MatmulSpec, tile: &CpuTile, cpu: &CpuDesc) -> Cost {
+    let inner = inner(spec, cpu);
+    let layout = Layout::of(spec);
+    let lanes = f64::from(cpu.vector_bits / 32);
+    let (mr, nr) = (f64::from(tile.mr), f64::from(tile.nr));
+    let group = f64::from(spec.w.group);
+    let four_bit = spec.w.code.bits() == 4;
+    // Instructions per vector of four-byte lanes and four k: products and what prepares them.
+    let (products, prepare, shared) = match inner {
+        Inner::Int(Dot::Vnni) => (1.0, if four_bit { 1.5 } else { 0.5 }, 0.5),
+        Inner::Int(Dot::Maddubs) => (1.5, 1.5, 0.5),
+        Inner::Int(Dot::Widening) => (2.0, if four_bit { 3.0 } else { 2.0 }, 3.0),
+        Inner::Float => (4.0, if spec.w.code.bits() < 16 { 12.0 } else { 6.0 }, 4.0),
+    };
+    // The wide multiplier of the best dot is also the one of f32.
+    let rate = f64::from(cpu.f32_mac_per_cycle) / lanes;
+    let extra = if spec.w.zero == Zero::Asym && inner != Inner::Float { 3.0 } else { 2.0 };
+    let quads = (group / 4.0).max(1.0);
+    let macs = mr * nr * lanes * 4.0 * quads;
+    let multiply = mr * nr * (products * quads + extra) / rate.max(1.0);
+    let issue = (mr * nr * (products * quads + extra) + nr * prepare * quads + mr * shared * quads) / 3.0;
+    let bytes = nr * lanes * (quads * 4.0 * f64::from(spec.w.code.bits()) / 8.0 + 4.0);
+    let rows = f64::from(spec.m.max.min(256));
+    let weight_bytes = layout.bytes() as f64 / (f64::from(spec.n) * f64::from(spec.k));
+    let per = 1000.0 / macs;
+    // Rows that do not fill the tile leave its results unused.
+    let waste = (rows / mr).ceil() * mr / rows;
+    Cost {
+        multiply: multiply * per * waste,
+        issue: issue * per * waste,
+        cache: bytes / 28.0 * per * waste,
+        memory: weight_bytes / f64::from(cpu.stream_bytes_per_cycle) * 1000.0 / rows,
+    }
+}
+
+/// The tiles for `spec`: the cheapest first one, then lower ones for the rows left over.
+pub fn schedule(spec: &MatmulSpec, cpu: &CpuDesc) -> MatmulSchedule {
+    let all = candidates(spec, cpu);
+    // Of equal costs the last wins by number of results, then the first in the list: no two runs differ.
+    let best = |height: Option<u32>| {
+        all.iter()
+            .filter(|t| height.is_none_or(|h| t.mr == h))
+            .map(|t| (cost(spec, t, cpu), t))
+            .min_by(|(a, s), (b, t)| {
+                let by_ports = |c: &Cost| c.multiply.max(c.issue).max(c.cache);
+                by_ports(a).total_cmp(&by_ports(b)).then((t.mr * t.nr).cmp(&(s.mr * s.nr)))
+            })
+            .map(|(c, t)| (c, *t))
+    };
+    let smallest = (cost(spec, &SMALLEST, cpu), SMALLEST);
+    let (first_cost, first) = best(None).unwrap_or(smallest);
+    let mut tiles = vec![first];
+    let few = spec.m.max <= 4;
+    let mut height = first.mr;
+    while height > 1 {
+        // A handful of rows gets a tile for each count; many rows have halves.
+        height = if few { height - 1 } else { (height / 2).next_power_of_two() };
+        tiles.push(best(Some(height)).unwrap_or(smallest).1);
+    }
+    MatmulSchedule { inner: inner(spec, cpu), tiles, cost: first_cost, compared: all.len() }
+}
+
+/// The tile that fits everywhere.
+const SMALLEST: CpuTile = CpuTile { mr: 1, nr: 1, ku: 1 };
