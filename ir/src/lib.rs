@@ -10,6 +10,7 @@ pub mod ops;
 pub mod quant;
 pub mod scheme;
 pub mod target;
+pub mod text;
 pub mod ty;
 pub mod view;
 pub mod weights;

@@ -1,0 +1,6 @@
+//! The text form of modules.
+
+pub mod fields;
+mod lexer;
+
+pub use lexer::Pos;
