@@ -40,6 +40,7 @@ extern crate self as quantc_passes;
 
 pub mod analysis;
 pub mod pass;
+pub mod pipeline;
 pub mod registry;
 
 pub use registry::Registry;

@@ -120,6 +120,8 @@ pub enum Stats {
 pub enum Fact {
     /// The module is cut into layers.
     Layers,
+    /// A target is chosen.
+    Target,
     /// A statistic of the layer's values, by name.
     Stat(&'static str),
     /// Anything else, by name.
@@ -129,7 +131,8 @@ pub enum Fact {
 impl fmt::Display for Fact {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Fact::Layers => f.write_str("layers"),
+            Fact::Layers => f.write_str("a module cut into layers"),
+            Fact::Target => f.write_str("a target"),
             Fact::Stat(name) => write!(f, "the statistic `{name}`"),
             Fact::Named(name) => write!(f, "`{name}`"),
         }
@@ -219,7 +222,7 @@ pub(crate) fn quoted(names: &[&str]) -> String {
 ///         /// Manual line.
 ///         option: f32 = 0.5,
 ///     }
-///     needs: [layers, stat(absmax)], provides: [named(smooth)],    // both may be left out
+///     needs: [target, layers, stat(absmax)], provides: [named(smooth)],    // both may be left out
 ///     scope: Layer, numerics: Exact, stats: keeps, version: 1      // `version` may be left out
 /// }
 /// ```
@@ -263,7 +266,7 @@ macro_rules! pass {
                 stats: $crate::__stats!($stats),
                 version: $crate::__version!($($version)?),
                 read: |text| {
-                    let pass: $name = $crate::pass::read_options($text, text)?;
+                    let pass: $name = $crate::pass::read_options(text)?;
                     ::core::result::Result::Ok(::std::boxed::Box::new(pass))
                 },
             };
@@ -284,6 +287,9 @@ macro_rules! pass {
 macro_rules! __fact {
     (layers) => {
         $crate::pass::Fact::Layers
+    };
+    (target) => {
+        $crate::pass::Fact::Target
     };
     (stat($name:ident)) => {
         $crate::pass::Fact::Stat(::core::stringify!($name))

@@ -1,18 +1,20 @@
 //! Options of passes as text.
 
-use quantc_ir::diag::{Diag, Result};
+use quantc_ir::diag::Result;
+use quantc_ir::text::fields::{Fields, from_fields, to_fields};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// Reads the options of the pass `name` from text with braces; the empty text is all defaults.
-pub fn read_options<T: DeserializeOwned + Default>(name: &str, text: &str) -> Result<T> {
-    if text.trim().is_empty() {
+/// Reads options from text with braces; the empty text is all defaults.
+pub fn read_options<T: DeserializeOwned + Default>(text: &str) -> Result<T> {
+    if text.is_empty() {
         return Ok(T::default());
     }
-    Err(Diag::pipeline(format!("{name}: options cannot be read")))
+    from_fields(&Fields::parse(text)?)
 }
 
 /// Writes options with braces, fully spelled; a pass without options has none.
-pub fn write_options<T: Serialize>(_options: &T) -> String {
-    String::new()
+pub fn write_options<T: Serialize>(options: &T) -> String {
+    let fields = to_fields(options);
+    if fields.is_empty() { String::new() } else { fields.to_string() }
 }
