@@ -101,7 +101,7 @@ pub fn resolve(weights: &Weights, id: WeightId) -> Result<WeightId> {
     let missing = |id| Diag::bug(format!("weight {id:?} is not in the module"));
     let first = weights.get(id).ok_or_else(|| missing(id))?;
     let mut at = id;
-    for _ in 0..weights.len() {
+    for _ in 0..=weights.len() {
         let decl = weights.get(at).ok_or_else(|| missing(at))?;
         if decl.ty != first.ty {
             let message = format!("is an alias of @{}, but that is {} and not {}", decl.name, decl.ty, first.ty);
@@ -119,3 +119,6 @@ pub fn resolve(weights: &Weights, id: WeightId) -> Result<WeightId> {
 fn problem(decl: &WeightDecl, message: impl fmt::Display) -> Diag {
     Diag::input(format!("weight @{} {message}", decl.name)).at(Loc::Item(format!("@{}", decl.name)))
 }
+
+#[cfg(test)]
+mod tests;
