@@ -1,5 +1,26 @@
 //! The engine format, its loader and executor. Knows neither passes nor LLVM.
 //!
+//! An engine is a folder: a manifest, weights, one object with kernels, and what a text needs to become tokens.
+//! [`Engine::open`] checks and maps it, a [`Session`] runs it, a [`Sampler`] chooses tokens:
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//! use quantc_runtime::{Engine, OpenOptions, SampleOptions, Sampler, Session, SessionOptions};
+//!
+//! let engine = Arc::new(Engine::open("engine", &OpenOptions::default())?);
+//! let mut session = Session::new(engine.clone(), &SessionOptions::default())?;
+//! let mut sampler = Sampler::new(SampleOptions::default(), engine.manifest().vocab as usize)?;
+//! let mut token = sampler.sample(session.prefill(0, &[1, 15043, 3186], 1)?)?;
+//! for _ in 0..16 {
+//!     token = sampler.sample(session.decode(0, token)?)?;
+//! }
+//! # Ok::<(), quantc_runtime::Error>(())
+//! ```
+//!
+//! - [`mod@format`] is the manifest: the contract with the compiler, written and read here.
+//! - [`object`] loads kernels, [`pool`] has the threads that call them.
+//! - [`stats`] tells what this process and machine have.
+//!
 //! # What is not here, and why
 //! No compiler: kernels come as a relocatable object and are mapped by [`object`], so a machine that runs engines
 //! needs neither a linker nor LLVM. No intermediate representation: the manifest names symbols, buffers and sizes.
