@@ -272,6 +272,8 @@ pub enum Input {
     Positions = 1,
     /// First state row of each token's slot.
     Base = 2,
+    /// Segment of each token, for encoders that tell texts of a pair apart; 0 unless given.
+    Types = 3,
 }
 
 /// A number of work items: `n * ceil(sym / div)`.
@@ -818,6 +820,7 @@ impl std::fmt::Display for RefText<'_> {
                 Ok(Input::Tokens) => "tokens",
                 Ok(Input::Positions) => "positions",
                 Ok(Input::Base) => "base",
+                Ok(Input::Types) => "types",
                 Err(_) => "unknown input",
             }),
             Some(RefKind::Null(_)) => f.write_str("null"),

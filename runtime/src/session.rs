@@ -93,6 +93,8 @@ pub struct Session {
     /// Positions and slots of the batches that `prefill` and the like make.
     batch_positions: Vec<u32>,
     batch_slots: Vec<u32>,
+    /// Segments of the tokens of the next step; 0 where it is shorter.
+    types: Vec<u32>,
     poison: bool,
     profile: bool,
     /// Kernels and weights the tables point to; dropped last.
@@ -139,7 +141,7 @@ impl Session {
         };
         let arena = map(sizes.arena, "the arena")?;
         let scratch = map(sizes.scratch * threads, "scratch")?;
-        let inputs = map(sizes.input * 3, "inputs")?;
+        let inputs = map(sizes.input * 4, "inputs")?;
         let states =
             sizes.states.iter().map(|&bytes| map(bytes, "a state")).collect::<Result<Vec<Mapping>>>()?;
         let memory =
@@ -163,6 +165,7 @@ impl Session {
             expected: vec![NOT_SEEN; options.slots as usize],
             batch_positions: Vec::with_capacity(max_tokens),
             batch_slots: Vec::with_capacity(max_tokens),
+            types: Vec::with_capacity(max_tokens),
             poison: options.poison,
             profile: options.profile,
             engine,
@@ -277,9 +280,23 @@ impl Session {
 
     /// Runs a text through an encoder, whole; returns a row of `vocab` (the hidden size) numbers for each token.
     pub fn encode(&mut self, tokens: &[u32]) -> Result<&[f32]> {
+        self.encode_segments(tokens, &[])
+    }
+
+    /// Like [`Session::encode`] with the segment of each token; missing segments are 0.
+    pub fn encode_segments(&mut self, tokens: &[u32], segments: &[u32]) -> Result<&[f32]> {
+        if segments.len() > tokens.len() {
+            let what = format!("{} segments for {} tokens", segments.len(), tokens.len());
+            return Err(Error::input(what));
+        }
         self.reset(0)?;
         self.check_append(0, tokens)?;
-        self.append(0, tokens, tokens.len())
+        self.types.clear();
+        self.types.extend_from_slice(segments);
+        let done = self.append(0, tokens, tokens.len()).map(|_| ());
+        self.types.clear();
+        done?;
+        Ok(self.output(tokens.len()))
     }
 
     /// Time spent by launch name, in the order of the programs; empty unless the session was made to profile.
@@ -481,14 +498,17 @@ impl Session {
         // SAFETY: inputs are never protected, and no kernel runs while `self` is borrowed here.
         let bytes = unsafe { self.inputs.bytes_mut() };
         let (tokens, rest) = bytes.split_at_mut(stride);
-        let (positions, bases) = rest.split_at_mut(stride);
+        let (positions, rest) = rest.split_at_mut(stride);
+        let (bases, types) = rest.split_at_mut(stride);
         for (index, ((&token, &position), &slot)) in
             step.tokens.iter().zip(step.positions).zip(step.slots).enumerate()
         {
             let at = index * 4..index * 4 + 4;
             tokens[at.clone()].copy_from_slice(&token.to_le_bytes());
             positions[at.clone()].copy_from_slice(&position.to_le_bytes());
-            bases[at].copy_from_slice(&(slot * context).to_le_bytes());
+            bases[at.clone()].copy_from_slice(&(slot * context).to_le_bytes());
+            let segment = self.types.get(index).copied().unwrap_or(0);
+            types[at].copy_from_slice(&segment.to_le_bytes());
         }
     }
 
@@ -683,6 +703,7 @@ impl Memory<'_> {
                     Ok(Input::Tokens) | Err(_) => 0,
                     Ok(Input::Positions) => 1,
                     Ok(Input::Base) => 2,
+                    Ok(Input::Types) => 3,
                 };
                 self.inputs.ptr().wrapping_add(index * self.sizes.input)
             }
