@@ -1,2 +1,5 @@
-//! The `quantc` tool: a list of subcommands.
-fn main() {}
+//! The `quantc` tool.
+
+fn main() -> std::process::ExitCode {
+    quantc::main_with(quantc::passes::Registry::builtin())
+}

@@ -1,0 +1,137 @@
+//! `quantc bench`: speed of an engine.
+
+use crate::failure::Outcome;
+use crate::output;
+use crate::subject;
+use quantc_ir::diag::Diag;
+use quantc_runtime::sample;
+use quantc_runtime::session::{Session, SessionOptions};
+use quantc_runtime::stats;
+use serde_json::json;
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// Arguments of `quantc bench`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// The engine.
+    engine: PathBuf,
+    /// Tokens of the prompt.
+    #[arg(long, default_value_t = 512)]
+    prompt_tokens: usize,
+    /// Tokens to generate after it.
+    #[arg(long, default_value_t = 128)]
+    gen_tokens: usize,
+    /// Sequences decoded side by side.
+    #[arg(long, default_value_t = 1)]
+    batch: u32,
+    /// Worker threads; 0 means one for each CPU.
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Measured runs, after one that is not counted.
+    #[arg(long, default_value_t = 5)]
+    repeat: usize,
+    /// Also print where the time goes.
+    #[arg(long)]
+    profile: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the subcommand.
+pub fn run(args: Args) -> Outcome {
+    let start = Instant::now();
+    let engine = subject::open_engine(&args.engine, false)?;
+    let options = SessionOptions {
+        threads: args.threads,
+        slots: args.batch.max(1),
+        profile: args.profile,
+        ..SessionOptions::default()
+    };
+    let mut session = Session::new(engine.clone(), &options)?;
+    let load_ms = start.elapsed().as_secs_f64() * 1e3;
+    let manifest = engine.manifest();
+    let context = manifest.context as usize;
+    if args.prompt_tokens == 0 || args.repeat == 0 {
+        return Err(Diag::input("there is nothing to measure").help("use at least one prompt token and one run").into());
+    }
+    if args.prompt_tokens + args.gen_tokens > context {
+        let n = args.prompt_tokens + args.gen_tokens;
+        let diag = Diag::input(format!("{n} tokens exceed the context of {context}"));
+        return Err(diag.help("give smaller --prompt-tokens and --gen-tokens").into());
+    }
+    let ids = u64::from(manifest.token_ids());
+    let prompt: Vec<u32> = (0..args.prompt_tokens as u64).map(|i| (i * 7919 % ids) as u32).collect();
+    let slots: Vec<u32> = (0..session.slots()).collect();
+    let (mut prefill, mut decode, mut runs) = (vec![], vec![], vec![]);
+    for n in 0..=args.repeat {
+        if n == 1 {
+            session.clear_profile();
+        }
+        let mut next = vec![0; slots.len()];
+        let start = Instant::now();
+        for (&slot, next) in slots.iter().zip(&mut next) {
+            session.reset(slot)?;
+            *next = sample::greedy(session.prefill(slot, &prompt, 1)?).unwrap_or(0);
+        }
+        let prefill_s = start.elapsed().as_secs_f64();
+        let start = Instant::now();
+        let width = manifest.vocab as usize;
+        for _ in 0..args.gen_tokens {
+            let logits = session.decode_batch(&slots, &next)?;
+            for (next, row) in next.iter_mut().zip(logits.chunks_exact(width)) {
+                *next = sample::greedy(row).unwrap_or(0);
+            }
+        }
+        let decode_s = start.elapsed().as_secs_f64();
+        if n > 0 {
+            let batch = slots.len() as f64;
+            let rates = (args.prompt_tokens as f64 * batch / prefill_s, args.gen_tokens as f64 * batch / decode_s);
+            prefill.push(rates.0);
+            decode.push(rates.1);
+            runs.push(json!({ "prefill_tok_s": rates.0, "decode_tok_s": rates.1 }));
+        }
+    }
+    let (prefill, decode) = (median(prefill), median(decode));
+    let profile = session.profile();
+    if args.json {
+        return output::json(&json!({
+            "prefill_tok_s": prefill,
+            "decode_tok_s": decode,
+            "weight_bytes": manifest.weight_bytes,
+            "decode_bytes_per_token": manifest.decode_bytes_per_token,
+            "peak_rss_bytes": stats::peak_rss_bytes(),
+            "load_ms": load_ms,
+            "threads": session.threads(),
+            "batch": args.batch,
+            "prompt_tokens": args.prompt_tokens,
+            "gen_tokens": args.gen_tokens,
+            "runs": runs,
+        }));
+    }
+    output::line(&format!("prefill  {prefill:.1} tokens/s ({} tokens)", args.prompt_tokens))?;
+    let gb = decode / f64::from(args.batch.max(1)) * manifest.decode_bytes_per_token as f64 / 1e9;
+    output::line(&format!("decode   {decode:.1} tokens/s ({} tokens), weights at {gb:.1} GB/s", args.gen_tokens))?;
+    output::line(&format!("weights  {}, loaded in {load_ms:.0} ms", output::bytes(manifest.weight_bytes)))?;
+    if !profile.is_empty() {
+        let total: u64 = profile.iter().map(|p| p.nanos).sum();
+        let mut rows: Vec<_> = profile;
+        rows.sort_by_key(|p| std::cmp::Reverse(p.nanos));
+        let cells = rows.iter().take(24).map(|p| {
+            let share = 100.0 * p.nanos as f64 / total.max(1) as f64;
+            vec![p.name.clone(), p.calls.to_string(), format!("{:.1}", p.nanos as f64 / 1e6), format!("{share:.1}")]
+        });
+        output::piece(&output::table(&["launch", "calls", "ms", "%"], &cells.collect::<Vec<_>>()))?;
+    }
+    Ok(())
+}
+
+fn median(mut xs: Vec<f64>) -> f64 {
+    xs.sort_by(f64::total_cmp);
+    match xs.len() {
+        0 => 0.0,
+        n if n % 2 == 1 => xs[n / 2],
+        n => (xs[n / 2 - 1] + xs[n / 2]) / 2.0,
+    }
+}

@@ -1,0 +1,69 @@
+//! `quantc eval`: scores on a text.
+
+use crate::failure::Outcome;
+use crate::output;
+use crate::score::{self, Windows};
+use crate::subject;
+use quantc_ir::diag::Diag;
+use quantc_runtime::session::{Session, SessionOptions};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// Arguments of `quantc eval`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// An engine, or a model, which is compiled to f32 for this machine first.
+    subject: PathBuf,
+    /// The text to score.
+    #[arg(long)]
+    text: PathBuf,
+    /// Tokens of a window, BOS included; by default the context, at most 2048.
+    #[arg(long)]
+    window: Option<u32>,
+    /// Most tokens taken from the text; 0 takes all.
+    #[arg(long, default_value_t = 0)]
+    max_tokens: usize,
+    /// An engine or model to compare with.
+    #[arg(long)]
+    against: Option<PathBuf>,
+    /// Worker threads; 0 means one for each CPU.
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the subcommand.
+pub fn run(args: Args) -> Outcome {
+    let engine = subject::open(&args.subject)?;
+    let base = args.against.as_deref().map(subject::open).transpose()?;
+    let text = subject::read_text(&args.text)?;
+    let tokens = subject::tokenizer(&engine)?.encode(&text, false)?;
+    let context = engine.manifest().context;
+    let window = args.window.unwrap_or(context.min(2048));
+    let shortest = base.as_ref().map_or(context, |b| b.manifest().context.min(context));
+    if window > shortest {
+        return Err(Diag::input(format!("a window of {window} tokens exceeds the context of {shortest}")).into());
+    }
+    let bos = engine.manifest().generation.as_ref().and_then(|g| g.bos);
+    let windows = Windows::new(tokens, bos, window, args.max_tokens)?;
+    let options = SessionOptions { threads: args.threads, ..SessionOptions::default() };
+    let mut session = Session::new(Arc::clone(&engine), &options)?;
+    let mut base = base.map(|b| Session::new(b, &options)).transpose()?;
+    let mut bar = subject::Progress::new("scoring");
+    let scores = score::score(&mut session, base.as_mut(), &windows, &mut |share| bar.at(share))?;
+    bar.done();
+    if args.json {
+        return output::json(&scores);
+    }
+    output::line(&format!("perplexity       {:.5}", scores.perplexity))?;
+    output::line(&format!("tokens scored    {}, windows of {}", scores.tokens_scored, scores.window))?;
+    if let Some(c) = &scores.against {
+        output::line(&format!("base perplexity  {:.5}", c.perplexity_base))?;
+        output::line(&format!("KL to base       mean {:.5}, 99th percentile {:.5}", c.kl_mean, c.kl_p99))?;
+        output::line(&format!("top-1 agreement  {:.4}", c.top1_agreement))?;
+    }
+    eprintln!("{:.1} s", scores.seconds);
+    Ok(())
+}

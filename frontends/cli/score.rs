@@ -1,0 +1,197 @@
+//! Perplexity, divergence and agreement on a text.
+//!
+//! The protocol: the text is tokenized whole, without special tokens, and cut into consecutive windows of `window - 1`
+//! tokens; BOS is put in front of each window when the model has one; every token after the first position is scored;
+//! the last partial window is dropped.
+
+use crate::failure::Outcome;
+use quantc_ir::diag::Diag;
+use quantc_runtime::session::Session;
+use serde::Serialize;
+
+/// What a text says about an engine.
+#[derive(Clone, Debug, Serialize)]
+pub struct Scores {
+    /// `exp(nll)`.
+    pub perplexity: f64,
+    /// Mean negative log likelihood of the scored tokens, in nats.
+    pub nll: f64,
+    /// Number of scored tokens.
+    pub tokens_scored: u64,
+    /// The window.
+    pub window: u32,
+    /// Wall time.
+    pub seconds: f64,
+    /// What the comparison says, when there was one.
+    #[serde(flatten)]
+    pub against: Option<Comparison>,
+}
+
+/// How an engine differs from its base on the same tokens.
+#[derive(Clone, Debug, Serialize)]
+pub struct Comparison {
+    /// Mean over the scored tokens of KL(base || engine), in nats.
+    pub kl_mean: f64,
+    /// The 99th percentile of the same.
+    pub kl_p99: f64,
+    /// Share of the scored tokens where both give the highest logit to the same token.
+    pub top1_agreement: f64,
+    /// The base's perplexity.
+    pub perplexity_base: f64,
+}
+
+/// Tokens of a text cut into windows, BOS included.
+pub struct Windows {
+    tokens: Vec<u32>,
+    bos: Option<u32>,
+    size: usize,
+}
+
+impl Windows {
+    /// Cuts `tokens`; `most` bounds the number of tokens taken from the text, 0 takes all.
+    pub fn new(mut tokens: Vec<u32>, bos: Option<u32>, window: u32, most: usize) -> Outcome<Windows> {
+        if most > 0 {
+            tokens.truncate(most);
+        }
+        let size = (window as usize).saturating_sub(1);
+        if size < 2 {
+            return Err(Diag::input(format!("a window of {window} tokens scores nothing")).help("use at least 3").into());
+        }
+        if tokens.len() < size {
+            let have = tokens.len();
+            let diag = Diag::input(format!("the text has {have} tokens, a window of {window} needs {size}"));
+            return Err(diag.help("give a longer text or a smaller --window").into());
+        }
+        Ok(Windows { tokens, bos, size })
+    }
+
+    fn iter(&self) -> impl Iterator<Item = Vec<u32>> {
+        self.tokens.chunks_exact(self.size).map(|chunk| self.bos.into_iter().chain(chunk.iter().copied()).collect())
+    }
+}
+
+/// Logarithms of the probabilities of one row of logits, in f64.
+struct LogSoftmax<'a> {
+    logits: &'a [f32],
+    log_sum: f64,
+}
+
+impl<'a> LogSoftmax<'a> {
+    fn new(logits: &'a [f32]) -> LogSoftmax<'a> {
+        let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = logits.iter().map(|&x| f64::from(x - top).exp()).sum();
+        LogSoftmax { logits, log_sum: f64::from(top) + sum.ln() }
+    }
+    fn at(&self, i: usize) -> f64 {
+        f64::from(self.logits[i]) - self.log_sum
+    }
+    /// KL(self || other).
+    fn kl(&self, other: &LogSoftmax<'_>) -> f64 {
+        (0..self.logits.len())
+            .map(|i| {
+                let p = self.at(i);
+                p.exp() * (p - other.at(i))
+            })
+            .sum()
+    }
+}
+
+/// Scores `session`, and compares it with `base` when there is one. `progress` is told the share done.
+pub fn score(
+    session: &mut Session,
+    mut base: Option<&mut Session>,
+    windows: &Windows,
+    progress: &mut dyn FnMut(f64),
+) -> Outcome<Scores> {
+    let start = std::time::Instant::now();
+    let width = session.engine().manifest().vocab as usize;
+    let mut chunk = rows_of(session);
+    if let Some(base) = base.as_deref() {
+        let other = base.engine().manifest().vocab as usize;
+        if other != width {
+            return Err(Diag::input(format!("the engines have vocabularies of {width} and {other} tokens")).into());
+        }
+        chunk = chunk.min(rows_of(base));
+    }
+    let count = windows.tokens.len() / windows.size;
+    let (mut nll, mut base_nll, mut scored, mut agree) = (0.0, 0.0, 0u64, 0u64);
+    let mut divergence = vec![];
+    for (n, window) in windows.iter().enumerate() {
+        session.reset(0)?;
+        if let Some(base) = base.as_deref_mut() {
+            base.reset(0)?;
+        }
+        for (c, tokens) in window.chunks(chunk).enumerate() {
+            let logits = session.prefill(0, tokens, tokens.len())?;
+            let reference = match base.as_deref_mut() {
+                Some(base) => Some(base.prefill(0, tokens, tokens.len())?),
+                None => None,
+            };
+            for i in 0..tokens.len() {
+                let Some(&next) = window.get(c * chunk + i + 1) else { break };
+                let row = LogSoftmax::new(&logits[i * width..][..width]);
+                if row.log_sum.is_nan() {
+                    return Err(Diag::input("the engine's logits are not numbers").into());
+                }
+                nll -= row.at(next as usize);
+                scored += 1;
+                if let Some(reference) = reference {
+                    let reference = LogSoftmax::new(&reference[i * width..][..width]);
+                    base_nll -= reference.at(next as usize);
+                    divergence.push(reference.kl(&row));
+                    let top = |r: &LogSoftmax<'_>| quantc_runtime::sample::greedy(r.logits);
+                    agree += u64::from(top(&row) == top(&reference));
+                }
+            }
+        }
+        progress((n + 1) as f64 / count as f64);
+    }
+    let tokens = scored.max(1) as f64;
+    let against = base.map(|_| {
+        let kl_mean = divergence.iter().sum::<f64>() / tokens;
+        divergence.sort_by(f64::total_cmp);
+        let p99 = (divergence.len() * 99).div_ceil(100).saturating_sub(1);
+        Comparison {
+            kl_mean,
+            kl_p99: divergence.get(p99).copied().unwrap_or(0.0),
+            top1_agreement: agree as f64 / tokens,
+            perplexity_base: (base_nll / tokens).exp(),
+        }
+    });
+    Ok(Scores {
+        perplexity: (nll / tokens).exp(),
+        nll: nll / tokens,
+        tokens_scored: scored,
+        window: windows.size as u32 + 1,
+        seconds: start.elapsed().as_secs_f64(),
+        against,
+    })
+}
+
+/// Rows of results that one call of a session can give.
+fn rows_of(session: &Session) -> usize {
+    let manifest = session.engine().manifest();
+    manifest.max_rows.min(manifest.max_tokens) as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn divergence_of_equal_rows_is_zero() {
+        let logits = [1.0, -2.0, 0.5];
+        let row = LogSoftmax::new(&logits);
+        assert_eq!(row.kl(&row), 0.0);
+        let total: f64 = (0..3).map(|i| row.at(i).exp()).sum();
+        assert!((total - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn windows_drop_the_tail() {
+        let windows = Windows::new((0..10).collect(), Some(99), 5, 0).unwrap();
+        let all: Vec<_> = windows.iter().collect();
+        assert_eq!(all, [vec![99, 0, 1, 2, 3], vec![99, 4, 5, 6, 7]]);
+        assert!(Windows::new(vec![1], None, 5, 0).is_err());
+    }
+}
