@@ -1,0 +1,342 @@
+//! Writes engines: a folder that the runtime maps and runs.
+//!
+//! The folder is made under a temporary name beside its place and renamed when it is whole, so an interrupted
+//! compilation leaves no half an engine. Its bytes depend on the module, the target and the limits only.
+
+use crate::kernels::{self, KernelReport};
+use crate::lower::{self, BlobSource, EngineBlob, Limits, Lowered};
+use crate::spec::KernelSpec;
+use quantc_ir::diag::{Diag, Result};
+use quantc_ir::module::Module;
+use quantc_ir::target::TargetDesc;
+use quantc_ir::weights::Store;
+use quantc_runtime::format::{
+    self, Blob, Fact, File as FileEntry, Generation, Kind, Launch, Manifest, NO_BARRIER_AFTER, Program, State, Tap,
+};
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+/// Bytes copied at a time.
+const CHUNK: usize = 1 << 20;
+/// Bytes that the rows of results of one call may take.
+const RESULT_BYTES: u64 = 32 << 20;
+/// Most tokens of one call unless asked otherwise.
+const MAX_TOKENS: u32 = 512;
+
+/// What an engine is made of.
+pub struct Request<'a> {
+    /// The model after its passes.
+    pub module: &'a Module,
+    /// Where its weights lie.
+    pub store: &'a Store,
+    /// The machine to compile for.
+    pub target: &'static TargetDesc,
+    /// Most tokens of one call; 0 for the usual number.
+    pub max_tokens: u32,
+    /// Further files of the folder, by name.
+    pub files: Vec<(String, Vec<u8>)>,
+    /// Further facts for the manifest.
+    pub facts: Vec<(String, String)>,
+    /// The report; kernels are added to it.
+    pub report: serde_json::Map<String, serde_json::Value>,
+}
+
+/// What was written.
+#[derive(Clone, Debug)]
+pub struct Written {
+    /// Bytes of all weights.
+    pub weight_bytes: u64,
+    /// Weight bytes read to decode one token.
+    pub decode_bytes_per_token: u64,
+    /// Number of kernels.
+    pub kernels: usize,
+}
+
+/// Compiles a module and writes the engine to `out`. An engine that lies there is replaced; anything else is refused.
+pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
+    check_place(out)?;
+    let module = request.module;
+    let encoder = match module.facts.get("kind").map(String::as_str) {
+        Some("encoder") => true,
+        Some("decoder") | None => false,
+        Some(other) => return Err(Diag::input(format!("fact `kind` is `{other}`, expected `decoder` or `encoder`"))),
+    };
+    let limits = limits(module, request.max_tokens, encoder)?;
+    let lowered = lower::lower(module, request.store, limits)?;
+    let specs = specs(&lowered);
+    let (object, mut reports) = kernels::compile(&specs, request.target)?;
+    name_launches(&mut reports, &lowered);
+
+    let folder = Folder::create(out)?;
+    let (blobs, weights_file) = write_weights(&folder, module, request.store, &lowered.blobs)?;
+    let mut report = request.report;
+    let kernels = serde_json::to_value(&reports).map_err(|e| Diag::bug(format!("the report does not serialize: {e}")))?;
+    report.insert("kernels".into(), kernels);
+    let report = serde_json::to_string_pretty(&report).map_err(|e| Diag::bug(format!("the report: {e}")))? + "\n";
+    let mut files = vec![weights_file, folder.write(format::KERNELS_FILE, &object)?];
+    files.push(folder.write("report.json", report.as_bytes())?);
+    let pipeline = module.pipeline.clone().unwrap_or_default();
+    files.push(folder.write("pipeline.txt", format!("{pipeline}\n").as_bytes())?);
+    for (name, bytes) in &request.files {
+        files.push(folder.write(name, bytes)?);
+    }
+    files.sort_by(|a, b| a.name.cmp(&b.name));
+
+    let streamed = lowered.blobs.iter().zip(&blobs).filter(|(b, _)| b.streamed).map(|(_, b)| b.len).sum();
+    let numbers = |name: &str| -> Result<Vec<u32>> {
+        let text = module.facts.get(name).map_or("", String::as_str);
+        let parse = |word: &str| {
+            word.parse().map_err(|_| Diag::input(format!("fact `{name}` is `{text}`, not token ids")))
+        };
+        text.split([',', ' ']).filter(|w| !w.is_empty()).map(parse).collect()
+    };
+    let mut facts: Vec<Fact> =
+        module.facts.iter().map(|(k, v)| Fact { key: k.clone(), value: v.clone() }).collect();
+    facts.extend(request.facts.into_iter().map(|(key, value)| Fact { key, value }));
+    let manifest = Manifest {
+        version: format::VERSION,
+        quantc_version: env!("CARGO_PKG_VERSION").into(),
+        model: module.name.clone(),
+        kind: if encoder { Kind::Encoder } else { Kind::Decoder } as i32,
+        target: format::Target {
+            name: request.target.name.into(),
+            arch: "x86_64".into(),
+            features: request.target.cpu.features.iter().map(|f| f.to_string()).collect(),
+        },
+        context: limits.context,
+        max_tokens: limits.max_tokens,
+        max_rows: limits.max_rows,
+        vocab: lowered.width,
+        token_limit: module.fact_u64("vocab")?.unwrap_or(0).try_into().unwrap_or(0),
+        arena_bytes: lowered.arena_bytes,
+        scratch_bytes: lowered.scratch_bytes,
+        weight_bytes: blobs.iter().map(|b| b.len).sum(),
+        decode_bytes_per_token: streamed,
+        weights: blobs,
+        states: lowered.states.iter().map(|(name, row_bytes)| State { name: name.clone(), row_bytes: *row_bytes }).collect(),
+        programs: programs(&lowered),
+        output: lowered.output,
+        generation: Some(Generation { bos: numbers("bos")?.first().copied(), eos: numbers("eos")? }),
+        files,
+        pipeline,
+        facts,
+    };
+    manifest.validate().map_err(|e| Diag::bug(format!("the engine's manifest is not valid: {e}")))?;
+    folder.write(format::MANIFEST_TEXT_FILE, manifest.to_text().as_bytes())?;
+    folder.write(format::MANIFEST_FILE, &manifest.encode_file())?;
+    let written = Written {
+        weight_bytes: manifest.weight_bytes,
+        decode_bytes_per_token: streamed,
+        kernels: specs.len(),
+    };
+    folder.publish(out)?;
+    Ok(written)
+}
+
+/// Sizes that follow from the module.
+fn limits(module: &Module, max_tokens: u32, encoder: bool) -> Result<Limits> {
+    let context = module.fact_u64("context")?.unwrap_or(512);
+    let context = u32::try_from(context).ok().filter(|c| (1..=format::MAX_CONTEXT).contains(c));
+    let context = context.ok_or_else(|| Diag::input("fact `context` is out of range"))?;
+    let asked = if max_tokens == 0 { MAX_TOKENS } else { max_tokens };
+    // An encoder sees its whole input at once.
+    let max_tokens = if encoder { context } else { asked.min(context) }.min(format::MAX_TOKENS);
+    let result = *module.main.results.first().ok_or_else(|| Diag::input("@main has no result"))?;
+    let width = module.main.ty(result).shape.last().and_then(|d| d.fixed()).unwrap_or(1);
+    let max_rows = if encoder {
+        max_tokens
+    } else {
+        u32::try_from(RESULT_BYTES / (4 * width.max(1))).unwrap_or(u32::MAX).clamp(1, max_tokens)
+    };
+    Ok(Limits { max_tokens, max_rows, context })
+}
+
+/// Every kernel of a lowered module by its symbol.
+fn specs(lowered: &Lowered) -> BTreeMap<String, KernelSpec> {
+    let launches = lowered.programs.iter().flat_map(|(_, launches)| launches);
+    launches.map(|l| (l.spec.key(), l.spec.clone())).collect()
+}
+
+fn name_launches(reports: &mut [KernelReport], lowered: &Lowered) {
+    let mut names: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for launch in lowered.programs.iter().flat_map(|(_, launches)| launches) {
+        let users = names.entry(launch.spec.key()).or_default();
+        if !users.contains(&launch.name) {
+            users.push(launch.name.clone());
+        }
+    }
+    for report in reports {
+        report.launches = names.remove(&report.symbol).unwrap_or_default();
+    }
+}
+
+fn programs(lowered: &Lowered) -> Vec<Program> {
+    let launch = |l: &lower::Launch| Launch {
+        symbol: l.spec.key(),
+        name: l.name.clone(),
+        args: l.args.clone(),
+        items: l.items,
+        tap: l.tap.as_ref().map(|(name, at, width)| Tap { name: name.clone(), at: *at, width: *width }),
+        flags: if l.overlaps_next { NO_BARRIER_AFTER } else { 0 },
+    };
+    let program = |(range, launches): &(crate::spec::MRange, Vec<lower::Launch>)| Program {
+        min_t: range.min,
+        max_t: range.max,
+        launches: launches.iter().map(launch).collect(),
+    };
+    lowered.programs.iter().map(program).collect()
+}
+
+/// Writes `weights.bin`, blob by blob.
+fn write_weights(
+    folder: &Folder,
+    module: &Module,
+    store: &Store,
+    sources: &[EngineBlob],
+) -> Result<(Vec<Blob>, FileEntry)> {
+    let mut out = Sink::create(folder.path.join(format::WEIGHTS_FILE))?;
+    let mut blobs = vec![];
+    for source in sources {
+        out.pad(format::BLOB_ALIGN)?;
+        let (offset, mut hash) = (out.len, blake3::Hasher::new());
+        let mut put = |bytes: &[u8]| -> Result<()> {
+            hash.update(bytes);
+            out.put(bytes)
+        };
+        match &source.source {
+            BlobSource::Made(bytes) => put(bytes)?,
+            BlobSource::Stored(digest) => match store.blob_path(*digest) {
+                None => put(&store.read_blob(*digest)?)?,
+                Some(path) => copy_file(&path, &mut put)?,
+            },
+            BlobSource::Weight(id) => {
+                let view = store.view(&module.weights, *id)?;
+                for rows in view.row_blocks(CHUNK) {
+                    let mut block = vec![0; view.row_bytes() * rows.len()];
+                    view.read_rows_bytes(rows.start, rows.len(), &mut block)?;
+                    put(&block)?;
+                    view.release(rows);
+                }
+            }
+        }
+        let len = out.len - offset;
+        blobs.push(Blob { name: source.name.clone(), offset, len, digest: hash.finalize().as_bytes().to_vec() });
+    }
+    Ok((blobs, out.finish(format::WEIGHTS_FILE)?))
+}
+
+fn copy_file(path: &Path, put: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    use std::io::Read;
+    let io = |e: std::io::Error| Diag::system(format!("cannot read it: {e}")).in_file(path.display().to_string());
+    let mut file = File::open(path).map_err(io)?;
+    let mut block = vec![0; CHUNK];
+    loop {
+        match file.read(&mut block).map_err(io)? {
+            0 => return Ok(()),
+            n => put(&block[..n])?,
+        }
+    }
+}
+
+/// A file that is hashed while it is written.
+struct Sink {
+    file: BufWriter<File>,
+    path: PathBuf,
+    hash: blake3::Hasher,
+    len: u64,
+}
+
+impl Sink {
+    fn create(path: PathBuf) -> Result<Sink> {
+        let file = File::create(&path).map_err(|e| cannot_write(&path, &e))?;
+        Ok(Sink { file: BufWriter::with_capacity(CHUNK, file), path, hash: blake3::Hasher::new(), len: 0 })
+    }
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.hash.update(bytes);
+        self.len += bytes.len() as u64;
+        self.file.write_all(bytes).map_err(|e| cannot_write(&self.path, &e))
+    }
+    fn pad(&mut self, align: u64) -> Result<()> {
+        let missing = self.len.next_multiple_of(align) - self.len;
+        self.put(&vec![0; missing as usize])
+    }
+    fn finish(mut self, name: &str) -> Result<FileEntry> {
+        self.file.flush().map_err(|e| cannot_write(&self.path, &e))?;
+        Ok(FileEntry { name: name.into(), len: self.len, digest: self.hash.finalize().as_bytes().to_vec() })
+    }
+}
+
+fn cannot_write(path: &Path, e: &std::io::Error) -> Diag {
+    Diag::system(format!("cannot write: {e}")).in_file(path.display().to_string())
+}
+
+/// Refuses to replace what is not an engine.
+fn check_place(out: &Path) -> Result<()> {
+    if !out.exists() || out.join(format::MANIFEST_FILE).is_file() {
+        return Ok(());
+    }
+    let empty = fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_none());
+    if empty {
+        return Ok(());
+    }
+    Err(Diag::input("there is something here already, and it is not an engine")
+        .in_file(out.display().to_string())
+        .help("name another output folder"))
+}
+
+/// A folder under a temporary name; dropped before it is published, it is gone.
+struct Folder {
+    path: PathBuf,
+}
+
+impl Folder {
+    fn create(out: &Path) -> Result<Folder> {
+        let name = out.file_name().ok_or_else(|| Diag::input("the output must be a folder with a name"))?;
+        let parent = match out.parent() {
+            Some(p) if !p.as_os_str().is_empty() => p,
+            _ => Path::new("."),
+        };
+        fs::create_dir_all(parent).map_err(|e| cannot_write(parent, &e))?;
+        let prefix = format!(".{}.partial-", name.to_string_lossy());
+        // What a killed compilation to the same place has left.
+        for entry in fs::read_dir(parent).map_err(|e| cannot_write(parent, &e))?.flatten() {
+            let name = entry.file_name();
+            let owner = name.to_string_lossy().strip_prefix(&prefix).and_then(|pid| pid.parse::<u32>().ok());
+            if owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+        let path = parent.join(format!("{prefix}{}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir(&path).map_err(|e| cannot_write(&path, &e))?;
+        Ok(Folder { path })
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) -> Result<FileEntry> {
+        let mut sink = Sink::create(self.path.join(name))?;
+        sink.put(bytes)?;
+        sink.finish(name)
+    }
+
+    /// Moves the folder to its place.
+    fn publish(self, out: &Path) -> Result<()> {
+        if out.exists() {
+            let old = self.path.with_extension("old");
+            fs::rename(out, &old).map_err(|e| cannot_write(out, &e))?;
+            fs::rename(&self.path, out).map_err(|e| cannot_write(out, &e))?;
+            fs::remove_dir_all(&old).map_err(|e| cannot_write(&old, &e))?;
+        } else {
+            fs::rename(&self.path, out).map_err(|e| cannot_write(out, &e))?;
+        }
+        std::mem::forget(self);
+        Ok(())
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}

@@ -1,0 +1,92 @@
+//! From specs to an object: names, emission, and what there is to tell about each kernel.
+
+use crate::cpu::llvm::Unit;
+use crate::cpu::matmul::MatmulSchedule;
+use crate::cpu::matmul::schedule::Inner;
+use crate::cpu::{attention, gather, matmul, rope, row};
+use crate::spec::{Code, KernelSpec, MatmulSpec};
+use inkwell::context::Context;
+use quantc_ir::diag::Result;
+use quantc_ir::target::{Dot, TargetDesc};
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// What there is to tell about one kernel.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct KernelReport {
+    /// The symbol in the object.
+    pub symbol: String,
+    /// The template it was made from.
+    pub template: &'static str,
+    /// The choices made for it, in words.
+    pub choice: String,
+    /// Alternatives that were refused, with the reason.
+    pub refused: Vec<String>,
+    /// The launches that use it.
+    pub launches: Vec<String>,
+}
+
+/// Compiles the kernels of `specs`, which map symbols to specs; returns the object and a report for each.
+pub fn compile(
+    specs: &BTreeMap<String, KernelSpec>,
+    target: &'static TargetDesc,
+) -> Result<(Vec<u8>, Vec<KernelReport>)> {
+    let cx = Context::create();
+    let unit = Unit::new(&cx, target, "kernels")?;
+    let mut reports = vec![];
+    for (symbol, spec) in specs {
+        let mut report = KernelReport {
+            symbol: symbol.clone(),
+            template: spec.template(),
+            choice: String::new(),
+            refused: vec![],
+            launches: vec![],
+        };
+        match spec {
+            KernelSpec::Matmul(spec) => {
+                let schedule = matmul::schedule(spec, &target.cpu);
+                report.choice = schedule.to_string();
+                report.refused = refused(spec, &schedule, target);
+                matmul::emit(&unit, symbol, spec, &schedule)?;
+            }
+            KernelSpec::Row(spec) => row::emit(&unit, spec, symbol)?,
+            KernelSpec::Attention(spec) => attention::emit(&unit, spec, symbol)?,
+            KernelSpec::Gather(spec) => gather::emit_gather(&unit, spec, symbol)?,
+            KernelSpec::CacheAppend(spec) => gather::emit_append(&unit, spec, symbol)?,
+            KernelSpec::Rope(spec) => rope::emit_rope(&unit, spec, symbol)?,
+            KernelSpec::RopeTable(spec) => rope::emit_table(&unit, spec, symbol)?,
+        }
+        reports.push(report);
+    }
+    Ok((unit.finish()?, reports))
+}
+
+/// What else could have computed a matmul, and why it does not.
+fn refused(spec: &MatmulSpec, chosen: &MatmulSchedule, target: &TargetDesc) -> Vec<String> {
+    let mut refused = vec![];
+    if let Inner::Int(dot) = chosen.inner {
+        for other in [Dot::Vnni, Dot::Maddubs, Dot::Widening] {
+            if other == dot {
+                continue;
+            }
+            let why = match other {
+                other if !target.cpu.dots.contains(&other) => format!("not on {}", target.name),
+                Dot::Maddubs if spec.w.code != Code::U4 => "pairs of full-range products overflow 16 bits".into(),
+                _ => "slower than the chosen product".into(),
+            };
+            refused.push(format!("{other:?}: {why}"));
+        }
+    }
+    let best = chosen.cost.total();
+    let mut tiles: Vec<(f64, String)> = matmul::candidates(spec, &target.cpu)
+        .into_iter()
+        .filter(|tile| chosen.tiles.first() != Some(tile))
+        .map(|tile| (matmul::cost(spec, &tile, &target.cpu).total(), format!("{}x{}", tile.mr, tile.nr)))
+        .collect();
+    tiles.sort_by(|a, b| a.0.total_cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
+    tiles.dedup();
+    for (cost, tile) in tiles.into_iter().take(4) {
+        refused.push(format!("tile {tile}: expected {:.2} times the cycles", cost / best));
+    }
+    refused
+}

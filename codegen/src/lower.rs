@@ -1,0 +1,849 @@
+//! Turns a module into launches: which kernels run, on which buffers, in which order.
+//!
+//! Layers are inlined at their calls. Each op becomes at most one launch; reshapes and state reads become none. What
+//! an op needs is described as a [`KernelSpec`], so two layers of the same shape share their kernels. The arena is
+//! planned once for the largest call ([`crate::schedule`]), and launches that touch no common bytes run without a
+//! barrier between them.
+//!
+//! Nothing here decides numerics: the order of operations is that of the graph, and an op that no kernel computes is
+//! an error that names it.
+
+use crate::backend::MatmulWeight;
+use crate::cpu::attention::{AttentionSpec, KvSource};
+use crate::cpu::gather::{CacheAppendSpec, GatherSpec};
+use crate::cpu::rope::{RopeSpec, RopeTableSpec, Style};
+use crate::cpu::row::{RowCount, RowSpec};
+use crate::eexpr::{BinaryOp, EExpr, F32, InputKind, MemTy, NodeId, UnaryOp};
+use crate::schedule::{self, Buffer};
+use crate::spec::{AFmt, KernelSpec, MRange, MatmulSpec, Rows};
+use quantc_ir::diag::{Diag, Loc, Result};
+use quantc_ir::entity::{StateId, ValueId, WeightId};
+use quantc_ir::graph::{Def, Graph, Node};
+use quantc_ir::module::Module;
+use quantc_ir::ops::{self, Op, QMATMUL_EXTRAS, Step as EpilogueStep};
+use quantc_ir::ty::{Dim, ElemTy, TensorTy};
+use quantc_ir::weights::{Digest, Store};
+use quantc_runtime::format::{Input, Items, Ref, Sym};
+use std::collections::BTreeMap;
+
+/// Sizes of an engine that are not the model's.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Most tokens of one call.
+    pub max_tokens: u32,
+    /// Most rows of results of one call.
+    pub max_rows: u32,
+    /// Rows of one sequence's state.
+    pub context: u32,
+}
+
+/// The token classes that kernels are compiled for: bounds of each, ascending.
+pub fn classes(max_tokens: u32) -> Vec<MRange> {
+    let bounds = [1, 4, 16, u32::MAX];
+    let mut from = 1;
+    let mut classes = vec![];
+    for to in bounds {
+        if from <= max_tokens {
+            classes.push(MRange { min: from, max: to.min(max_tokens) });
+        }
+        from = to.saturating_add(1);
+    }
+    classes
+}
+
+/// Bytes that the engine keeps in `weights.bin`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum BlobSource {
+    /// A weight as the module stores it.
+    Weight(WeightId),
+    /// A derived blob of the store.
+    Stored(Digest),
+    /// Bytes made by the code generator.
+    Made(Vec<u8>),
+}
+
+/// One blob with its name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EngineBlob {
+    /// For people.
+    pub name: String,
+    /// Where the bytes come from.
+    pub source: BlobSource,
+    /// Whether every token reads all of it.
+    pub streamed: bool,
+}
+
+/// A value on the way to its launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Buffer(usize),
+    Blob(u32),
+    State(u32),
+    Input(Input),
+    /// Per-worker memory.
+    Scratch,
+}
+
+/// A launch before buffers have addresses.
+#[derive(Clone, Debug)]
+struct Step {
+    name: String,
+    spec: KernelSpec,
+    reads: Vec<Place>,
+    writes: Vec<Place>,
+    /// Arguments in the kernel's order.
+    args: Vec<Place>,
+    items: Items,
+    tap: Option<(String, usize, u32)>,
+}
+
+/// A launch of one token class.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    /// What it computes.
+    pub name: String,
+    /// The kernel.
+    pub spec: KernelSpec,
+    /// Arguments.
+    pub args: Vec<Ref>,
+    /// Number of work items.
+    pub items: Items,
+    /// Name, place and width of a value worth comparing after it.
+    pub tap: Option<(String, Ref, u32)>,
+    /// Whether the next launch may begin before all workers have finished this one.
+    pub overlaps_next: bool,
+}
+
+/// A module as launches.
+#[derive(Clone, Debug)]
+pub struct Lowered {
+    /// Token classes with their launches.
+    pub programs: Vec<(MRange, Vec<Launch>)>,
+    /// What `weights.bin` holds.
+    pub blobs: Vec<EngineBlob>,
+    /// States with the bytes of one row.
+    pub states: Vec<(String, u64)>,
+    /// Where the result lies.
+    pub output: Ref,
+    /// Columns of the result.
+    pub width: u32,
+    /// Bytes of the arena.
+    pub arena_bytes: u64,
+    /// Bytes of each worker's scratch.
+    pub scratch_bytes: u64,
+}
+
+/// Lowers `module`. Weights of matmuls are packed through the store unless `pack-weights` has done so.
+pub fn lower(module: &Module, store: &Store, limits: Limits) -> Result<Lowered> {
+    let mut cx = Lowering {
+        module,
+        store,
+        limits,
+        steps: vec![],
+        buffers: vec![],
+        blobs: vec![],
+        blob_index: BTreeMap::new(),
+        states: module.states.iter().map(|(_, s)| Ok((s.name.clone(), state_row_bytes(&s.ty)?))).collect::<Result<_>>()?,
+        scratch_bytes: 0,
+    };
+    let inputs = [Input::Tokens, Input::Types];
+    if module.main.params.len() > inputs.len() {
+        return Err(Diag::target(format!("@main has {} inputs, engines take at most 2", module.main.params.len())));
+    }
+    let params = inputs.iter().take(module.main.params.len()).map(|&i| Val::plain(Place::Input(i))).collect();
+    let results = cx.graph(&module.main, "main", params)?;
+    let (&[result], [value]) = (&module.main.results[..], &results[..]) else {
+        return Err(Diag::target(format!("@main has {} results, engines have one", results.len())));
+    };
+    let ty = module.main.ty(result);
+    let (_, width) = matrix(ty)?;
+    let Place::Buffer(out) = value.place else {
+        return Err(Diag::target("the result of @main is not computed by any op"));
+    };
+    if ty.elem != ElemTy::F32 {
+        return Err(Diag::target(format!("the result of @main has type {ty}, engines give f32")));
+    }
+    cx.finish(out, width)
+}
+
+fn state_row_bytes(ty: &TensorTy) -> Result<u64> {
+    let dims = ty.shape.dims().filter(|d| !d.is_empty());
+    let dims = dims.ok_or_else(|| Diag::target(format!("a state of type {ty} has no fixed rows")))?;
+    let row = dims[1..].iter().try_fold(1u64, |n, &d| n.checked_mul(d));
+    let bytes = row.and_then(|n| n.checked_mul(u64::from(ty.elem.bits()))).map(|b| b.div_ceil(8));
+    bytes.ok_or_else(|| Diag::target(format!("a state of type {ty} is too large")))
+}
+
+/// A value and, for quantized activations, what else the matmuls want of it.
+#[derive(Clone, Debug)]
+struct Val {
+    place: Place,
+    /// Group length -> group sums of a quantized activation.
+    sums: Vec<(u32, Place)>,
+    /// Scales of a quantized activation.
+    scale: Option<Place>,
+}
+
+impl Val {
+    fn plain(place: Place) -> Val {
+        Val { place, sums: vec![], scale: None }
+    }
+}
+
+struct Lowering<'a> {
+    module: &'a Module,
+    store: &'a Store,
+    limits: Limits,
+    steps: Vec<Step>,
+    /// Bytes of each buffer.
+    buffers: Vec<u64>,
+    blobs: Vec<EngineBlob>,
+    blob_index: BTreeMap<BlobSource, u32>,
+    states: Vec<(String, u64)>,
+    scratch_bytes: u64,
+}
+
+/// Rows and columns of a value: the symbol that counts rows, rows per symbol, columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Extent {
+    rows: Rows,
+    per: u32,
+    cols: u32,
+}
+
+impl Extent {
+    fn count(self) -> RowCount {
+        RowCount { sym: self.rows, per: self.per }
+    }
+    fn items(self) -> Items {
+        match self.rows {
+            Rows::T => Items { n: u64::from(self.per), sym: Sym::T as i32, div: 1 },
+            Rows::R => Items { n: u64::from(self.per), sym: Sym::R as i32, div: 1 },
+        }
+    }
+    /// All columns of one symbol.
+    fn width(self) -> u32 {
+        self.per * self.cols
+    }
+}
+
+fn small(n: u64, ty: &TensorTy) -> Result<u32> {
+    u32::try_from(n).ok().filter(|&n| n < 1 << 28).ok_or_else(|| Diag::target(format!("{ty} is too large for a kernel")))
+}
+
+/// The extent of a value whose first axis is symbolic and whose last axis is a row.
+fn extent(ty: &TensorTy) -> Result<Extent> {
+    let rows = match ty.shape.0.first() {
+        Some(Dim::Sym('r')) => Rows::R,
+        Some(Dim::Sym('t' | '?')) => Rows::T,
+        _ => {
+            return Err(Diag::target(format!("a value of type {ty} is computed when the engine runs"))
+                .help("kernels compute one row per token (`?t`) or per result (`?r`); run `fold-constants`"));
+        }
+    };
+    let fixed = |d: &Dim| d.fixed().ok_or_else(|| Diag::target(format!("{ty} has two symbolic extents")));
+    let dims: Vec<u64> = ty.shape.0[1..].iter().map(fixed).collect::<Result<_>>()?;
+    let (&cols, outer) = dims.split_last().unwrap_or((&1, &[]));
+    let per = outer.iter().fold(1u64, |n, &d| n.saturating_mul(d));
+    small(per.saturating_mul(cols), ty)?;
+    Ok(Extent { rows, per: small(per, ty)?, cols: small(cols, ty)? })
+}
+
+/// The symbol that counts rows, and all columns of one.
+fn matrix(ty: &TensorTy) -> Result<(Rows, u32)> {
+    let e = extent(ty)?;
+    Ok((e.rows, e.width()))
+}
+
+fn mem(ty: &TensorTy) -> Result<MemTy> {
+    match ty.elem {
+        ElemTy::F32 => Ok(MemTy::F32),
+        ElemTy::F16 => Ok(MemTy::F16),
+        ElemTy::Bf16 => Ok(MemTy::Bf16),
+        ElemTy::I32 | ElemTy::Q(_) => Err(Diag::target(format!("a value of type {ty} is read as float"))),
+    }
+}
+
+/// One operand of an op, as kernels see it.
+#[derive(Clone, Copy)]
+struct Operand<'a> {
+    val: &'a Val,
+    ty: &'a TensorTy,
+}
+
+impl Lowering<'_> {
+    fn graph(&mut self, graph: &Graph, function: &str, params: Vec<Val>) -> Result<Vec<Val>> {
+        let mut values: BTreeMap<ValueId, Val> = graph.params.iter().copied().zip(params).collect();
+        for (_, node) in graph.ops() {
+            let result = self.op(graph, function, node, &mut values).map_err(|e| {
+                let name = graph.value(node.result).name.as_deref().unwrap_or(node.op.name());
+                e.at(Loc::Item(format!("%{name} = {} in @{function}", node.op.name())))
+            })?;
+            values.insert(node.result, result);
+        }
+        let missing = || Diag::target(format!("a result of @{function} is not computed by any op"));
+        graph.results.iter().map(|r| values.get(r).cloned().ok_or_else(missing)).collect()
+    }
+
+    fn buffer(&mut self, ty: &TensorTy) -> Result<Place> {
+        let (rows, width) = matrix(ty)?;
+        Ok(self.buffer_of(rows, u64::from(width) * u64::from(ty.elem.bits().div_ceil(8))))
+    }
+
+    fn buffer_of(&mut self, rows: Rows, row_bytes: u64) -> Place {
+        let most = match rows {
+            Rows::T => self.limits.max_tokens,
+            Rows::R => self.limits.max_rows,
+        };
+        self.buffers.push(row_bytes * u64::from(most));
+        Place::Buffer(self.buffers.len() - 1)
+    }
+
+    fn blob(&mut self, name: &str, source: BlobSource, streamed: bool) -> Place {
+        let next = self.blobs.len() as u32;
+        let index = *self.blob_index.entry(source.clone()).or_insert(next);
+        if index == next {
+            self.blobs.push(EngineBlob { name: name.into(), source, streamed });
+        }
+        Place::Blob(index)
+    }
+
+    /// The value of an operand; weights become blobs when they are first read.
+    fn value(&mut self, graph: &Graph, v: ValueId, values: &mut BTreeMap<ValueId, Val>) -> Result<Val> {
+        if let Some(val) = values.get(&v) {
+            return Ok(val.clone());
+        }
+        let val = match graph.value(v).def {
+            Def::Weight(w) => {
+                let w = quantc_ir::weights::resolve(&self.module.weights, w)?;
+                let name = self.module.weights[w].name.clone();
+                Val::plain(self.blob(&name, BlobSource::Weight(w), false))
+            }
+            Def::State(s) => Val::plain(Place::State(self.state_index(s))),
+            _ => return Err(Diag::bug("an operand is read before it is computed")),
+        };
+        values.insert(v, val.clone());
+        Ok(val)
+    }
+
+    fn state_index(&self, s: StateId) -> u32 {
+        quantc_ir::entity::Entity::index(s) as u32
+    }
+
+    fn launch(&mut self, name: &str, spec: KernelSpec, reads: &[Place], writes: &[Place], items: Items) {
+        let args = reads.iter().chain(writes).copied().collect();
+        let (reads, writes) = (reads.to_vec(), writes.to_vec());
+        self.steps.push(Step { name: name.into(), spec, reads, writes, args, items, tap: None });
+    }
+
+    /// A row kernel over `inputs` with one output of type `out`.
+    fn row(&mut self, name: &str, spec: RowSpec, inputs: &[Place], at: Extent, out: &TensorTy) -> Result<Val> {
+        let place = self.buffer(out)?;
+        self.launch(name, KernelSpec::Row(spec), inputs, &[place], at.items());
+        Ok(Val::plain(place))
+    }
+
+    fn op(
+        &mut self,
+        graph: &Graph,
+        function: &str,
+        node: &Node,
+        values: &mut BTreeMap<ValueId, Val>,
+    ) -> Result<Val> {
+        let out = graph.ty(node.result);
+        let name = launch_name(function, graph, node);
+        let is_matmul = matches!(node.op, Op::MatMul(_) | Op::QMatMul(_));
+        let mut operands: Vec<Option<Val>> = vec![];
+        for (i, &a) in node.args.iter().enumerate() {
+            // The weight operands of a matmul are read packed, not as they are.
+            let packed = is_matmul && (1..fixed_operands(&node.op)).contains(&i) && graph.as_weight(a).is_some();
+            let absent = graph.is_none(a) || packed;
+            operands.push(if absent { None } else { Some(self.value(graph, a, values)?) });
+        }
+        let get = |i: usize| -> Result<Operand<'_>> {
+            let val = operands.get(i).and_then(Option::as_ref);
+            let val = val.ok_or_else(|| Diag::bug(format!("operand {i} of `{}` is missing", node.op.name())))?;
+            Ok(Operand { val, ty: graph.ty(node.args[i]) })
+        };
+        match &node.op {
+            Op::Positions(_) => Ok(Val::plain(Place::Input(Input::Positions))),
+            Op::Reshape(_) => Ok(get(0)?.val.clone()),
+            Op::Call(call) => {
+                let id = self.module.layer(&call.layer);
+                let id = id.ok_or_else(|| Diag::input(format!("there is no layer @{}", call.layer)))?;
+                let layer = &self.module.layers[id];
+                let args: Vec<Val> = operands.iter().flatten().cloned().collect();
+                let mut results = self.graph(&layer.graph, &layer.name, args)?;
+                let result = results.pop().ok_or_else(|| Diag::input("a layer without a result"))?;
+                self.tap(&layer.name, &result, out);
+                Ok(result)
+            }
+            Op::Embedding(e) => {
+                let (ids, table) = (get(0)?, get(1)?);
+                let Some([rows, width]) = table.ty.shape.dims().and_then(|d| <[u64; 2]>::try_from(d).ok()) else {
+                    return Err(Diag::target(format!("a table of type {}", table.ty)));
+                };
+                let spec = GatherSpec {
+                    width: small(width, table.ty)?,
+                    table_rows: small(rows, table.ty)?,
+                    ty: mem(table.ty)?,
+                    add: false,
+                };
+                if ElemTy::from(e.to) != ElemTy::F32 {
+                    return Err(Diag::target("embeddings are gathered as f32"));
+                }
+                let at = extent(out)?;
+                let place = self.buffer(out)?;
+                let reads = [ids.val.place, table.val.place];
+                self.launch(&name, KernelSpec::Gather(spec), &reads, &[place], at.items());
+                Ok(Val::plain(place))
+            }
+            Op::RopeTable(table) => {
+                let bytes = table.frequencies().iter().flat_map(|f| f.to_le_bytes()).collect();
+                let frequencies = self.blob("rope.frequencies", BlobSource::Made(bytes), false);
+                let spec = RopeTableSpec { half: table.size / 2, factor: F32::new(1.0) };
+                let place = self.buffer(out)?;
+                let reads = [get(0)?.val.place, frequencies];
+                self.launch(&name, KernelSpec::RopeTable(spec), &reads, &[place], extent(out)?.items());
+                Ok(Val::plain(place))
+            }
+            Op::Rope(rope) => {
+                let (x, table) = (get(0)?, get(1)?);
+                let at = extent(x.ty)?;
+                let spec = RopeSpec {
+                    heads: at.per,
+                    head_dim: at.cols,
+                    rotary_dim: matrix(table.ty)?.1,
+                    style: match rope.style {
+                        ops::RopeStyle::Half => Style::Half,
+                        ops::RopeStyle::Interleaved => Style::Interleaved,
+                    },
+                };
+                let place = self.buffer(out)?;
+                let items = Items::per_token(1, 1);
+                self.launch(&name, KernelSpec::Rope(spec), &[x.val.place, table.val.place], &[place], items);
+                Ok(Val::plain(place))
+            }
+            Op::CacheAppend(_) => {
+                let (state, x) = (get(0)?, get(1)?);
+                let width = matrix(x.ty)?.1;
+                let spec = CacheAppendSpec { width, x_stride: width, ty: mem(state.ty)? };
+                let positions = Place::Input(Input::Positions);
+                let base = Place::Input(Input::Base);
+                let (reads, writes) = ([x.val.place, positions, base], [state.val.place]);
+                self.launch(&name, KernelSpec::CacheAppend(spec), &reads, &writes, Items::per_token(1, 1));
+                Ok(state.val.clone())
+            }
+            Op::Attention(attention) => self.attention(&name, attention, [get(0)?, get(1)?, get(2)?], out),
+            Op::LastRows(_) => {
+                let x = get(0)?;
+                let (from, to) = (extent(x.ty)?, extent(out)?);
+                let ty = mem(x.ty)?;
+                let spec = RowSpec::copy_last_rows(from.width(), ty, ty);
+                let at = Extent { per: 1, cols: to.width(), ..to };
+                self.row(&name, spec, &[x.val.place], at, out)
+            }
+            Op::RmsNorm(norm) => {
+                let x = get(0)?;
+                let at = extent(x.ty)?;
+                let gain = operands[1].as_ref().map(|_| get(1)).transpose()?;
+                let spec = norm_spec(norm.eps.0 as f32, at, x.ty, gain.map(|g| g.ty), None, false)?;
+                let mut reads = vec![x.val.place];
+                reads.extend(gain.map(|g| g.val.place));
+                self.row(&name, spec, &reads, at, out)
+            }
+            Op::LayerNorm(norm) => {
+                let x = get(0)?;
+                let at = extent(x.ty)?;
+                let gain = operands[1].as_ref().map(|_| get(1)).transpose()?;
+                let bias = operands[2].as_ref().map(|_| get(2)).transpose()?;
+                let spec = norm_spec(norm.eps.0 as f32, at, x.ty, gain.map(|g| g.ty), bias.map(|b| b.ty), true)?;
+                let mut reads = vec![x.val.place];
+                reads.extend(gain.map(|g| g.val.place));
+                reads.extend(bias.map(|b| b.val.place));
+                self.row(&name, spec, &reads, at, out)
+            }
+            Op::Add(_) => self.binary(&name, BinaryOp::Add, get(0)?, get(1)?, out),
+            Op::Mul(_) => self.binary(&name, BinaryOp::Mul, get(0)?, get(1)?, out),
+            Op::Silu(_) => self.unary(&name, UnaryOp::Silu, get(0)?, out),
+            Op::Relu(_) => self.unary(&name, UnaryOp::Relu, get(0)?, out),
+            Op::Tanh(_) => self.unary(&name, UnaryOp::Tanh, get(0)?, out),
+            Op::Gelu(g) => {
+                let op = if g.approx { UnaryOp::GeluTanh } else { UnaryOp::GeluErf };
+                self.unary(&name, op, get(0)?, out)
+            }
+            Op::Cast(_) => {
+                let x = get(0)?;
+                let at = extent(x.ty)?;
+                let at = Extent { per: 1, cols: at.width(), ..at };
+                let spec = RowSpec::copy(at.cols, mem(x.ty)?, at.cols, 0, mem(out)?, at.cols);
+                self.row(&name, spec.with_rows(at.count()), &[x.val.place], at, out)
+            }
+            // The scale is computed together with the codes; `quantize` makes the launch.
+            Op::DynamicScale(_) => Ok(get(0)?.val.clone()),
+            Op::Quantize(_) => self.quantize(&name, graph, node, get(0)?),
+            Op::MatMul(matmul) => {
+                self.matmul(&name, graph, node, get(0)?, &matmul.epilogue, &matmul.packed, &operands[2..])
+            }
+            Op::QMatMul(matmul) => {
+                let extras = &operands[QMATMUL_EXTRAS..];
+                self.matmul(&name, graph, node, get(0)?, &matmul.epilogue, &matmul.packed, extras)
+            }
+            Op::Dequantize(_) => Err(Diag::target("expanding a quantized tensor has no kernel")
+                .help("run `fuse-dequant-matmul`, so that the product reads the codes")),
+            Op::BitcastStorage(_) | Op::Slice(_) | Op::Transpose(_) => {
+                Err(Diag::target(format!("`{}` has no kernel", node.op.name()))
+                    .help("run `fold-constants`; on values computed by the engine it is not supported"))
+            }
+        }
+    }
+
+    /// Marks the value of a layer's result as worth comparing.
+    fn tap(&mut self, layer: &str, result: &Val, ty: &TensorTy) {
+        let (Place::Buffer(buffer), Ok((Rows::T, width))) = (result.place, matrix(ty)) else { return };
+        if ty.elem != ElemTy::F32 {
+            return;
+        }
+        let writer = self.steps.iter_mut().rev().find(|s| s.writes.contains(&result.place));
+        if let Some(step) = writer {
+            step.tap = Some((layer.into(), buffer, width));
+        }
+    }
+
+    fn attention(
+        &mut self,
+        name: &str,
+        attention: &ops::Attention,
+        [q, k, v]: [Operand<'_>; 3],
+        out: &TensorTy,
+    ) -> Result<Val> {
+        let at = extent(q.ty)?;
+        let &[_, Dim::Static(kv_heads), _] = &k.ty.shape.0[..] else {
+            return Err(Diag::target(format!("keys of type {}", k.ty)));
+        };
+        let cached = matches!(k.val.place, Place::State(_));
+        let kv_heads = small(kv_heads, k.ty)?;
+        let source = match cached {
+            true => KvSource::Cache { ty: mem(k.ty)? },
+            false => KvSource::Direct { stride: kv_heads * at.cols },
+        };
+        let spec = AttentionSpec {
+            heads: at.per,
+            kv_heads,
+            head_dim: at.cols,
+            scale: F32::new(attention.scale.0 as f32),
+            causal: attention.causal,
+            window: (attention.window > 0).then_some(attention.window),
+            softcap: None,
+            source,
+            q_stride: at.width(),
+        };
+        self.scratch_bytes = self.scratch_bytes.max(spec.scratch_bytes());
+        let place = self.buffer(out)?;
+        let items = Items::per_token(u64::from(spec.kv_heads), spec.block_rows());
+        let mut reads = vec![q.val.place, k.val.place, v.val.place];
+        if cached {
+            reads.extend([Place::Input(Input::Positions), Place::Input(Input::Base)]);
+        }
+        let mut args = reads.clone();
+        args.extend([place, Place::Scratch]);
+        let spec = KernelSpec::Attention(spec);
+        self.steps.push(Step { name: name.into(), spec, reads, writes: vec![place], args, items, tap: None });
+        Ok(Val::plain(place))
+    }
+
+    fn unary(&mut self, name: &str, op: UnaryOp, x: Operand<'_>, out: &TensorTy) -> Result<Val> {
+        let at = extent(x.ty)?;
+        let at = Extent { per: 1, cols: at.width(), ..at };
+        let spec = RowSpec::unary(op, at.cols, mem(x.ty)?, mem(out)?).with_rows(at.count());
+        self.row(name, spec, &[x.val.place], at, out)
+    }
+
+    fn binary(&mut self, name: &str, op: BinaryOp, a: Operand<'_>, b: Operand<'_>, out: &TensorTy) -> Result<Val> {
+        let at = extent(out)?;
+        let mut e = EExpr::new();
+        let mut node = |operand: Operand<'_>| -> Result<NodeId> {
+            let ty = mem(operand.ty)?;
+            if operand.ty.shape == out.shape {
+                return Ok(e.elem_input(ty, at.cols));
+            }
+            if operand.ty.shape.0[..] == out.shape.0[out.rank() - 1..] {
+                return Ok(e.col_input(ty));
+            }
+            Err(Diag::target(format!("an operand of type {} next to a result of type {out} has no kernel", operand.ty)))
+        };
+        let (x, y) = (node(a)?, node(b)?);
+        let z = e.binary(op, x, y);
+        e.store(z, mem(out)?, at.cols);
+        let spec = RowSpec::new(if op == BinaryOp::Add { "add" } else { "mul" }, at.cols, e).with_rows(at.count());
+        self.row(name, spec, &[a.val.place, b.val.place], at, out)
+    }
+
+    /// Quantizes rows together with the sums that the matmuls reading them want.
+    fn quantize(&mut self, name: &str, graph: &Graph, node: &Node, x: Operand<'_>) -> Result<Val> {
+        let scale = graph.def(node.args[1]).filter(|(_, n)| {
+            n.args.first() == Some(&node.args[0]) && n.op.is::<ops::DynamicScale>().is_some()
+        });
+        let dynamic = ElemTy::Q(ops::DYNAMIC_INT8);
+        if scale.is_none() || graph.ty(node.result).elem != dynamic {
+            return Err(Diag::target(format!("quantizing to {} has no kernel", graph.ty(node.result).elem))
+                .help("kernels quantize activations to symmetric int8 with one dynamic scale per token"));
+        }
+        let mut groups = vec![];
+        for user in graph.users(node.result) {
+            let user = graph.node(user);
+            let weight = MatmulWeight::of(self.module, graph, user)?;
+            let weight = weight.ok_or_else(|| Diag::target(format!("`{}` of quantized rows has no kernel", user.op.name())))?;
+            groups.push(weight.layout.w.group.min(weight.layout.k));
+        }
+        groups.sort_unstable();
+        groups.dedup();
+        let at = extent(x.ty)?;
+        let at = Extent { per: 1, cols: at.width(), ..at };
+        let q = self.buffer_of(at.rows, u64::from(crate::spec::i8_row_stride(at.cols)));
+        let scale = self.buffer_of(at.rows, 4);
+        let mut sums = vec![];
+        for (i, group) in groups.into_iter().enumerate() {
+            let place = self.buffer_of(at.rows, 4 * u64::from(at.cols.div_ceil(group)));
+            let spec = RowSpec::quantize_token(at.cols, mem(x.ty)?, Some(group)).with_rows(at.count());
+            let suffix = if i == 0 { String::new() } else { format!(".g{group}") };
+            let writes = [q, scale, place];
+            self.launch(&format!("{name}{suffix}"), KernelSpec::Row(spec), &[x.val.place], &writes, at.items());
+            sums.push((group, place));
+        }
+        Ok(Val { place: q, sums, scale: Some(scale) })
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one call for each of the two matmul ops")]
+    fn matmul(
+        &mut self,
+        name: &str,
+        graph: &Graph,
+        node: &Node,
+        x: Operand<'_>,
+        steps: &[EpilogueStep],
+        packed: &str,
+        extras: &[Option<Val>],
+    ) -> Result<Val> {
+        let weight = MatmulWeight::of(self.module, graph, node)?.ok_or_else(|| Diag::bug("not a matmul"))?;
+        let layout = weight.layout;
+        let digest = match packed.rsplit_once('/') {
+            Some((packed_layout, digest)) if packed_layout == layout.name() => digest.parse::<Digest>()?,
+            Some((packed_layout, _)) => {
+                return Err(Diag::target(format!("the weight is packed as {packed_layout}, the kernel wants {}", layout.name()))
+                    .help("run `pack-weights` for this target"));
+            }
+            None => weight.pack(self.module, self.store)?.blob,
+        };
+        let blob_name = self.module.weights[weight.weight()].name.clone();
+        let w = self.blob(&blob_name, BlobSource::Stored(digest), true);
+        let out = graph.ty(node.result);
+        let (rows, n) = matrix(out)?;
+        if n != layout.n || !matches!(extent(out)?.per, 1) {
+            return Err(Diag::target(format!("a product of type {out} has no kernel: reshape its rows first")));
+        }
+        let mut reads = vec![x.val.place];
+        let a = match x.val.scale {
+            None if x.ty.elem == ElemTy::F32 => AFmt::F32,
+            None => return Err(Diag::target(format!("activations of type {} have no matmul kernel", x.ty))),
+            Some(scale) => {
+                let sums = x.val.sums.iter().find(|(group, _)| *group == layout.w.group.min(layout.k));
+                let sums = sums.ok_or_else(|| Diag::bug("group sums of this matmul were not computed"))?;
+                reads.extend([scale, sums.1]);
+                AFmt::I8Token
+            }
+        };
+        reads.push(w);
+        let operands = &node.args[fixed_operands(&node.op)..];
+        let (epilogue, used) = epilogue(steps, operands, graph, out, n)?;
+        for i in used {
+            let extra = extras.get(i).and_then(Option::as_ref);
+            reads.push(extra.ok_or_else(|| Diag::bug("an operand of the epilogue is missing"))?.place);
+        }
+        let m = MRange { min: 0, max: 0 };
+        let spec = MatmulSpec { n, k: layout.k, m, rows, w: layout.w, a, epilogue };
+        let place = self.buffer(out)?;
+        let items = Items::fixed(u64::from(spec.items()));
+        self.launch(name, KernelSpec::Matmul(spec), &reads, &[place], items);
+        Ok(Val::plain(place))
+    }
+
+    /// Plans the arena and gives every class its launches.
+    fn finish(self, out: usize, width: u32) -> Result<Lowered> {
+        let end = self.steps.len();
+        let mut lives: Vec<Option<(usize, usize)>> = vec![None; self.buffers.len()];
+        let touch = |lives: &mut Vec<Option<(usize, usize)>>, buffer: usize, step: usize| {
+            let live = lives[buffer].get_or_insert((step, step));
+            live.1 = live.1.max(step);
+        };
+        for (i, step) in self.steps.iter().enumerate() {
+            for &place in &step.args {
+                if let Place::Buffer(b) = place {
+                    touch(&mut lives, b, i);
+                }
+            }
+        }
+        touch(&mut lives, out, end);
+        let buffers: Vec<Buffer> = self
+            .buffers
+            .iter()
+            .zip(&lives)
+            .map(|(&bytes, live)| Buffer { bytes, live: live.map_or(end..=end, |(a, b)| a..=b) })
+            .collect();
+        let arena = schedule::plan(&buffers);
+        let at = |place: Place| match place {
+            Place::Buffer(b) => Ref::arena(arena.offsets[b]),
+            Place::Blob(i) => Ref::weight(i),
+            Place::State(i) => Ref::state(i),
+            Place::Input(i) => Ref::input(i),
+            Place::Scratch => Ref::scratch(0),
+        };
+        let bytes = |place: &Place| match *place {
+            Place::Buffer(b) => Some((arena.offsets[b], arena.offsets[b] + buffers[b].bytes)),
+            _ => None,
+        };
+        let overlaps = overlaps(&self.steps, bytes);
+        let class = |range: MRange| {
+            let launch = |(i, step): (usize, &Step)| Launch {
+                name: step.name.clone(),
+                spec: for_class(&step.spec, range, self.limits.max_rows),
+                args: step.args.iter().map(|&p| at(p)).collect(),
+                items: step.items,
+                tap: step.tap.as_ref().map(|(n, b, w)| (n.clone(), at(Place::Buffer(*b)), *w)),
+                overlaps_next: overlaps[i],
+            };
+            (range, self.steps.iter().enumerate().map(launch).collect())
+        };
+        Ok(Lowered {
+            programs: classes(self.limits.max_tokens).into_iter().map(class).collect(),
+            output: at(Place::Buffer(out)),
+            width,
+            arena_bytes: arena.bytes,
+            scratch_bytes: self.scratch_bytes,
+            blobs: self.blobs,
+            states: self.states,
+        })
+    }
+}
+
+/// Operands of a matmul before those of its epilogue.
+fn fixed_operands(op: &Op) -> usize {
+    match op {
+        Op::QMatMul(_) => QMATMUL_EXTRAS,
+        _ => 2,
+    }
+}
+
+/// The name of a launch: function and value.
+fn launch_name(function: &str, graph: &Graph, node: &Node) -> String {
+    let value = graph.value(node.result).name.as_deref();
+    format!("{function}.{}", value.unwrap_or(node.op.name()))
+}
+
+/// The spec of a step for one class of tokens.
+fn for_class(spec: &KernelSpec, range: MRange, max_rows: u32) -> KernelSpec {
+    match spec {
+        KernelSpec::Matmul(m) => {
+            let range = match m.rows {
+                Rows::T => range,
+                Rows::R => MRange { min: 1, max: range.max.min(max_rows) },
+            };
+            KernelSpec::Matmul(MatmulSpec { m: range, ..m.clone() })
+        }
+        other => other.clone(),
+    }
+}
+
+/// A norm over the last axis; absent gains and biases are left out of the arithmetic.
+fn norm_spec(
+    eps: f32,
+    at: Extent,
+    x: &TensorTy,
+    gain: Option<&TensorTy>,
+    bias: Option<&TensorTy>,
+    centred: bool,
+) -> Result<RowSpec> {
+    let mut e = EExpr::new();
+    let x_ty = mem(x)?;
+    let mut y = e.elem_input(x_ty, at.cols);
+    let gain = gain.map(|g| Ok::<_, Diag>(e.col_input(mem(g)?))).transpose()?;
+    let bias = bias.map(|b| Ok::<_, Diag>(e.col_input(mem(b)?))).transpose()?;
+    if centred {
+        y = crate::cpu::row::centred(&mut e, y, at.cols);
+    }
+    y = crate::cpu::row::rms_normalized(&mut e, y, at.cols, eps);
+    y = match (gain, bias) {
+        (Some(g), Some(b)) => e.fma(y, g, b),
+        (Some(g), None) => e.mul(y, g),
+        (None, Some(b)) => e.add(y, b),
+        (None, None) => y,
+    };
+    e.store(y, x_ty, at.cols);
+    Ok(RowSpec::new(if centred { "layer_norm" } else { "rms_norm" }, at.cols, e).with_rows(at.count()))
+}
+
+/// The epilogue as an expression, and the extra operands in the order of its inputs.
+fn epilogue(
+    steps: &[EpilogueStep],
+    operands: &[ValueId],
+    graph: &Graph,
+    out: &TensorTy,
+    n: u32,
+) -> Result<(EExpr, Vec<usize>)> {
+    let mut e = EExpr::new();
+    let mut inputs: Vec<(usize, NodeId)> = vec![];
+    let mut value = e.acc();
+    for step in steps {
+        let operand = match step.operand().map(usize::from) {
+            None => None,
+            Some(i) => Some(match inputs.iter().find(|(known, _)| *known == i) {
+                Some(&(_, node)) => node,
+                None => {
+                    let ty = graph.ty(operands[i]);
+                    let kind = if ty.shape == out.shape { InputKind::Elem { stride: n } } else { InputKind::Col };
+                    let input = e.input(mem(ty)?, kind);
+                    let node = if kind == InputKind::Col { e.col(input) } else { e.elem(input) };
+                    inputs.push((i, node));
+                    node
+                }
+            }),
+        };
+        let operand = || operand.ok_or_else(|| Diag::bug("a step without its operand"));
+        value = match step {
+            EpilogueStep::Add(_) => e.add(value, operand()?),
+            EpilogueStep::Mul(_) => e.mul(value, operand()?),
+            EpilogueStep::Silu => e.unary(UnaryOp::Silu, value),
+            EpilogueStep::Gelu => e.unary(UnaryOp::GeluErf, value),
+            EpilogueStep::GeluTanh => e.unary(UnaryOp::GeluTanh, value),
+            EpilogueStep::Relu => e.unary(UnaryOp::Relu, value),
+            EpilogueStep::Tanh => e.unary(UnaryOp::Tanh, value),
+        };
+    }
+    e.store(value, MemTy::F32, n);
+    Ok((e, inputs.into_iter().map(|(i, _)| i).collect()))
+}
+
+/// For each step, whether the next may begin while it still runs: nothing that runs since the last barrier writes what
+/// the next step touches, or touches what it writes.
+fn overlaps(steps: &[Step], bytes: impl Fn(&Place) -> Option<(u64, u64)>) -> Vec<bool> {
+    let meet = |a: &Place, b: &Place| match (bytes(a), bytes(b)) {
+        (Some(a), Some(b)) => a.0 < b.1 && b.0 < a.1,
+        _ => a == b,
+    };
+    let clash = |a: &[Place], b: &[Place]| a.iter().any(|x| b.iter().any(|y| meet(x, y)));
+    let mut free = vec![false; steps.len()];
+    let mut running = 0;
+    for next in 1..steps.len() {
+        let conflict = steps[running..next].iter().any(|s| {
+            clash(&s.writes, &steps[next].reads)
+                || clash(&s.writes, &steps[next].writes)
+                || clash(&s.reads, &steps[next].writes)
+        });
+        if conflict {
+            running = next;
+        } else {
+            free[next - 1] = true;
+        }
+    }
+    free
+}
