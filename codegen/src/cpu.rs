@@ -1,11 +1,12 @@
 //! Kernels for CPUs: what each computes is in its spec, how it is emitted is here.
 
+pub mod attention;
+pub mod gather;
 #[cfg(feature = "llvm")]
 pub mod llvm;
 pub mod math;
 pub mod matmul;
+pub mod rope;
 pub mod row;
 #[cfg(all(test, feature = "llvm"))]
 mod testing;
-pub mod attention;
-pub mod gather;

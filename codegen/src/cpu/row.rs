@@ -19,41 +19,33 @@
 use serde::{Deserialize, Serialize};
 
 use crate::eexpr::{EExpr, ExprError, InputKind, MemTy, NodeId, OutputKind, Place, ReduceOp, UnaryOp};
-
-/// What the number of rows counts.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
-pub enum RowSym {
-    /// Tokens of the call.
-    Tokens,
-    /// Rows of results wanted.
-    Results,
-}
+use crate::spec::{Rows, i8_row_stride};
 
 /// How many rows there are.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 pub struct RowCount {
     /// What is counted.
-    pub sym: RowSym,
+    pub sym: Rows,
     /// Rows of each: 1, or the heads of a token when a row is one head.
     pub per: u32,
 }
 
 impl RowCount {
     /// One row per token.
-    pub const TOKENS: RowCount = RowCount { sym: RowSym::Tokens, per: 1 };
+    pub const TOKENS: RowCount = RowCount { sym: Rows::T, per: 1 };
     /// One row per result.
-    pub const RESULTS: RowCount = RowCount { sym: RowSym::Results, per: 1 };
+    pub const RESULTS: RowCount = RowCount { sym: Rows::R, per: 1 };
 
     /// `per` rows of every token.
     pub const fn per_token(per: u32) -> RowCount {
-        RowCount { sym: RowSym::Tokens, per }
+        RowCount { sym: Rows::T, per }
     }
 
     /// The number of rows in a call of `t` tokens and `r` results.
     pub const fn rows(self, t: u64, r: u64) -> u64 {
         let n = match self.sym {
-            RowSym::Tokens => t,
-            RowSym::Results => r,
+            Rows::T => t,
+            Rows::R => r,
         };
         n * self.per as u64
     }
@@ -100,7 +92,7 @@ impl RowSpec {
 
     /// The same for the last `r` rows of the input: one row per result.
     pub fn last_rows(mut self) -> RowSpec {
-        self.rows.sym = RowSym::Results;
+        self.rows.sym = Rows::R;
         self.row_offset = RowOffset::LastRows;
         self
     }
@@ -110,7 +102,7 @@ impl RowSpec {
         if self.cols == 0 || self.rows.per == 0 {
             return Err(ExprError("a row has at least one column, a token at least one row".to_owned()));
         }
-        if self.row_offset == RowOffset::LastRows && self.rows.sym != RowSym::Results {
+        if self.row_offset == RowOffset::LastRows && self.rows.sym != Rows::R {
             return Err(ExprError("the last rows are one per result".to_owned()));
         }
         self.body.check(Place::Row { cols: self.cols })?;
@@ -150,10 +142,7 @@ impl RowSpec {
         let x = e.elem_input(x, cols);
         let g = e.col_input(gain);
         let bias = bias.map(|ty| e.col_input(ty));
-        let sum = e.reduce(ReduceOp::Sum, x);
-        let n = e.constant(cols as f32);
-        let mean = e.div(sum, n);
-        let d = e.sub(x, mean);
+        let d = centred(&mut e, x, cols);
         let y = rms_normalized(&mut e, d, cols, eps);
         let y = match bias {
             Some(bias) => e.fma(y, g, bias),
@@ -247,7 +236,7 @@ impl RowSpec {
         RowSpec::copy(cols, x, cols, 0, out, cols).last_rows()
     }
 
-    /// Symmetric int8 with one scale per row. Arguments: x, q (`i8`, rows of [`quantized_stride`], padded with zeros),
+    /// Symmetric int8 with one scale per row. Arguments: x, q (`i8`, rows of [`i8_row_stride`], padded with zeros),
     /// scales (`f32`, one per row), and with a `group` the sums of q over groups of columns (`i32`, `cols / group`
     /// rounded up per row).
     pub fn quantize_token(cols: u32, x: MemTy, group: Option<u32>) -> RowSpec {
@@ -282,14 +271,16 @@ impl RowSpec {
     }
 }
 
-/// Bytes from one row of int8 activations to the next: columns rounded up to 64, plus a cache line that keeps rows out
-/// of each other's cache sets.
-pub const fn quantized_stride(cols: u32) -> u32 {
-    cols.div_ceil(64) * 64 + 64
+/// `x - mean(x)` over the columns of a row.
+pub fn centred(e: &mut EExpr, x: NodeId, cols: u32) -> NodeId {
+    let sum = e.reduce(ReduceOp::Sum, x);
+    let n = e.constant(cols as f32);
+    let mean = e.div(sum, n);
+    e.sub(x, mean)
 }
 
 /// `x * rsqrt(mean(x^2) + eps)`.
-fn rms_normalized(e: &mut EExpr, x: NodeId, cols: u32, eps: f32) -> NodeId {
+pub fn rms_normalized(e: &mut EExpr, x: NodeId, cols: u32, eps: f32) -> NodeId {
     let square = e.mul(x, x);
     let sum = e.reduce(ReduceOp::Sum, square);
     let n = e.constant(cols as f32);
@@ -313,7 +304,7 @@ pub fn quantize_dynamic(e: &mut EExpr, x: NodeId, cols: u32, group: Option<u32>)
 }
 
 fn store_quantized(e: &mut EExpr, y: NodeId, cols: u32) {
-    let stride = quantized_stride(cols);
+    let stride = i8_row_stride(cols);
     e.store_to(y, MemTy::I8, OutputKind::Elem { stride, zero_pad: stride - cols });
 }
 
@@ -652,7 +643,7 @@ mod emit {
 mod tests {
     use super::*;
     use crate::cpu::testing::{Buf, assert_close, build, call, random, rng, runnable, through};
-    use crate::eexpr::interp::{Mode, Rows, run};
+    use crate::eexpr::interp::{self, Mode, run};
 
     const COLS: [u32; 8] = [1, 3, 17, 48, 64, 172, 288, 1000];
     const ROWS: [usize; 4] = [1, 2, 5, 33];
@@ -706,7 +697,7 @@ mod tests {
                     .collect();
                 let got = run_kernel(&object, spec, &inputs, rows);
                 let slices: Vec<&[f32]> = inputs.iter().map(Vec::as_slice).collect();
-                let on = Rows { rows, cols: spec.cols as usize, inputs: &slices, acc: None };
+                let on = interp::Rows { rows, cols: spec.cols as usize, inputs: &slices, acc: None };
                 let want = run(&spec.body, Mode::F64, on).expect("the body is well formed");
                 for (i, (got, want)) in got.iter().zip(&want).enumerate() {
                     // A rounded store adds half a unit of its own last place.
@@ -824,7 +815,7 @@ mod tests {
                 let spec = RowSpec::unary(op, cols, MemTy::F32, MemTy::F32);
                 let object = build(target, |unit| emit(unit, &spec, "k"));
                 let got = run_kernel(&object, &spec, std::slice::from_ref(&values), 1);
-                let on = Rows { rows: 1, cols: cols as usize, inputs: &[&values], acc: None };
+                let on = interp::Rows { rows: 1, cols: cols as usize, inputs: &[&values], acc: None };
                 let mode = Mode::F32 { fused: target.cpu.fma };
                 let want = run(&spec.body, mode, on).expect("the body is well formed");
                 for ((&g, &w), x) in got[0].iter().zip(&want[0]).zip(&values) {
@@ -894,7 +885,7 @@ mod tests {
                     let mut x = random(&mut rng(u64::from(cols)), rows * cols as usize, 40.0);
                     x[..cols as usize].fill(0.0);
                     let got = run_kernel(&object, &spec, std::slice::from_ref(&x), rows);
-                    let stride = quantized_stride(cols) as usize;
+                    let stride = i8_row_stride(cols) as usize;
                     for (r, row) in x.chunks(cols as usize).enumerate() {
                         let (q, scale) = quantized(row);
                         let line = &got[0][r * stride..(r + 1) * stride];
@@ -937,7 +928,7 @@ mod tests {
             let object = build(target, |unit| emit(unit, &spec, "k"));
             let (x, g) = (random(&mut rng(1), 33 * 288, 3.0), random(&mut rng(2), 288, 2.0));
             let got = run_kernel(&object, &spec, &[x.clone(), g.clone()], 33);
-            let on = Rows { rows: 33, cols: 288, inputs: &[&x, &g], acc: None };
+            let on = interp::Rows { rows: 33, cols: 288, inputs: &[&x, &g], acc: None };
             let want = run(&spec.body, Mode::F64, on).expect("the body is well formed");
             let off = got[0].iter().zip(&want[0]).filter(|&(&g, &w)| g as f64 != w).count();
             assert_close(&got[0], &want[0], 1.0, 0.0, target.name);
