@@ -63,7 +63,9 @@ pub fn weight_format(w: ElemTy, k: u32) -> Result<WFmt> {
     };
     let zero = match scheme.zero {
         scheme::Zero::Point(_) if code.is_int() => Zero::Asym,
-        scheme::Zero::Point(_) => return Err(Diag::target(format!("{scheme}: zero points of a float format have no kernel"))),
+        scheme::Zero::Point(_) => {
+            return Err(Diag::target(format!("{scheme}: zero points of a float format have no kernel")));
+        }
         scheme::Zero::Symmetric => Zero::Sym(sign_bit(format)),
     };
     let scale = if scheme.scale == Float::Bf16 { ScaleTy::Bf16 } else { ScaleTy::F32 };
@@ -84,15 +86,24 @@ impl Backend for CpuBackend {
         let fmt = weight_format(w, 1 << 12)?;
         match x {
             ElemTy::F32 => Ok(()),
-            ElemTy::Q(s) if *s.format == formats::INT8 && s.group == Group::Token && s.zero == scheme::Zero::Symmetric => {
+            ElemTy::Q(s)
+                if *s.format == formats::INT8
+                    && s.group == Group::Token
+                    && s.zero == scheme::Zero::Symmetric =>
+            {
                 if fmt.code.is_int() {
                     return Ok(());
                 }
-                Err(Diag::target(format!("int8 activations meet weights of type {w}, which are not integers"))
-                    .help("leave the activations in float for this weight format"))
+                Err(Diag::target(format!(
+                    "int8 activations meet weights of type {w}, which are not integers"
+                ))
+                .help("leave the activations in float for this weight format"))
             }
-            _ => Err(Diag::target(format!("activations of type {x} have no matmul kernel on {}", self.target.name))
-                .help("kernels take f32 or symmetric int8 with one scale per token")),
+            _ => Err(Diag::target(format!(
+                "activations of type {x} have no matmul kernel on {}",
+                self.target.name
+            ))
+            .help("kernels take f32 or symmetric int8 with one scale per token")),
         }
     }
 
@@ -167,7 +178,8 @@ impl MatmulWeight {
     /// Packs the weight through the store.
     pub fn pack(&self, module: &Module, store: &Store) -> Result<Packed> {
         let ids = [Some(self.w), self.scale, self.zero];
-        let inputs = ids.into_iter().flatten().map(|id| store.digest(&module.weights, id)).collect::<Result<_>>()?;
+        let inputs =
+            ids.into_iter().flatten().map(|id| store.digest(&module.weights, id)).collect::<Result<_>>()?;
         let layout = self.layout.name();
         let options = format!("{layout} {}", self.layout.hash().to_hex());
         let recipe = Recipe { step: "pack", version: PACK_VERSION, options, inputs };

@@ -11,7 +11,8 @@ use quantc_ir::module::Module;
 use quantc_ir::target::TargetDesc;
 use quantc_ir::weights::Store;
 use quantc_runtime::format::{
-    self, Blob, Fact, File as FileEntry, Generation, Kind, Launch, Manifest, NO_BARRIER_AFTER, Program, State, Tap,
+    self, Blob, Fact, File as FileEntry, Generation, Kind, Launch, Manifest, NO_BARRIER_AFTER, Program,
+    State, Tap,
 };
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -61,7 +62,9 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
     let encoder = match module.facts.get("kind").map(String::as_str) {
         Some("encoder") => true,
         Some("decoder") | None => false,
-        Some(other) => return Err(Diag::input(format!("fact `kind` is `{other}`, expected `decoder` or `encoder`"))),
+        Some(other) => {
+            return Err(Diag::input(format!("fact `kind` is `{other}`, expected `decoder` or `encoder`")));
+        }
     };
     let limits = limits(module, request.max_tokens, encoder)?;
     let lowered = lower::lower(module, request.store, limits)?;
@@ -72,9 +75,11 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
     let folder = Folder::create(out)?;
     let (blobs, weights_file) = write_weights(&folder, module, request.store, &lowered.blobs)?;
     let mut report = request.report;
-    let kernels = serde_json::to_value(&reports).map_err(|e| Diag::bug(format!("the report does not serialize: {e}")))?;
+    let kernels = serde_json::to_value(&reports)
+        .map_err(|e| Diag::bug(format!("the report does not serialize: {e}")))?;
     report.insert("kernels".into(), kernels);
-    let report = serde_json::to_string_pretty(&report).map_err(|e| Diag::bug(format!("the report: {e}")))? + "\n";
+    let report =
+        serde_json::to_string_pretty(&report).map_err(|e| Diag::bug(format!("the report: {e}")))? + "\n";
     let mut files = vec![weights_file, folder.write(format::KERNELS_FILE, &object)?];
     files.push(folder.write("report.json", report.as_bytes())?);
     let pipeline = module.pipeline.clone().unwrap_or_default();
@@ -115,7 +120,11 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
         weight_bytes: blobs.iter().map(|b| b.len).sum(),
         decode_bytes_per_token: streamed,
         weights: blobs,
-        states: lowered.states.iter().map(|(name, row_bytes)| State { name: name.clone(), row_bytes: *row_bytes }).collect(),
+        states: lowered
+            .states
+            .iter()
+            .map(|(name, row_bytes)| State { name: name.clone(), row_bytes: *row_bytes })
+            .collect(),
         programs: programs(&lowered),
         output: lowered.output,
         generation: Some(Generation { bos: numbers("bos")?.first().copied(), eos: numbers("eos")? }),
@@ -222,14 +231,20 @@ fn write_weights(
             }
         }
         let len = out.len - offset;
-        blobs.push(Blob { name: source.name.clone(), offset, len, digest: hash.finalize().as_bytes().to_vec() });
+        blobs.push(Blob {
+            name: source.name.clone(),
+            offset,
+            len,
+            digest: hash.finalize().as_bytes().to_vec(),
+        });
     }
     Ok((blobs, out.finish(format::WEIGHTS_FILE)?))
 }
 
 fn copy_file(path: &Path, put: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
     use std::io::Read;
-    let io = |e: std::io::Error| Diag::system(format!("cannot read it: {e}")).in_file(path.display().to_string());
+    let io =
+        |e: std::io::Error| Diag::system(format!("cannot read it: {e}")).in_file(path.display().to_string());
     let mut file = File::open(path).map_err(io)?;
     let mut block = vec![0; CHUNK];
     loop {

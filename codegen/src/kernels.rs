@@ -71,7 +71,9 @@ fn refused(spec: &MatmulSpec, chosen: &MatmulSchedule, target: &TargetDesc) -> V
             }
             let why = match other {
                 other if !target.cpu.dots.contains(&other) => format!("not on {}", target.name),
-                Dot::Maddubs if spec.w.code != Code::U4 => "pairs of full-range products overflow 16 bits".into(),
+                Dot::Maddubs if spec.w.code != Code::U4 => {
+                    "pairs of full-range products overflow 16 bits".into()
+                }
                 _ => "slower than the chosen product".into(),
             };
             refused.push(format!("{other:?}: {why}"));

@@ -1,7 +1,14 @@
 //! Targets, layouts, kernels and their emission, and the engine writer.
 
+pub mod backend;
 pub mod cpu;
 pub mod eexpr;
+#[cfg(feature = "llvm")]
+pub mod engine;
+#[cfg(feature = "llvm")]
+pub mod kernels;
 pub mod layout;
+pub mod lower;
+pub mod schedule;
 pub mod spec;
 pub mod targets;

@@ -11,9 +11,9 @@
 use crate::backend::MatmulWeight;
 use crate::cpu::attention::{AttentionSpec, KvSource};
 use crate::cpu::gather::{CacheAppendSpec, GatherSpec};
-use crate::cpu::rope::{RopeSpec, RopeTableSpec, Style};
+use crate::cpu::rope::{RopeSpec, RopeStyle, RopeTableSpec};
 use crate::cpu::row::{RowCount, RowSpec};
-use crate::eexpr::{BinaryOp, EExpr, F32, InputKind, MemTy, NodeId, UnaryOp};
+use crate::eexpr::{BinaryOp, EExpr, F32, MemTy, NodeId, UnaryOp};
 use crate::schedule::{self, Buffer};
 use crate::spec::{AFmt, KernelSpec, MRange, MatmulSpec, Rows};
 use quantc_ir::diag::{Diag, Loc, Result};
@@ -143,12 +143,19 @@ pub fn lower(module: &Module, store: &Store, limits: Limits) -> Result<Lowered> 
         buffers: vec![],
         blobs: vec![],
         blob_index: BTreeMap::new(),
-        states: module.states.iter().map(|(_, s)| Ok((s.name.clone(), state_row_bytes(&s.ty)?))).collect::<Result<_>>()?,
+        states: module
+            .states
+            .iter()
+            .map(|(_, s)| Ok((s.name.clone(), state_row_bytes(&s.ty)?)))
+            .collect::<Result<_>>()?,
         scratch_bytes: 0,
     };
     let inputs = [Input::Tokens, Input::Types];
     if module.main.params.len() > inputs.len() {
-        return Err(Diag::target(format!("@main has {} inputs, engines take at most 2", module.main.params.len())));
+        return Err(Diag::target(format!(
+            "@main has {} inputs, engines take at most 2",
+            module.main.params.len()
+        )));
     }
     let params = inputs.iter().take(module.main.params.len()).map(|&i| Val::plain(Place::Input(i))).collect();
     let results = cx.graph(&module.main, "main", params)?;
@@ -228,7 +235,10 @@ impl Extent {
 }
 
 fn small(n: u64, ty: &TensorTy) -> Result<u32> {
-    u32::try_from(n).ok().filter(|&n| n < 1 << 28).ok_or_else(|| Diag::target(format!("{ty} is too large for a kernel")))
+    u32::try_from(n)
+        .ok()
+        .filter(|&n| n < 1 << 28)
+        .ok_or_else(|| Diag::target(format!("{ty} is too large for a kernel")))
 }
 
 /// The extent of a value whose first axis is symbolic and whose last axis is a row.
@@ -237,8 +247,9 @@ fn extent(ty: &TensorTy) -> Result<Extent> {
         Some(Dim::Sym('r')) => Rows::R,
         Some(Dim::Sym('t' | '?')) => Rows::T,
         _ => {
-            return Err(Diag::target(format!("a value of type {ty} is computed when the engine runs"))
-                .help("kernels compute one row per token (`?t`) or per result (`?r`); run `fold-constants`"));
+            return Err(Diag::target(format!("a value of type {ty} is computed when the engine runs")).help(
+                "kernels compute one row per token (`?t`) or per result (`?r`); run `fold-constants`",
+            ));
         }
     };
     let fixed = |d: &Dim| d.fixed().ok_or_else(|| Diag::target(format!("{ty} has two symbolic extents")));
@@ -337,7 +348,14 @@ impl Lowering<'_> {
     }
 
     /// A row kernel over `inputs` with one output of type `out`.
-    fn row(&mut self, name: &str, spec: RowSpec, inputs: &[Place], at: Extent, out: &TensorTy) -> Result<Val> {
+    fn row(
+        &mut self,
+        name: &str,
+        spec: RowSpec,
+        inputs: &[Place],
+        at: Extent,
+        out: &TensorTy,
+    ) -> Result<Val> {
         let place = self.buffer(out)?;
         self.launch(name, KernelSpec::Row(spec), inputs, &[place], at.items());
         Ok(Val::plain(place))
@@ -356,13 +374,15 @@ impl Lowering<'_> {
         let mut operands: Vec<Option<Val>> = vec![];
         for (i, &a) in node.args.iter().enumerate() {
             // The weight operands of a matmul are read packed, not as they are.
-            let packed = is_matmul && (1..fixed_operands(&node.op)).contains(&i) && graph.as_weight(a).is_some();
+            let packed =
+                is_matmul && (1..fixed_operands(&node.op)).contains(&i) && graph.as_weight(a).is_some();
             let absent = graph.is_none(a) || packed;
             operands.push(if absent { None } else { Some(self.value(graph, a, values)?) });
         }
         let get = |i: usize| -> Result<Operand<'_>> {
             let val = operands.get(i).and_then(Option::as_ref);
-            let val = val.ok_or_else(|| Diag::bug(format!("operand {i} of `{}` is missing", node.op.name())))?;
+            let val =
+                val.ok_or_else(|| Diag::bug(format!("operand {i} of `{}` is missing", node.op.name())))?;
             Ok(Operand { val, ty: graph.ty(node.args[i]) })
         };
         match &node.op {
@@ -380,7 +400,8 @@ impl Lowering<'_> {
             }
             Op::Embedding(e) => {
                 let (ids, table) = (get(0)?, get(1)?);
-                let Some([rows, width]) = table.ty.shape.dims().and_then(|d| <[u64; 2]>::try_from(d).ok()) else {
+                let Some([rows, width]) = table.ty.shape.dims().and_then(|d| <[u64; 2]>::try_from(d).ok())
+                else {
                     return Err(Diag::target(format!("a table of type {}", table.ty)));
                 };
                 let spec = GatherSpec {
@@ -414,9 +435,11 @@ impl Lowering<'_> {
                     heads: at.per,
                     head_dim: at.cols,
                     rotary_dim: matrix(table.ty)?.1,
+                    x_stride: at.width(),
+                    out_stride: at.width(),
                     style: match rope.style {
-                        ops::RopeStyle::Half => Style::Half,
-                        ops::RopeStyle::Interleaved => Style::Interleaved,
+                        ops::RopeStyle::Half => RopeStyle::Half,
+                        ops::RopeStyle::Interleaved => RopeStyle::Interleaved,
                     },
                 };
                 let place = self.buffer(out)?;
@@ -457,7 +480,8 @@ impl Lowering<'_> {
                 let at = extent(x.ty)?;
                 let gain = operands[1].as_ref().map(|_| get(1)).transpose()?;
                 let bias = operands[2].as_ref().map(|_| get(2)).transpose()?;
-                let spec = norm_spec(norm.eps.0 as f32, at, x.ty, gain.map(|g| g.ty), bias.map(|b| b.ty), true)?;
+                let spec =
+                    norm_spec(norm.eps.0 as f32, at, x.ty, gain.map(|g| g.ty), bias.map(|b| b.ty), true)?;
                 let mut reads = vec![x.val.place];
                 reads.extend(gain.map(|g| g.val.place));
                 reads.extend(bias.map(|b| b.val.place));
@@ -559,7 +583,14 @@ impl Lowering<'_> {
         self.row(name, spec, &[x.val.place], at, out)
     }
 
-    fn binary(&mut self, name: &str, op: BinaryOp, a: Operand<'_>, b: Operand<'_>, out: &TensorTy) -> Result<Val> {
+    fn binary(
+        &mut self,
+        name: &str,
+        op: BinaryOp,
+        a: Operand<'_>,
+        b: Operand<'_>,
+        out: &TensorTy,
+    ) -> Result<Val> {
         let at = extent(out)?;
         let mut e = EExpr::new();
         let mut node = |operand: Operand<'_>| -> Result<NodeId> {
@@ -570,12 +601,16 @@ impl Lowering<'_> {
             if operand.ty.shape.0[..] == out.shape.0[out.rank() - 1..] {
                 return Ok(e.col_input(ty));
             }
-            Err(Diag::target(format!("an operand of type {} next to a result of type {out} has no kernel", operand.ty)))
+            Err(Diag::target(format!(
+                "an operand of type {} next to a result of type {out} has no kernel",
+                operand.ty
+            )))
         };
         let (x, y) = (node(a)?, node(b)?);
         let z = e.binary(op, x, y);
         e.store(z, mem(out)?, at.cols);
-        let spec = RowSpec::new(if op == BinaryOp::Add { "add" } else { "mul" }, at.cols, e).with_rows(at.count());
+        let spec =
+            RowSpec::new(if op == BinaryOp::Add { "add" } else { "mul" }, at.cols, e).with_rows(at.count());
         self.row(name, spec, &[a.val.place, b.val.place], at, out)
     }
 
@@ -593,7 +628,9 @@ impl Lowering<'_> {
         for user in graph.users(node.result) {
             let user = graph.node(user);
             let weight = MatmulWeight::of(self.module, graph, user)?;
-            let weight = weight.ok_or_else(|| Diag::target(format!("`{}` of quantized rows has no kernel", user.op.name())))?;
+            let weight = weight.ok_or_else(|| {
+                Diag::target(format!("`{}` of quantized rows has no kernel", user.op.name()))
+            })?;
             groups.push(weight.layout.w.group.min(weight.layout.k));
         }
         groups.sort_unstable();
@@ -608,7 +645,13 @@ impl Lowering<'_> {
             let spec = RowSpec::quantize_token(at.cols, mem(x.ty)?, Some(group)).with_rows(at.count());
             let suffix = if i == 0 { String::new() } else { format!(".g{group}") };
             let writes = [q, scale, place];
-            self.launch(&format!("{name}{suffix}"), KernelSpec::Row(spec), &[x.val.place], &writes, at.items());
+            self.launch(
+                &format!("{name}{suffix}"),
+                KernelSpec::Row(spec),
+                &[x.val.place],
+                &writes,
+                at.items(),
+            );
             sums.push((group, place));
         }
         Ok(Val { place: q, sums, scale: Some(scale) })
@@ -630,8 +673,11 @@ impl Lowering<'_> {
         let digest = match packed.rsplit_once('/') {
             Some((packed_layout, digest)) if packed_layout == layout.name() => digest.parse::<Digest>()?,
             Some((packed_layout, _)) => {
-                return Err(Diag::target(format!("the weight is packed as {packed_layout}, the kernel wants {}", layout.name()))
-                    .help("run `pack-weights` for this target"));
+                return Err(Diag::target(format!(
+                    "the weight is packed as {packed_layout}, the kernel wants {}",
+                    layout.name()
+                ))
+                .help("run `pack-weights` for this target"));
             }
             None => weight.pack(self.module, self.store)?.blob,
         };
@@ -640,7 +686,9 @@ impl Lowering<'_> {
         let out = graph.ty(node.result);
         let (rows, n) = matrix(out)?;
         if n != layout.n || !matches!(extent(out)?.per, 1) {
-            return Err(Diag::target(format!("a product of type {out} has no kernel: reshape its rows first")));
+            return Err(Diag::target(format!(
+                "a product of type {out} has no kernel: reshape its rows first"
+            )));
         }
         let mut reads = vec![x.val.place];
         let a = match x.val.scale {
@@ -800,9 +848,8 @@ fn epilogue(
                 Some(&(_, node)) => node,
                 None => {
                     let ty = graph.ty(operands[i]);
-                    let kind = if ty.shape == out.shape { InputKind::Elem { stride: n } } else { InputKind::Col };
-                    let input = e.input(mem(ty)?, kind);
-                    let node = if kind == InputKind::Col { e.col(input) } else { e.elem(input) };
+                    let node =
+                        if ty.shape == out.shape { e.elem_input(mem(ty)?, n) } else { e.col_input(mem(ty)?) };
                     inputs.push((i, node));
                     node
                 }

@@ -6,6 +6,10 @@
 use quantc_ir::diag::{Diag, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::cpu::attention::AttentionSpec;
+use crate::cpu::gather::{CacheAppendSpec, GatherSpec};
+use crate::cpu::rope::{RopeSpec, RopeTableSpec};
+use crate::cpu::row::RowSpec;
 use crate::eexpr::{EExpr, Place};
 
 /// A kernel of any kind.
@@ -14,6 +18,18 @@ use crate::eexpr::{EExpr, Place};
 pub enum KernelSpec {
     /// Activations times packed weights.
     Matmul(MatmulSpec),
+    /// An expression over the columns of rows.
+    Row(RowSpec),
+    /// Attention over a cache or the rows of the call.
+    Attention(AttentionSpec),
+    /// Rows of a table.
+    Gather(GatherSpec),
+    /// Rows into a state.
+    CacheAppend(CacheAppendSpec),
+    /// Rotation of heads.
+    Rope(RopeSpec),
+    /// Cosines and sines of rotation angles.
+    RopeTable(RopeTableSpec),
 }
 
 impl KernelSpec {
@@ -23,8 +39,27 @@ impl KernelSpec {
         let digest = blake3::hash(&json).to_hex();
         let facts = match self {
             KernelSpec::Matmul(spec) => spec.facts(),
+            KernelSpec::Row(spec) => format!("row_{}_c{}", spec.name, spec.cols),
+            KernelSpec::Attention(s) => format!("attention_h{}_kv{}_d{}", s.heads, s.kv_heads, s.head_dim),
+            KernelSpec::Gather(spec) => format!("gather_{}_w{}", spec.ty.name(), spec.width),
+            KernelSpec::CacheAppend(spec) => format!("cache_append_{}_w{}", spec.ty.name(), spec.width),
+            KernelSpec::Rope(spec) => format!("rope_h{}_d{}", spec.heads, spec.head_dim),
+            KernelSpec::RopeTable(spec) => format!("rope_table_{}", spec.half),
         };
         format!("{facts}_{}", &digest[..12])
+    }
+
+    /// The template that makes the kernel.
+    pub fn template(&self) -> &'static str {
+        match self {
+            KernelSpec::Matmul(_) => "matmul",
+            KernelSpec::Row(_) => "row",
+            KernelSpec::Attention(_) => "attention",
+            KernelSpec::Gather(_) => "gather",
+            KernelSpec::CacheAppend(_) => "cache_append",
+            KernelSpec::Rope(_) => "rope",
+            KernelSpec::RopeTable(_) => "rope_table",
+        }
     }
 }
 
