@@ -16,6 +16,8 @@
 pub use quantc_ir as ir;
 pub use quantc_passes as passes;
 
+#[cfg(feature = "llvm")]
+mod agreement;
 mod bench;
 #[cfg(feature = "llvm")]
 mod compile;

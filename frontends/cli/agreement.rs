@@ -1,0 +1,120 @@
+//! The engine against the reference evaluator, layer by layer.
+
+use crate::failure::Outcome;
+use crate::{output, subject};
+use quantc_ir::diag::Diag;
+use quantc_ir::entity::ValueId;
+use quantc_ir::eval::{Evaluator, Tensor};
+use quantc_ir::module::Module;
+use quantc_ir::ops::Call;
+use quantc_ir::weights::Store;
+use quantc_runtime::session::{Session, SessionOptions, Step};
+use serde::Serialize;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Above this relative error a layer is said to disagree. Rounding of int8 activations may flip between two codes when
+/// float sums differ in the last place, and a flip is worth about 1/127 of an element.
+const LIMIT: f64 = 2e-3;
+
+/// How engine and evaluator compare.
+#[derive(Clone, Debug, Serialize)]
+pub struct Agreement {
+    /// Tokens compared.
+    tokens: usize,
+    /// Layers in order with their relative error.
+    layers: Vec<LayerError>,
+}
+
+/// One layer's error.
+#[derive(Clone, Debug, Serialize)]
+struct LayerError {
+    layer: String,
+    /// Euclidean norm of the difference over that of the reference.
+    relative: f64,
+    /// Largest absolute difference.
+    largest: f64,
+}
+
+impl Agreement {
+    fn worst(&self) -> f64 {
+        self.layers.iter().map(|l| l.relative).fold(0.0, f64::max)
+    }
+
+    /// One line.
+    pub fn verdict(&self) -> String {
+        let word = if self.worst() <= LIMIT { "with the reference" } else { "NOT with the reference" };
+        format!("{word}: largest relative error of a layer {:.1e} on {} tokens", self.worst(), self.tokens)
+    }
+
+    /// A row for each layer.
+    pub fn table(&self) -> String {
+        let row = |l: &LayerError| vec![l.layer.clone(), format!("{:.2e}", l.relative), format!("{:.2e}", l.largest)];
+        let rows: Vec<_> = self.layers.iter().map(row).collect();
+        output::table(&["layer", "relative error", "largest difference"], &rows)
+    }
+}
+
+/// Runs `tokens` tokens through both.
+pub fn compare(engine: &Path, module: &Module, store: &Store, tokens: usize) -> Outcome<Agreement> {
+    let engine = subject::open_engine(engine, false)?;
+    let manifest = engine.manifest();
+    let n = tokens.min(manifest.max_tokens as usize).min(manifest.max_rows as usize);
+    let ids = u64::from(manifest.token_ids());
+    let text: Vec<u32> = (0..n as u64).map(|i| ((i * 7919 + 13) % ids) as u32).collect();
+
+    let mut got: BTreeMap<String, Vec<f32>> = BTreeMap::new();
+    let mut session = Session::new(engine.clone(), &SessionOptions { poison: true, ..SessionOptions::default() })?;
+    let positions: Vec<u32> = (0..n as u32).collect();
+    let step = Step { tokens: &text, positions: &positions, slots: &vec![0; n], rows: n };
+    let logits = session.step_tapped(step, &mut |name, _, _, values| {
+        got.insert(name.to_string(), values.to_vec());
+    })?;
+    got.insert("result".into(), logits.to_vec());
+
+    let want = reference(module, store, &text)?;
+    let mut layers = vec![];
+    for (layer, want) in want {
+        let Some(got) = got.get(&layer) else { continue };
+        let want = want.f32s()?;
+        if want.len() != got.len() {
+            return Err(Diag::bug(format!("@{layer} has {} values, expected {}", got.len(), want.len())).into());
+        }
+        let (mut difference, mut norm, mut largest) = (0.0, 0.0, 0f64);
+        for (&a, &b) in got.iter().zip(want) {
+            let d = f64::from(a) - f64::from(b);
+            difference += d * d;
+            norm += f64::from(b) * f64::from(b);
+            largest = if d.is_nan() { f64::INFINITY } else { largest.max(d.abs()) };
+        }
+        let relative = if largest.is_infinite() { f64::INFINITY } else { (difference / norm.max(1e-30)).sqrt() };
+        layers.push(LayerError { layer, relative, largest });
+    }
+    Ok(Agreement { tokens: n, layers })
+}
+
+/// The results of the calls of `main`, in order, and of `main` itself.
+fn reference(module: &Module, store: &Store, text: &[u32]) -> Outcome<Vec<(String, Tensor)>> {
+    let calls: BTreeMap<ValueId, String> = module
+        .main
+        .ops()
+        .filter_map(|(_, node)| Some((node.result, node.op.is::<Call>()?.layer.clone())))
+        .collect();
+    let seen: RefCell<Vec<(String, Tensor)>> = RefCell::default();
+    let tap = |function: &str, value: ValueId, tensor: &Tensor| {
+        if let (true, Some(layer)) = (function == "main", calls.get(&value)) {
+            seen.borrow_mut().push((layer.clone(), tensor.clone()));
+        }
+    };
+    let n = text.len() as u64;
+    let ids = Tensor::i32(&[n], text.iter().map(|&t| t as i32).collect())?;
+    let types = Tensor::i32(&[n], vec![0; text.len()])?;
+    let inputs: Vec<Tensor> = [ids, types].into_iter().take(module.main.params.len()).collect();
+    let results = Evaluator::new(module, store)?.with_tap(&tap).step(&inputs, n)?;
+    let mut seen = seen.into_inner();
+    if let Some(result) = results.into_iter().next() {
+        seen.push(("result".into(), result));
+    }
+    Ok(seen)
+}

@@ -1,0 +1,344 @@
+//! `quantc compile`: from a model to an engine.
+
+use crate::failure::Outcome;
+use crate::{agreement, opt, output, subject};
+use quantc_codegen::backend::CpuBackend;
+use quantc_codegen::engine::{self, Request};
+use quantc_codegen::targets;
+use quantc_frontends::{ImportOptions, Imported};
+use quantc_ir::diag::{Diag, Diags};
+use quantc_ir::target::TargetDesc;
+use quantc_ir::weights::Store;
+use quantc_passes::manager::{self, LayerAt, Report};
+use quantc_passes::pass::Env;
+use quantc_passes::pipeline;
+use quantc_passes::{Registry, presets};
+use quantc_runtime::stats;
+use serde_json::{Map, Value, json};
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Arguments of `quantc compile`.
+#[derive(clap::Args)]
+#[group(id = "how", required = true, multiple = false, args = ["preset", "pipeline"])]
+pub struct Args {
+    /// A model folder: config.json, safetensors, tokenizer.json.
+    model: PathBuf,
+    /// The machine to compile for: a name from `quantc targets`, or `host`.
+    #[arg(long)]
+    target: String,
+    /// A named pipeline from `quantc presets`.
+    #[arg(long)]
+    preset: Option<String>,
+    /// A pipeline, as text.
+    #[arg(short, long)]
+    pipeline: Option<String>,
+    /// The folder to write.
+    #[arg(short, long)]
+    output: PathBuf,
+    /// A text for passes that need data.
+    #[arg(long)]
+    data: Option<PathBuf>,
+    /// Number format of the key/value cache: f32, f16 or bf16.
+    #[arg(long)]
+    kv_cache: Option<String>,
+    /// Tokens that a sequence may have, instead of the model's context.
+    #[arg(long)]
+    context: Option<u32>,
+    /// Most tokens of one call; longer prompts run in chunks.
+    #[arg(long, default_value_t = 0)]
+    chunk: u32,
+    /// Threads; 0 means one for each CPU. The engine does not depend on it.
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Where derived weights are kept between compilations.
+    #[arg(long, env = "QUANTC_STORE")]
+    store: Option<PathBuf>,
+    /// Tokens on which the engine is compared with the reference evaluator, layer by layer; 0 skips the comparison. By
+    /// default 16 for models of up to 64 million multiply-adds a token, else 0.
+    #[arg(long)]
+    agreement: Option<usize>,
+    #[command(flatten)]
+    show: opt::Show,
+    /// Print one JSON object about the engine.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the subcommand.
+pub fn run(args: Args, registry: &Registry) -> Outcome {
+    let start = Instant::now();
+    let target = targets::lookup(&args.target)?;
+    let mut text = match (&args.preset, &args.pipeline) {
+        (Some(name), _) => presets::get(name)?.pipeline.to_string(),
+        (None, Some(text)) => text.clone(),
+        (None, None) => String::new(),
+    };
+    if let Some(format) = &args.kv_cache {
+        text = with_cache_format(&text, format)?;
+    }
+    if let Some(data) = &args.data {
+        // No pass reads data yet; a path that does not exist is still a mistake worth telling.
+        subject::read_text(data)?;
+    }
+    let dir = match &args.store {
+        Some(dir) => dir.clone(),
+        None => default_store()?,
+    };
+    let store = Store::open(&dir)?;
+    let threads = if args.threads == 0 { stats::available_cpus() } else { args.threads };
+    set_threads(threads);
+    let job = Job {
+        model: &args.model,
+        target,
+        pipeline: &text,
+        out: &args.output,
+        context: args.context,
+        chunk: args.chunk,
+        threads,
+        show: &args.show,
+        quiet: false,
+        registry,
+        facts: args.preset.iter().map(|p| ("preset".to_string(), p.clone())).collect(),
+    };
+    let built = build(&job, &store)?;
+    let agreement = match args.agreement.unwrap_or(if built.macs_per_token <= 64 << 20 { 16 } else { 0 }) {
+        0 => None,
+        tokens => Some(agreement::compare(&args.output, &built.module, &store, tokens)?),
+    };
+    let reused = store.stats();
+    let summary = json!({
+        "engine": args.output,
+        "target": target.name,
+        "pipeline": built.module.pipeline,
+        "weight_bytes": built.written.weight_bytes,
+        "decode_bytes_per_token": built.written.decode_bytes_per_token,
+        "kernels": built.written.kernels,
+        "weights_made": reused.made,
+        "weights_reused": reused.reused,
+        "seconds": start.elapsed().as_secs_f64(),
+        "peak_rss_bytes": stats::peak_rss_bytes(),
+        "agreement": agreement,
+    });
+    if let Some(agreement) = &agreement {
+        eprint!("{}", agreement.table());
+    }
+    if args.json {
+        return output::json(&summary);
+    }
+    output::line(&format!("engine   {}", args.output.display()))?;
+    output::line(&format!("target   {}", target.name))?;
+    let written = &built.written;
+    let (all, each) = (output::bytes(written.weight_bytes), output::bytes(written.decode_bytes_per_token));
+    output::line(&format!("weights  {all}, {each} of them read for each token"))?;
+    output::line(&format!("kernels  {}", written.kernels))?;
+    let (made, kept) = (output::bytes(reused.bytes_made), output::bytes(reused.bytes_reused));
+    output::line(&format!("derived  {} weights ({made}), reused {} ({kept})", reused.made, reused.reused))?;
+    if let Some(agreement) = &agreement {
+        output::line(&format!("agrees   {}", agreement.verdict()))?;
+    }
+    let rss = stats::peak_rss_bytes().map_or(String::new(), |b| format!(", peak memory {}", output::bytes(b)));
+    output::line(&format!("time     {:.1} s{rss}", start.elapsed().as_secs_f64()))?;
+    Ok(())
+}
+
+/// The pipeline with the cache's format changed first.
+fn with_cache_format(text: &str, format: &str) -> Outcome<String> {
+    if !["f32", "f16", "bf16"].contains(&format) {
+        let diag = Diag::target(format!("a key/value cache of `{format}` has no kernels"));
+        return Err(diag.help("use f32, f16 or bf16").into());
+    }
+    Ok(if format == "f32" { text.to_string() } else { format!("cast-cache{{to={format}}}, {text}") })
+}
+
+/// Where derived weights are kept when nothing else is said.
+fn default_store() -> Outcome<PathBuf> {
+    let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let cache = var("XDG_CACHE_HOME").or_else(|| var("HOME").map(|h| h.join(".cache")));
+    let cache = cache.ok_or_else(|| Diag::system("there is no home folder to keep derived weights in").help("give --store"))?;
+    Ok(cache.join("quantc"))
+}
+
+/// Sets the size of the thread pool that passes use; later calls have no effect.
+fn set_threads(threads: usize) {
+    quantc_passes::set_threads(threads);
+}
+
+/// What to build.
+pub struct Job<'a> {
+    model: &'a Path,
+    target: &'static TargetDesc,
+    pipeline: &'a str,
+    out: &'a Path,
+    context: Option<u32>,
+    chunk: u32,
+    threads: usize,
+    show: &'a opt::Show,
+    quiet: bool,
+    registry: &'a Registry,
+    facts: Vec<(String, String)>,
+}
+
+/// What came of it.
+pub struct Built {
+    /// The module after its passes.
+    pub module: quantc_ir::module::Module,
+    /// What the engine holds.
+    pub written: engine::Written,
+    /// Multiply-adds of one token.
+    pub macs_per_token: u64,
+}
+
+/// Compiles a model to f32 for this machine, deriving weights in memory.
+pub fn float_engine(model: &Path, out: &Path) -> Outcome {
+    let registry = Registry::builtin();
+    let show = opt::Show::default();
+    let job = Job {
+        model,
+        target: targets::host(),
+        pipeline: presets::get("f32")?.pipeline,
+        out,
+        context: None,
+        chunk: 0,
+        threads: stats::available_cpus(),
+        show: &show,
+        quiet: true,
+        registry: &registry,
+        facts: vec![],
+    };
+    let folder = out.with_extension("store");
+    build(&job, &Store::open(&folder)?)?;
+    let _ = std::fs::remove_dir_all(&folder);
+    Ok(())
+}
+
+/// Reads a model: a folder, or a `.qir` file.
+pub fn read_model(path: &Path, store: &Store, context: Option<u32>) -> Outcome<Imported> {
+    if !path.is_dir() {
+        let diag = Diag::input("a model is a folder with config.json and safetensors files");
+        return Err(diag.in_file(path.display().to_string()).into());
+    }
+    Ok(quantc_frontends::import(path, store, &ImportOptions { context })?)
+}
+
+/// Imports, runs the pipeline and writes the engine.
+pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
+    let say = |text: &str| {
+        if !job.quiet {
+            eprintln!("{text}");
+        }
+    };
+    let imported = read_model(job.model, store, job.context)?;
+    let mut module = imported.module;
+    imported.notes.iter().for_each(|note| say(&format!("note: {note}")));
+    if !imported.unused.is_empty() {
+        let shown: Vec<&str> = imported.unused.iter().take(4).map(String::as_str).collect();
+        let n = imported.unused.len();
+        say(&format!("note: {n} tensors are not used: {}{}", shown.join(", "), if n > 4 { ", .." } else { "" }));
+    }
+    opt::verify(&module)?;
+    let tokenizer = match &imported.tokenizer {
+        None => None,
+        Some(path) => {
+            let place = path.display().to_string();
+            let bytes = std::fs::read(path).map_err(|e| Diag::input(format!("cannot read it: {e}")).in_file(&place))?;
+            // An engine must not carry a tokenizer that will not load.
+            quantc_frontends::Tokenizer::from_bytes(&bytes, &place)?;
+            Some(bytes)
+        }
+    };
+    let backend = CpuBackend::new(job.target);
+    let parsed = pipeline::parse(job.pipeline)?;
+    let checked = pipeline::check(&parsed, job.registry, &module, Some(job.target), Some(&backend))?;
+    let checked = job.show.stop(checked)?;
+    let env = Env { threads: job.threads, ..Env::new(store).with_backend(&backend) };
+    let mut progress = LayerProgress { start: Instant::now(), quiet: job.quiet, shown: None };
+    let report = opt::run_pipeline(&mut module, &checked, env, job.show, &mut progress)?;
+    progress.end();
+    if job.show.stops() {
+        output::piece(&quantc_ir::text::print(&module))?;
+        return Err(crate::failure::Failure::Closed);
+    }
+    say("generating code");
+    let macs_per_token = macs(&module);
+    let written = engine::write(
+        Request {
+            module: &module,
+            store,
+            target: job.target,
+            max_tokens: job.chunk,
+            files: tokenizer.into_iter().map(|bytes| ("tokenizer.json".to_string(), bytes)).collect(),
+            facts: job.facts.clone(),
+            report: report_json(&module, &report),
+        },
+        job.out,
+    )?;
+    Ok(Built { module, written, macs_per_token })
+}
+
+/// Multiply-adds of one token.
+fn macs(module: &quantc_ir::module::Module) -> u64 {
+    use quantc_ir::ops::OpSpec;
+    let one = |_: char| 1;
+    let graphs = module.graphs().flat_map(|(_, graph)| {
+        graph.ops().map(move |(_, node)| {
+            let args: Vec<_> = node.args.iter().map(|&a| (!graph.is_none(a)).then(|| graph.ty(a))).collect();
+            node.op.cost(&args, graph.ty(node.result), &one).macs
+        })
+    });
+    graphs.sum()
+}
+
+/// The part of the report that does not depend on the machine or the clock, so that engines are reproducible.
+fn report_json(module: &quantc_ir::module::Module, report: &Report) -> Map<String, Value> {
+    let remarks: Vec<Value> =
+        report.remarks.0.iter().map(|r| json!({ "pass": r.pass, "place": r.place, "text": r.text })).collect();
+    let weights: Vec<Value> = module
+        .weights
+        .values()
+        .map(|w| json!({ "name": w.name, "type": w.ty.to_string(), "bytes": w.ty.stored_bytes() }))
+        .collect();
+    let mut map = Map::new();
+    map.insert("model".into(), json!(module.name));
+    map.insert("pipeline".into(), json!(module.pipeline));
+    map.insert("remarks".into(), json!(remarks));
+    map.insert("weights".into(), json!(weights));
+    map
+}
+
+/// Tells which layer was done: a bar on a terminal, a line per layer elsewhere.
+struct LayerProgress {
+    start: Instant,
+    quiet: bool,
+    shown: Option<subject::Progress>,
+}
+
+impl LayerProgress {
+    fn end(&mut self) {
+        if let Some(bar) = self.shown.take() {
+            bar.done();
+        }
+    }
+}
+
+impl manager::Hook for LayerProgress {
+    fn after_layer(&mut self, at: &LayerAt) {
+        if self.quiet {
+            return;
+        }
+        if std::io::stderr().is_terminal() {
+            let bar = self.shown.get_or_insert_with(|| subject::Progress::new("layers"));
+            bar.at((at.index + 1) as f64 / at.total as f64);
+        } else {
+            let seconds = self.start.elapsed().as_secs_f64();
+            eprintln!("layer @{} {}/{} {seconds:.1} s", at.name, at.index + 1, at.total);
+        }
+    }
+}
+
+impl From<Vec<Diag>> for crate::failure::Failure {
+    fn from(diags: Vec<Diag>) -> Self {
+        Diags(diags).into()
+    }
+}

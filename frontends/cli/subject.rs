@@ -1,0 +1,143 @@
+//! What subcommands work on: engines, models and texts.
+
+use crate::failure::Outcome;
+use indicatif::{ProgressBar, ProgressStyle};
+use quantc_frontends::tokenizer::Tokenizer;
+use quantc_ir::diag::Diag;
+use quantc_runtime::engine::{Engine, OpenOptions};
+use quantc_runtime::format::MANIFEST_FILE;
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Largest text that is read, in bytes.
+const MAX_TEXT: u64 = 1 << 30;
+
+/// Whether `path` is an engine's folder.
+pub fn is_engine(path: &Path) -> bool {
+    path.join(MANIFEST_FILE).is_file()
+}
+
+/// Opens an engine.
+pub fn open_engine(path: &Path, verify_weights: bool) -> Outcome<Arc<Engine>> {
+    if path.is_dir() && !is_engine(path) {
+        let diag = Diag::input(format!("this folder has no `{MANIFEST_FILE}`, so it is not an engine"));
+        let diag = diag.in_file(path.display().to_string());
+        return Err(diag.help("make one with `quantc compile MODEL --target host --preset f32 -o ENGINE`").into());
+    }
+    Ok(Arc::new(Engine::open(path, &OpenOptions { verify_weights })?))
+}
+
+/// Opens an engine, or compiles a model to f32 for this machine and opens that.
+pub fn open(path: &Path) -> Outcome<Arc<Engine>> {
+    if is_engine(path) {
+        return open_engine(path, true);
+    }
+    if !path.exists() {
+        return Err(Diag::input("there is nothing here").in_file(path.display().to_string()).into());
+    }
+    open_model(path)
+}
+
+#[cfg(feature = "llvm")]
+fn open_model(path: &Path) -> Outcome<Arc<Engine>> {
+    let folder = Scratch::new()?;
+    eprintln!("compiling {} to f32 for this machine", path.display());
+    crate::compile::float_engine(path, &folder.0.join("engine"))?;
+    // Everything but the tokenizer is mapped or loaded now; the folder is kept until the tokenizer was read.
+    let engine = open_engine(&folder.0.join("engine"), false)?;
+    SCRATCH.with(|s| s.borrow_mut().push(folder));
+    Ok(engine)
+}
+
+#[cfg(not(feature = "llvm"))]
+fn open_model(path: &Path) -> Outcome<Arc<Engine>> {
+    let diag = Diag::target("this is not an engine, and this build of quantc compiles no models");
+    Err(diag.in_file(path.display().to_string()).into())
+}
+
+thread_local! {
+    /// Folders that live as long as the tool's main thread.
+    static SCRATCH: std::cell::RefCell<Vec<Scratch>> = const { std::cell::RefCell::new(vec![]) };
+}
+
+/// A folder that is removed when it is dropped.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Outcome<Scratch> {
+        let base = std::env::temp_dir();
+        for n in 0..1000 {
+            let path = base.join(format!("quantc-{}-{n}", std::process::id()));
+            if std::fs::create_dir(&path).is_ok() {
+                return Ok(Scratch(path));
+            }
+        }
+        Err(Diag::system("cannot create a folder for temporary files").in_file(base.display().to_string()).into())
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The tokenizer of an engine.
+pub fn tokenizer(engine: &Engine) -> Outcome<Tokenizer> {
+    let missing = engine.manifest().file("tokenizer.json").is_none();
+    if missing {
+        let place = engine.path().display().to_string();
+        return Err(Diag::input("the engine has no tokenizer, because its model had none").in_file(place).into());
+    }
+    let bytes = engine.read_file("tokenizer.json")?;
+    let place = engine.path().join("tokenizer.json");
+    Ok(Tokenizer::from_bytes(&bytes, &place.display().to_string())?)
+}
+
+/// Reads a text file.
+pub fn read_text(path: &Path) -> Outcome<String> {
+    let place = path.display().to_string();
+    let io = |e: std::io::Error| Diag::input(format!("cannot read it: {e}")).in_file(place.clone());
+    let len = std::fs::metadata(path).map_err(io)?.len();
+    if len > MAX_TEXT {
+        return Err(Diag::input(format!("a text of {len} bytes is too long")).in_file(place).into());
+    }
+    let bytes = std::fs::read(path).map_err(io)?;
+    String::from_utf8(bytes).map_err(|e| {
+        let at = quantc_ir::diag::Loc::Byte(e.utf8_error().valid_up_to() as u64);
+        Diag::input("the text is not UTF-8").in_file(place).at(at).into()
+    })
+}
+
+/// A bar on a terminal, nothing elsewhere.
+pub struct Progress(Option<ProgressBar>);
+
+impl Progress {
+    /// A bar for `what`.
+    pub fn new(what: &str) -> Progress {
+        if !std::io::stderr().is_terminal() {
+            return Progress(None);
+        }
+        let bar = ProgressBar::new(1000);
+        if let Ok(style) = ProgressStyle::with_template("{msg} [{bar:30}] {percent}% {eta}") {
+            bar.set_style(style);
+        }
+        bar.set_message(what.to_string());
+        Progress(Some(bar))
+    }
+
+    /// Shows the share done.
+    pub fn at(&mut self, share: f64) {
+        if let Some(bar) = &self.0 {
+            bar.set_position((share * 1000.0) as u64);
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn done(self) {
+        if let Some(bar) = self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
