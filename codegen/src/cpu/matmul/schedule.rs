@@ -1,5 +1,6 @@
 //! Which tiles a matmul kernel is made of, and why.
 
+use std::cmp::Reverse;
 use std::fmt;
 
 use quantc_ir::target::{CpuDesc, Dot};
@@ -106,7 +107,7 @@ pub fn candidates(spec: &MatmulSpec, cpu: &CpuDesc) -> Vec<CpuTile> {
         }
         for nr in [1, 2, 4, 8, 16] {
             if panel_vectors(cpu).is_multiple_of(nr) && registers(spec, inner, mr, nr) <= cpu.vector_regs {
-                tiles.push(CpuTile { mr, nr, ku: unroll(spec, inner, mr * nr) });
+                tiles.push(CpuTile { mr, nr, ku: unroll(spec, inner) });
             }
         }
     }
@@ -130,11 +131,12 @@ fn registers(spec: &MatmulSpec, inner: Inner, mr: u32, nr: u32) -> u32 {
 }
 
 /// Steps in one turn of the inner loop: enough work to hide the loop, little enough code.
-fn unroll(spec: &MatmulSpec, inner: Inner, sums: u32) -> u32 {
+fn unroll(spec: &MatmulSpec, inner: Inner) -> u32 {
     match inner {
         // Two steps of `vpmaddubsw` share one widening.
         Inner::Int(Dot::Maddubs) => 2,
-        Inner::Int(Dot::Vnni) => (32 / sums).clamp(1, 4),
+        // A whole group of 32, so that none has a loop of a few turns.
+        Inner::Int(Dot::Vnni) => 4,
         Inner::Int(Dot::Widening) => 1,
         Inner::Float if spec.w.code.bits() >= 16 => 4,
         Inner::Float => 1,
@@ -158,7 +160,11 @@ pub fn cost(spec: &MatmulSpec, tile: &CpuTile, cpu: &CpuDesc) -> Cost {
     };
     // The wide multiplier of the best dot is also the one of f32.
     let rate = f64::from(cpu.f32_mac_per_cycle) / lanes;
-    let extra = if spec.w.zero == Zero::Asym && inner != Inner::Float { 3.0 } else { 2.0 };
+    // At the end of a group: conversion and scaling of a sum, which overlap in part, and the product of its zero
+    // point. Where sums of groups and sums of sums do not fit side by side, the latter go to memory and back.
+    let zero = if spec.w.zero == Zero::Asym && inner != Inner::Float { 0.7 } else { 0.0 };
+    let waits = registers(spec, inner, tile.mr, tile.nr) + tile.mr * tile.nr > cpu.vector_regs;
+    let extra = 1.3 + zero + if waits { 0.35 } else { 0.0 };
     let quads = (group / 4.0).max(1.0);
     let macs = mr * nr * lanes * 4.0 * quads;
     let multiply = mr * nr * (products * quads + extra) / rate.max(1.0);
@@ -167,12 +173,10 @@ pub fn cost(spec: &MatmulSpec, tile: &CpuTile, cpu: &CpuDesc) -> Cost {
     let rows = f64::from(spec.m.max.min(256));
     let weight_bytes = layout.bytes() as f64 / (f64::from(spec.n) * f64::from(spec.k));
     let per = 1000.0 / macs;
-    // Rows that do not fill the tile leave its results unused.
-    let waste = (rows / mr).ceil() * mr / rows;
     Cost {
-        multiply: multiply * per * waste,
-        issue: issue * per * waste,
-        cache: bytes / 28.0 * per * waste,
+        multiply: multiply * per,
+        issue: issue * per,
+        cache: bytes / 28.0 * per,
         memory: weight_bytes / f64::from(cpu.stream_bytes_per_cycle) * 1000.0 / rows,
     }
 }
@@ -180,24 +184,25 @@ pub fn cost(spec: &MatmulSpec, tile: &CpuTile, cpu: &CpuDesc) -> Cost {
 /// The tiles for `spec`: the cheapest first one, then lower ones for the rows left over.
 pub fn schedule(spec: &MatmulSpec, cpu: &CpuDesc) -> MatmulSchedule {
     let all = candidates(spec, cpu);
-    // Of equal costs the last wins by number of results, then the first in the list: no two runs differ.
     let best = |height: Option<u32>| {
         all.iter()
             .filter(|t| height.is_none_or(|h| t.mr == h))
             .map(|t| (cost(spec, t, cpu), t))
-            .min_by(|(a, s), (b, t)| {
-                let by_ports = |c: &Cost| c.multiply.max(c.issue).max(c.cache);
-                by_ports(a).total_cmp(&by_ports(b)).then((t.mr * t.nr).cmp(&(s.mr * s.nr)))
+            .min_by_key(|(c, t)| {
+                // Differences below a hundredth say nothing; then more results per load win.
+                let ports = c.multiply.max(c.issue).max(c.cache);
+                ((ports.ln() * 100.0).round() as i64, Reverse(t.mr * t.nr), t.mr)
             })
             .map(|(c, t)| (c, *t))
     };
     let smallest = (cost(spec, &SMALLEST, cpu), SMALLEST);
-    let (first_cost, first) = best(None).unwrap_or(smallest);
-    let mut tiles = vec![first];
+    // A handful of rows is one tile, so that the weights come by once.
     let few = spec.m.max <= 4;
+    let (first_cost, first) = best(few.then_some(spec.m.max)).unwrap_or(smallest);
+    let mut tiles = vec![first];
     let mut height = first.mr;
     while height > 1 {
-        // A handful of rows gets a tile for each count; many rows have halves.
+        // Few rows get a tile for each count, what is left of many rows gets halves.
         height = if few { height - 1 } else { (height / 2).next_power_of_two() };
         tiles.push(best(Some(height)).unwrap_or(smallest).1);
     }
@@ -206,3 +211,66 @@ pub fn schedule(spec: &MatmulSpec, cpu: &CpuDesc) -> MatmulSchedule {
 
 /// The tile that fits everywhere.
 const SMALLEST: CpuTile = CpuTile { mr: 1, nr: 1, ku: 1 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::eexpr::{EExpr, MemTy};
+    use crate::spec::{MRange, Rows, ScaleTy, WFmt};
+    use crate::targets::TARGETS;
+
+    fn specs() -> Vec<MatmulSpec> {
+        let mut all = vec![];
+        for (code, zero, a) in [
+            (Code::U4, Zero::Sym(8), AFmt::I8Token),
+            (Code::U4, Zero::Asym, AFmt::I8Token),
+            (Code::U8, Zero::Sym(128), AFmt::I8Token),
+            (Code::U4, Zero::Sym(8), AFmt::F32),
+            (Code::Lut4, Zero::Sym(0), AFmt::F32),
+            (Code::E4m3, Zero::Sym(0), AFmt::F32),
+            (Code::F32, Zero::Sym(0), AFmt::F32),
+        ] {
+            for max in [1, 2, 3, 4, 16, 512] {
+                for group in [32, 128] {
+                    let w = WFmt { code, group, zero, scale: ScaleTy::Bf16 };
+                    let epilogue = EExpr::store_acc(MemTy::F32, 256);
+                    let m = MRange { min: 1, max };
+                    all.push(MatmulSpec { n: 256, k: 1024, m, rows: Rows::T, w, a, epilogue });
+                }
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn tiles_fit_and_reach_down_to_one_row() {
+        for target in TARGETS {
+            for spec in specs() {
+                let plan = schedule(&spec, &target.cpu);
+                assert!(plan.compared > 0, "{} {spec:?}", target.name);
+                assert_eq!(plan.tiles.last().unwrap().mr, 1);
+                assert!(plan.tiles.windows(2).all(|t| t[0].mr > t[1].mr), "{plan}");
+                for tile in &plan.tiles {
+                    assert!(tile.mr <= spec.m.max);
+                    assert!(panel_vectors(&target.cpu).is_multiple_of(tile.nr));
+                    let used = registers(&spec, plan.inner, tile.mr, tile.nr);
+                    assert!(used <= target.cpu.vector_regs, "{} {plan}: {used} registers", target.name);
+                }
+                if spec.m.max <= 4 {
+                    assert_eq!(plan.tiles.len() as u32, spec.m.max, "a tile for each count of rows");
+                }
+                assert!(plan.cost.total() > 0.0);
+                assert_eq!(plan, schedule(&spec, &target.cpu));
+            }
+        }
+    }
+
+    #[test]
+    fn full_range_bytes_never_meet_a_saturating_product() {
+        for target in TARGETS {
+            for spec in specs().iter().filter(|s| s.w.code == Code::U8 && s.a == AFmt::I8Token) {
+                assert_ne!(inner(spec, &target.cpu), Inner::Int(Dot::Maddubs), "{}", target.name);
+            }
+        }
+    }
+}
