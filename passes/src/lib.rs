@@ -39,9 +39,15 @@
 extern crate self as quantc_passes;
 
 pub mod analysis;
+pub mod canon;
+pub mod fuse;
+pub mod manager;
+pub mod migrate;
 pub mod pass;
 pub mod pipeline;
 pub mod registry;
+pub mod saturate;
+pub mod stream;
 
 pub use registry::Registry;
 
@@ -50,4 +56,4 @@ pub use registry::Registry;
 pub use serde;
 
 /// The built-in families, each listed by its `passes!`.
-static FAMILIES: &[&[&pass::PassInfo]] = &[];
+static FAMILIES: &[&[&pass::PassInfo]] = &[canon::ALL, migrate::ALL, fuse::ALL];

@@ -1,6 +1,6 @@
 //! What a pass may use while it runs.
 
-use super::{Numerics, PassInfo};
+use super::{Numerics, OptionInfo, Pass, PassInfo};
 use crate::analysis::{Analyses, Analysis, Function};
 use quantc_ir::diag::{Diag, Loc, Result};
 use quantc_ir::entity::{OpId, ValueId, WeightId};
@@ -8,6 +8,7 @@ use quantc_ir::graph::Graph;
 use quantc_ir::module::Module;
 use quantc_ir::ops::Real;
 use quantc_ir::target::{Backend, TargetDesc};
+use quantc_ir::text::fields::Fields;
 use quantc_ir::ty::TensorTy;
 use quantc_ir::weights::{BlobWriter, Recipe, Store, WeightDecl, WeightSource, WeightView};
 use std::any::{Any, TypeId};
@@ -73,12 +74,15 @@ pub struct Remark {
     pub text: String,
 }
 
-/// Things that passes leave for later passes of the same run, one for each type: calibration data, executors,
-/// statistics too large for the module.
+/// Things that passes leave for later passes of the same run, one for each type: calibration data, executors. And
+/// things about one function, one for each type and function: statistics too large for the module.
 #[derive(Default)]
 pub struct Session {
-    items: BTreeMap<TypeId, Box<dyn Any + Send>>,
+    items: BTreeMap<TypeId, Item>,
+    about: BTreeMap<(Function, TypeId), Item>,
 }
+
+type Item = Box<dyn Any + Send>;
 
 impl Session {
     /// Leaves an item, replacing the one of its type.
@@ -99,6 +103,36 @@ impl Session {
     /// Takes the item of this type out.
     pub fn take<T: Any + Send>(&mut self) -> Option<T> {
         Some(*self.items.remove(&TypeId::of::<T>())?.downcast().ok()?)
+    }
+
+    /// Leaves an item about a function. It is dropped when a pass that drops statistics changes the function.
+    pub fn put_about<T: Any + Send>(&mut self, function: Function, item: T) {
+        self.about.insert((function, TypeId::of::<T>()), Box::new(item));
+    }
+
+    /// The item of this type about a function.
+    pub fn about<T: Any + Send>(&self, function: Function) -> Option<&T> {
+        self.about.get(&(function, TypeId::of::<T>()))?.downcast_ref()
+    }
+
+    /// The item of this type about a function, to be changed.
+    pub fn about_mut<T: Any + Send>(&mut self, function: Function) -> Option<&mut T> {
+        self.about.get_mut(&(function, TypeId::of::<T>()))?.downcast_mut()
+    }
+
+    /// Takes the item of this type about a function out.
+    pub fn take_about<T: Any + Send>(&mut self, function: Function) -> Option<T> {
+        Some(*self.about.remove(&(function, TypeId::of::<T>()))?.downcast().ok()?)
+    }
+
+    /// Drops everything about a function.
+    pub fn forget(&mut self, function: Function) {
+        self.about.retain(|(f, _), _| *f != function);
+    }
+
+    /// Drops everything about functions.
+    pub fn forget_all(&mut self) {
+        self.about.clear();
     }
 }
 
@@ -132,21 +166,27 @@ pub struct PassCx<'a> {
     /// The code generator; the same as in `env`.
     pub backend: Option<&'a dyn Backend>,
     info: &'static PassInfo,
+    /// The options that decide what is derived: all but name filters.
     options: String,
     state: &'a mut PassState,
 }
 
 impl<'a> PassCx<'a> {
-    /// The context of one run of the pass `info` with `options` as text.
+    /// The context of one run of `pass`.
     pub fn new(
         module: &'a mut Module,
         function: Function,
         env: Env<'a>,
-        info: &'static PassInfo,
-        options: String,
+        pass: &dyn Pass,
         state: &'a mut PassState,
     ) -> PassCx<'a> {
         let Env { store, target, backend, .. } = env;
+        let info = pass.info();
+        let mut fields = Fields::parse(&pass.options()).unwrap_or_default();
+        let filters = info.options.iter().filter(|o| o.ty.contains("Pattern")).map(OptionInfo::name);
+        let filters: Vec<String> = filters.collect();
+        fields.entries.retain(|e| !filters.contains(&e.key));
+        let options = fields.to_string();
         PassCx { module, function, env, store, target, backend, info, options, state }
     }
 

@@ -1,0 +1,43 @@
+//! Memory in use after each pass, and the peak of the process.
+
+use super::{At, Hook};
+use crate::pass::Changed;
+use quantc_ir::diag::Result;
+use quantc_ir::module::Module;
+
+/// Measures resident memory after each pass, where the system tells it.
+#[derive(Clone, Debug, Default)]
+pub struct Memory {
+    largest: Vec<(&'static str, u64)>,
+}
+
+impl Memory {
+    /// The most bytes that were resident after each pass, in order of first run.
+    pub fn largest(&self) -> &[(&'static str, u64)] {
+        &self.largest
+    }
+
+    /// The most bytes that were resident at any time since the process started.
+    pub fn peak() -> Option<u64> {
+        status("VmHWM:")
+    }
+}
+
+impl Hook for Memory {
+    fn after_pass(&mut self, at: At<'_>, _: &Module, _: Changed) -> Result<()> {
+        let Some(now) = status("VmRSS:") else { return Ok(()) };
+        let name = at.pass.info().name;
+        match self.largest.iter_mut().find(|(n, _)| *n == name) {
+            Some((_, most)) => *most = now.max(*most),
+            None => self.largest.push((name, now)),
+        }
+        Ok(())
+    }
+}
+
+/// A figure of the process in bytes; the system gives it in KiB.
+fn status(key: &str) -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix(key))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
