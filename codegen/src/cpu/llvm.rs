@@ -704,6 +704,16 @@ impl<'u, 'c> VecBuilder<'u, 'c> {
         ok(self.builder.build_call(func, &args, ""));
     }
 
+    /// Asks for the cache line at `ptr`, to be read soon. The address need not be mapped.
+    pub fn prefetch(&self, ptr: PointerValue<'c>) {
+        let found = Intrinsic::find("llvm.prefetch")
+            .and_then(|i| i.get_declaration(&self.unit.module, &[ptr.get_type().into()]));
+        let func = found.expect("LLVM has prefetches");
+        // To be read, of some use after that, data.
+        let args = [ptr.into(), self.i32(1, 0).into(), self.i32(1, 2).into(), self.i32(1, 1).into()];
+        ok(self.builder.build_call(func, &args, ""));
+    }
+
     /// Loads bf16 lanes as f32.
     pub fn load_bf16(&self, ptr: PointerValue<'c>, lanes: u32) -> Val<'c> {
         self.bf16_to_f32(self.load(ptr, Elem::I16, lanes))
