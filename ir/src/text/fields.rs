@@ -981,7 +981,7 @@ mod tests {
     use crate::diag::Loc;
     use crate::ops::{Op, OpKind, Real, RopeScaling, RopeTable};
     use proptest::prelude::*;
-    use serde::Deserialize;
+    use serde::{Deserialize, Serialize};
 
     #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
     #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
@@ -1126,12 +1126,14 @@ mod tests {
             Just(Value::Scheme("!q<int4:f16 block 128@1>".into())),
         ];
         leaf.prop_recursive(4, 24, 5, |inner| {
-            let list = prop::collection::vec(inner.clone().prop_map(Item::from), 0..5).prop_map(Value::List);
+            let list =
+                prop::collection::vec(inner.clone().prop_map(Item::from), 0..5).prop_map(Value::List).boxed();
             let map = prop::collection::btree_map(text(), inner, 0..5).prop_map(|entries| {
                 let mut fields = Fields::default();
                 entries.into_iter().for_each(|(k, v)| fields.push(k, v));
                 Value::Map(fields)
             });
+            let map = map.boxed();
             let held = prop_oneof![list.clone(), map.clone()];
             let variant = ("[a-z]{1,4}", held).prop_map(|(n, v)| Value::Variant(n, Box::new(v)));
             prop_oneof![list, map, variant]
@@ -1184,7 +1186,7 @@ mod tests {
             for text in [t, u.clone(), format!("{{{u}")] {
                 match Fields::parse(&text) {
                     Ok(fields) => prop_assert_eq!(Fields::parse(&fields.to_string()).unwrap().to_string(), fields.to_string()),
-                    Err(e) => prop_assert!(matches!(e.loc, Loc::Text { .. })),
+                    Err(e) => prop_assert_ne!(e.loc, Loc::None),
                 }
             }
         }

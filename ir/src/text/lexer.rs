@@ -119,11 +119,6 @@ impl<'a> Tokens<'a> {
         self.last_end
     }
 
-    /// The token after the one in view.
-    pub(crate) fn peek_second(&self) -> Tok<'a> {
-        scan(self.text, self.head.end).tok
-    }
-
     /// Takes the token in view.
     pub(crate) fn bump(&mut self) -> Token<'a> {
         self.last_end = self.head.end;
