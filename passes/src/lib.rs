@@ -45,15 +45,23 @@ pub mod manager;
 pub mod migrate;
 pub mod pass;
 pub mod pipeline;
+pub mod presets;
 pub mod registry;
 pub mod saturate;
 pub mod stream;
+pub mod weights;
 
 pub use registry::Registry;
+
+/// Sets the number of threads that heavy passes use; the first call in a process decides. Results do not depend on it.
+pub fn set_threads(threads: usize) {
+    // It fails when the threads are running already: then the number stays what it is.
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+}
 
 /// What macros of this crate expand to.
 #[doc(hidden)]
 pub use serde;
 
 /// The built-in families, each listed by its `passes!`.
-static FAMILIES: &[&[&pass::PassInfo]] = &[canon::ALL, migrate::ALL, fuse::ALL];
+static FAMILIES: &[&[&pass::PassInfo]] = &[canon::ALL, migrate::ALL, weights::ALL, fuse::ALL];

@@ -1,0 +1,173 @@
+//! Named pipelines.
+//!
+//! A preset is text and nothing more: what it does can be pasted into `-p`, looked at and changed. The embedding table
+//! is only ever looked up by row, so that all presets but `f32` and `bf16` leave it as the checkpoint has it. The head is
+//! the largest product and the one that decides between tokens: quantized presets keep it at 8 bits.
+
+use quantc_ir::diag::{Diag, Result, near_misses};
+
+/// A named pipeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Preset {
+    /// The name on the command line.
+    pub name: &'static str,
+    /// One sentence.
+    pub doc: &'static str,
+    /// What becomes of the embedding table.
+    pub embedding: &'static str,
+    /// What becomes of the product that makes logits.
+    pub head: &'static str,
+    /// The pipeline.
+    pub pipeline: &'static str,
+}
+
+impl Preset {
+    /// The preset called `name`, or an error that lists names like it.
+    pub fn get(name: &str) -> Result<&'static Preset> {
+        ALL.iter().find(|p| p.name == name).ok_or_else(|| {
+            let diag = Diag::pipeline(format!("unknown preset `{name}`"));
+            match near_misses(name, ALL.iter().map(|p| p.name))[..] {
+                [] => diag.help("`quantc presets` lists all presets"),
+                ref near => diag.help(format!("did you mean {}?", crate::pass::quoted(near))),
+            }
+        })
+    }
+}
+
+/// The pipeline around what is done to the weights and activations of a layer.
+macro_rules! pipeline {
+    ($($in_layers:literal),+) => {
+        concat!("outline-layers, fold-constants, dedupe, layers(", $($in_layers, ", ",)+ "fuse-epilogue), drop-dead, pack-weights")
+    };
+}
+
+/// The table of presets.
+macro_rules! presets {
+    ($(
+        $(#[doc = $doc:literal])+
+        $name:literal, embedding: $embedding:literal, head: $head:literal, [$($in_layers:literal),+ $(,)?];
+    )*) => {
+        /// Every preset.
+        pub static ALL: &[Preset] = &[$(Preset {
+            name: $name,
+            doc: concat!($($doc),+),
+            embedding: $embedding,
+            head: $head,
+            pipeline: pipeline!($($in_layers),+),
+        }),*];
+    };
+}
+
+presets! {
+    /// All weights as f32: the reference.
+    "f32", embedding: "f32", head: "f32", ["cast-weights{to=f32}"];
+
+    /// All matrices as bf16.
+    "bf16", embedding: "bf16", head: "bf16", ["cast-weights{to=bf16}"];
+
+    /// int8 weights with a scale per row, int8 activations with a scale per token.
+    "w8a8", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
+        "round-to-nearest{format=int8, group=row}",
+        "quantize-activations{format=int8}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// int8 weights with a scale per row, float activations.
+    "w8a16", embedding: "as in the checkpoint", head: "int8 per row, float activations", [
+        "round-to-nearest{format=int8, group=row}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// Symmetric int4 weights with a bf16 scale per 128 columns, float activations.
+    "w4a16-g128", embedding: "as in the checkpoint", head: "int8 per row, float activations", [
+        "round-to-nearest{format=int4, group=128, skip-layers=[head]}",
+        "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// Symmetric int4 weights with a bf16 scale per 64 columns, float activations.
+    "w4a16-g64", embedding: "as in the checkpoint", head: "int8 per row, float activations", [
+        "round-to-nearest{format=int4, group=64, skip-layers=[head]}",
+        "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// Symmetric int4 weights with a bf16 scale per 32 columns, float activations.
+    "w4a16-g32", embedding: "as in the checkpoint", head: "int8 per row, float activations", [
+        "round-to-nearest{format=int4, group=32, skip-layers=[head]}",
+        "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// Symmetric int4 weights with a bf16 scale per 128 columns, int8 activations with a scale per token.
+    "w4a8-g128", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
+        "round-to-nearest{format=int4, group=128, skip-layers=[head]}",
+        "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "quantize-activations{format=int8}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// Symmetric int4 weights with a bf16 scale per 64 columns, int8 activations with a scale per token.
+    "w4a8-g64", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
+        "round-to-nearest{format=int4, group=64, skip-layers=[head]}",
+        "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "quantize-activations{format=int8}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// Symmetric int4 weights with a bf16 scale per 32 columns, int8 activations with a scale per token.
+    "w4a8-g32", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
+        "round-to-nearest{format=int4, group=32, skip-layers=[head]}",
+        "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "quantize-activations{format=int8}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// e4m3 weights with a scale per row, float activations.
+    "fp8", embedding: "as in the checkpoint", head: "int8 per row, float activations", [
+        "round-to-nearest{format=e4m3, group=row, skip-layers=[head]}",
+        "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "fuse-dequant-matmul",
+    ];
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Registry;
+    use crate::pipeline;
+    use quantc_ir::module::Module;
+    use quantc_ir::target::{CpuDesc, TargetDesc};
+
+    #[test]
+    fn every_preset_passes_the_check() {
+        let cpu = CpuDesc {
+            llvm_cpu: "",
+            features: &[],
+            vector_bits: 256,
+            vector_regs: 16,
+            fma: true,
+            dots: &[],
+            l1_kib: 32,
+            l2_kib: 256,
+            int8_mac_per_cycle: 1.0,
+            f32_mac_per_cycle: 1.0,
+            stream_bytes_per_cycle: 1.0,
+        };
+        let target = TargetDesc { name: "cpu", doc: "", cpu };
+        for preset in ALL {
+            let parsed = pipeline::parse(preset.pipeline).unwrap();
+            let checked =
+                pipeline::check(&parsed, &Registry::builtin(), &Module::new("m"), Some(&target), None);
+            let checked = checked.unwrap_or_else(|e| panic!("{}: {e}", preset.name));
+            assert!(checked.passes().len() >= 6, "{}", preset.name);
+            assert!(preset.doc.trim().ends_with('.'));
+        }
+    }
+
+    #[test]
+    fn names_are_suggested() {
+        assert_eq!(Preset::get("w4a16-g64").unwrap().name, "w4a16-g64");
+        assert!(Preset::get("w4a16-g6").unwrap_err().help.unwrap().contains("w4a16-g64"));
+    }
+}

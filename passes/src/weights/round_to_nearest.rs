@@ -1,0 +1,193 @@
+//! Rounds weights to the nearest code.
+
+use super::options::{FormatName, Grouping, ScaleType, ZeroPoints, scheme};
+use super::rows::{Loss, Outputs, quantize};
+use crate::pass::prelude::*;
+use quantc_ir::formats;
+use quantc_ir::ops::{Dequantize, zero_scheme};
+use quantc_ir::quant::{self, ScaleRule, Search};
+use quantc_ir::scheme::{Scheme, Zero};
+use quantc_ir::weights::{Recipe, WeightDecl, WeightSource};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+pass! {
+    /// Rounds the weights of matrix products to the nearest code of a narrow format.
+    ///
+    /// Each group of a weight gets a scale from its range, so that `w = (q - z) s` with `q` the nearest code. The weight
+    /// operand of the `matmul` becomes a `dequantize` of codes and scales, and of zero points when they are asked for;
+    /// the product itself stays. A table that is read as an embedding as well keeps its numbers there. A group at the end
+    /// of a row may be shorter. For each weight the pass tells its signal-to-noise ratio, the bits of one weight with
+    /// its share of scales, and the largest error.
+    ///
+    /// ```qir before
+    /// %y = matmul %x, @w
+    /// ```
+    /// ```qir after
+    /// %w = dequantize @w.q, @w.s
+    /// %y = matmul %x, %w
+    /// ```
+    "round-to-nearest" => pub struct RoundToNearest {
+        /// The format of the codes.
+        format: FormatName = FormatName(&formats::INT8),
+        /// What shares a scale: `row`, `tensor`, a number of columns, or a tile such as `"16x64"`.
+        group: Grouping = Grouping::Row,
+        /// `asymmetric` gives each group a zero point; integers of 4 and 8 bits are then stored unsigned.
+        zero: ZeroPoints = ZeroPoints::Symmetric,
+        /// The type of the scales; `auto` is `bf16` for groups smaller than a row and `f32` for others.
+        scale: ScaleType = ScaleType::Auto,
+        /// How a scale follows from the range: `real`, `power-of-two`, or `mx` as in OCP MX.
+        scale_rule: ScaleRule = ScaleRule::Real,
+        /// `mse` looks for the range that makes the sum of squared errors least; `none` takes the whole range.
+        search: RangeSearch = RangeSearch::None,
+        /// Weights to quantize, as name patterns; none given means all.
+        only: Vec<Pattern> = vec![],
+        /// Weights left alone, as name patterns. A pattern that matches nothing is an error.
+        skip: Vec<Pattern> = vec![],
+        /// Layers to work on, as name patterns; none given means all.
+        layers: Vec<Pattern> = vec![],
+        /// Layers left alone, as name patterns.
+        skip_layers: Vec<Pattern> = vec![],
+    }
+    scope: Layer, numerics: Requantizes, stats: keeps, version: 1
+}
+
+/// Which range a scale covers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RangeSearch {
+    /// The range of the group.
+    #[default]
+    None,
+    /// The part of it with the least squared error.
+    Mse,
+}
+
+/// Ranges that are tried besides the whole one.
+const MSE_STEPS: u32 = 80;
+
+impl Pass for RoundToNearest {
+    fn run(&self, cx: &mut PassCx<'_>) -> Result<Changed> {
+        if !selects(&self.layers, &self.skip_layers, cx.function_name()) {
+            return Ok(Changed::No);
+        }
+        let scheme = self.scheme()?;
+        let mut done = BTreeMap::<WeightId, ValueId>::new();
+        for op in cx.graph().order().to_vec() {
+            let Some((w, _)) = float_matrix(cx.graph(), op) else { continue };
+            if !selects(&self.only, &self.skip, &cx.module.weights[w].name) {
+                continue;
+            }
+            let value = match done.get(&w) {
+                Some(&value) => value,
+                None => self.quantize(cx, op, w, scheme)?,
+            };
+            done.insert(w, value);
+            cx.graph_mut().node_mut(op).args[1] = value;
+        }
+        Ok((!done.is_empty()).into())
+    }
+
+    fn validate(&self) -> Result<()> {
+        let scheme = self.scheme()?;
+        if self.scale_rule == ScaleRule::Mx && scheme.zero != Zero::Symmetric {
+            return Err(Diag::pipeline("OCP MX has no zero points").help("use `zero=symmetric`"));
+        }
+        Ok(())
+    }
+
+    fn emits(&self) -> Vec<(ElemTy, ElemTy)> {
+        self.scheme().map(|s| (ElemTy::F32, ElemTy::Q(s))).into_iter().collect()
+    }
+
+    fn patterns(&self) -> Vec<PatternUse<'_>> {
+        [
+            PatternUse::all("only", &self.only, NameKind::Weight),
+            PatternUse::all("skip", &self.skip, NameKind::Weight),
+            PatternUse::all("layers", &self.layers, NameKind::Layer),
+            PatternUse::all("skip-layers", &self.skip_layers, NameKind::Layer),
+        ]
+        .concat()
+    }
+}
+
+impl RoundToNearest {
+    fn scheme(&self) -> Result<Scheme> {
+        scheme(self.format, self.group, self.zero, self.scale)
+    }
+
+    /// Quantizes `w` and puts its `dequantize` in front of `op`.
+    fn quantize(&self, cx: &mut PassCx<'_>, op: OpId, w: WeightId, scheme: Scheme) -> Result<ValueId> {
+        cx.check_interrupt()?;
+        let search = match self.search {
+            RangeSearch::None => Search::None,
+            RangeSearch::Mse => Search::Mse { steps: MSE_STEPS },
+        };
+        let options = quant::Options { rule: self.scale_rule, search };
+        let decl = &cx.module.weights[w];
+        let name = decl.name.clone();
+        let about = |d: Diag| d.at(Loc::Item(format!("@{name}")));
+
+        let codes_ty = TensorTy { elem: ElemTy::Q(scheme), shape: decl.ty.shape.clone() };
+        let scale_shape = scheme.scale_shape(&decl.ty.shape).map_err(about)?;
+        let mut outputs =
+            vec![("q", codes_ty), ("s", TensorTy { elem: scheme.scale.into(), shape: scale_shape.clone() })];
+        if let Zero::Point(format) = scheme.zero {
+            outputs
+                .push(("z", TensorTy { elem: ElemTy::Q(zero_scheme(scheme, format)), shape: scale_shape }));
+        }
+        // Names of other weights do not decide these bytes.
+        let recipe = Recipe {
+            step: Self::INFO.name,
+            version: Self::INFO.version,
+            options: format!("{scheme} {:?} {:?}", self.scale_rule, search),
+            inputs: vec![cx.store.digest(&cx.module.weights, w)?],
+        };
+        let (store, weights, threads) = (cx.store, &cx.module.weights, cx.env.threads);
+        let blobs = store.derive(&recipe, outputs.len() + 1, &mut |out| {
+            let view = store.view(weights, w)?;
+            let [codes, scales, rest @ .., loss] = out else {
+                return Err(Diag::bug("fewer outputs than were asked for"));
+            };
+            let mut out = Outputs { codes, scales, zeros: rest.first_mut() };
+            let found = quantize(&view, &scheme, options, threads, &mut out).map_err(about)?;
+            loss.write(&found.to_bytes())
+        })?;
+        let loss = Loss::from_bytes(&store.read_blob(blobs[outputs.len()])?)?;
+
+        let mut bytes = 0;
+        let mut args = vec![];
+        for ((suffix, ty), blob) in outputs.into_iter().zip(blobs) {
+            bytes += ty.stored_bytes().unwrap_or(0);
+            let name = cx.module.fresh_weight_name(&format!("{name}.{suffix}"));
+            let id = cx.module.weights.push(WeightDecl { name, ty, source: WeightSource::Blob(blob) });
+            args.push(cx.weight_value(id));
+        }
+        let elements = cx.module.weights[w].ty.shape.elements().unwrap_or(0).max(1);
+        let bits = 8.0 * bytes as f64 / elements as f64;
+        let (sqnr, worst) = (loss.sqnr_db(), loss.worst);
+        cx.remark(
+            format_args!("@{name}"),
+            format_args!("{scheme}: SQNR {sqnr:.2} dB, {bits:.3} bits per weight, largest error {worst:.3e}"),
+        );
+        let at = cx.graph().position(op).ok_or_else(|| Diag::bug("an op that is not in the program"))?;
+        let graph = cx.graph_mut();
+        let taken = graph.values().any(|(_, v)| v.name.as_deref() == Some(&name));
+        graph.insert_inferred(at, Dequantize { to: Float::F32 }, &args, (!taken).then_some(&name))
+    }
+}
+
+/// Whether `name` is among `only`, or `only` is empty, and not among `skip`.
+pub(super) fn selects(only: &[Pattern], skip: &[Pattern], name: &str) -> bool {
+    (only.is_empty() || only.any_matches(name)) && !skip.any_matches(name)
+}
+
+/// The weight of a `matmul` when it is a matrix of plain floats, and its value.
+pub(super) fn float_matrix(graph: &Graph, op: OpId) -> Option<(WeightId, ValueId)> {
+    let node = graph.node(op);
+    let Op::MatMul(matmul) = &node.op else { return None };
+    let value = *node.args.get(1)?;
+    let ty = graph.ty(value);
+    let plain = ty.rank() == 2 && ty.elem.is_float() && matmul.packed.is_empty();
+    graph.as_weight(value).filter(|_| plain).map(|w| (w, value))
+}
