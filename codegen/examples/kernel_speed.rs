@@ -150,7 +150,7 @@ mod speed {
                 let kernel = object.symbol("kernel").ok_or_else(|| Diag::bug("the kernel is missing"))?;
 
                 let layout = Layout::of(&spec);
-                let mut weights = Buffer::new(layout.bytes() as usize, |i| (i as u32 * 37 >> 3) as u8 & 0x3f);
+                let mut weights = Buffer::new(layout.bytes() as usize, |i| ((i * 37) >> 3) as u8 & 0x3f);
                 let a_len = match a {
                     AFmt::F32 => (m * k * 4) as usize,
                     AFmt::I8Token => (m * i8_row_stride(k)) as usize,

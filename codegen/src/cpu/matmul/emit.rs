@@ -24,7 +24,10 @@ pub fn emit(unit: &Unit<'_>, symbol: &str, spec: &MatmulSpec, schedule: &MatmulS
     if !schedule.tiles.iter().any(|t| t.mr == 1) {
         return Err(Diag::bug("a matmul needs a tile of one row for what is left over"));
     }
-    unit.kernel(symbol, |b| Matmul::new(b, spec, schedule.inner).run(b, schedule))
+    unit.kernel(symbol, |b| {
+        Matmul::new(b, spec, schedule.inner).run(b, schedule);
+        Ok(())
+    })
 }
 
 /// A kernel being emitted: its spec and its buffers.
@@ -47,7 +50,7 @@ struct Spot<'c> {
     panel: Val<'c>,
     /// First row.
     row: Val<'c>,
-    /// First column within the panel, and as bytes of 32-bit lanes.
+    /// First column within the panel.
     col: Val<'c>,
     /// The first byte of the panel's weights.
     w: PointerValue<'c>,
@@ -100,67 +103,42 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
         }
     }
 
-    fn run(&self, b: &VecBuilder<'u, 'c>, schedule: &MatmulSchedule) -> Result<()> {
+    fn run(&self, b: &VecBuilder<'u, 'c>, schedule: &MatmulSchedule) {
         let m = b.dim(self.spec.rows.dim());
-        let mut result = Ok(());
         b.for_items(|panel| {
             let w = b.row(self.w, panel, self.layout.panel_bytes() as i64);
             let mut row = b.i64(0);
-            for tile in &schedule.tiles {
+            for &tile in &schedule.tiles {
+                let height = i64::from(tile.mr);
                 // While the tile's rows are all there.
-                let last = b.sub(m, b.i64(i64::from(tile.mr) - 1));
-                row = b.for_range(row, last, i64::from(tile.mr), &[row], |row, _| {
-                    if let Err(e) = self.strips(b, panel, row, w, *tile) {
-                        result = Err(e);
-                    }
-                    vec![b.add(row, b.i64(i64::from(tile.mr)))]
+                let end = b.sub(m, b.i64(height - 1));
+                row = b.for_range(row, end, height, &[row], |row, _| {
+                    // All columns of the panel for the rows of one tile.
+                    let width = i64::from(tile.nr * b.width());
+                    b.for_const(0, i64::from(PANEL), width, &[], |col, _| {
+                        self.tile(b, &Spot { panel, row, col, w, tile });
+                        vec![]
+                    });
+                    vec![b.add(row, b.i64(height))]
                 })[0];
             }
         });
-        result
-    }
-
-    /// All columns of a panel for the rows of one tile.
-    fn strips(
-        &self,
-        b: &VecBuilder<'u, 'c>,
-        panel: Val<'c>,
-        row: Val<'c>,
-        w: PointerValue<'c>,
-        tile: CpuTile,
-    ) -> Result<()> {
-        let width = i64::from(tile.nr * b.width());
-        let mut result = Ok(());
-        b.for_const(0, i64::from(PANEL), width, &[], |col, _| {
-            result = self.tile(b, Spot { panel, row, col, w, tile });
-            vec![]
-        });
-        result
     }
 
     /// One tile: all of k, then the epilogue.
-    fn tile(&self, b: &VecBuilder<'u, 'c>, spot: Spot<'c>) -> Result<()> {
+    fn tile(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'c>) {
         let (group, k) = (self.spec.w.group, self.spec.k);
         let full = k / group;
         let a_row = b.row(self.a, spot.row, self.a_stride());
-        let results = (spot.tile.mr * spot.tile.nr) as usize;
-        let mut sums = vec![b.f32(b.width(), 0.0); results];
-        let mut result = Ok(());
         let turn = |index: Val<'c>, len: u32, sums: &[Val<'c>]| {
             let w = b.row(spot.w, index, i64::from(self.layout.group_bytes()));
             let a = b.row(a_row, index, i64::from(group) * self.a_bytes());
-            self.group(b, &spot, Group { index, len, w, a }, sums)
+            self.group(b, spot, &Group { index, len, w, a }, sums)
         };
-        sums = b.for_const(0, i64::from(full), 1, &sums, |index, sums| match turn(index, group, sums) {
-            Ok(sums) => sums,
-            Err(e) => {
-                result = Err(e);
-                sums.to_vec()
-            }
-        });
-        result?;
+        let zero = vec![b.f32(b.width(), 0.0); (spot.tile.mr * spot.tile.nr) as usize];
+        let mut sums = b.for_const(0, i64::from(full), 1, &zero, |index, sums| turn(index, group, sums));
         if !k.is_multiple_of(group) {
-            sums = turn(b.i64(i64::from(full)), k % group, &sums)?;
+            sums = turn(b.i64(i64::from(full)), k % group, &sums);
         }
         if let Some((scales, _)) = self.a_int {
             for (r, sums) in sums.chunks_mut(spot.tile.nr as usize).enumerate() {
@@ -171,8 +149,7 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
                 }
             }
         }
-        self.store(b, &spot, &sums);
-        Ok(())
+        self.store(b, spot, &sums);
     }
 
     /// Adds the scaled sums of one group to `sums`.
@@ -180,17 +157,16 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
         &self,
         b: &VecBuilder<'u, 'c>,
         spot: &Spot<'c>,
-        group: Group<'c>,
+        group: &Group<'c>,
         sums: &[Val<'c>],
-    ) -> Result<Vec<Val<'c>>> {
+    ) -> Vec<Val<'c>> {
         let inner = match self.inner {
-            Inner::Int(dot) => self.int_group(b, dot, spot, &group),
-            Inner::Float => self.float_group(b, spot, &group)?,
+            Inner::Int(dot) => self.int_group(b, dot, spot, group),
+            Inner::Float => self.float_group(b, spot, group),
         };
         let nr = spot.tile.nr as usize;
-        let scales: Vec<_> = (0..spot.tile.nr).map(|v| self.load_scale(b, spot, &group, v)).collect();
-        Ok(sums
-            .iter()
+        let scales: Vec<_> = (0..spot.tile.nr).map(|v| self.load_scale(b, spot, group, v)).collect();
+        sums.iter()
             .zip(inner)
             .enumerate()
             .map(|(i, (&sum, group_sum))| match scales[i % nr] {
@@ -198,7 +174,7 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
                 // Without scales there is one group, and nothing before it.
                 None => group_sum,
             })
-            .collect())
+            .collect()
     }
 
     /// The column of vector `v` of the tile, times `bytes`.
@@ -336,12 +312,7 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
     }
 
     /// The sums of one group in f32.
-    fn float_group(
-        &self,
-        b: &VecBuilder<'u, 'c>,
-        spot: &Spot<'c>,
-        group: &Group<'c>,
-    ) -> Result<Vec<Val<'c>>> {
+    fn float_group(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'c>, group: &Group<'c>) -> Vec<Val<'c>> {
         let CpuTile { mr, nr, ku } = spot.tile;
         let lanes = b.width();
         let step_k = self.layout.step_k();
@@ -352,13 +323,12 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
             })
             .collect();
         // `valid` k of each of `count` steps from `first` on.
-        let body = |first: Val<'c>, count: u32, valid: u32, sums: &[Val<'c>]| -> Result<Vec<Val<'c>>> {
+        let body = |first: Val<'c>, count: u32, valid: u32, sums: &[Val<'c>]| {
             let mut sums = sums.to_vec();
             for s in 0..count {
                 let step = b.add(first, b.i64(i64::from(s)));
-                let codes: Vec<_> = (0..nr)
-                    .map(|v| self.unpack.load(b, self.codes(b, spot, group, step, v)))
-                    .collect::<Result<_>>()?;
+                let codes: Vec<_> =
+                    (0..nr).map(|v| self.unpack.load(b, self.codes(b, spot, group, step, v))).collect();
                 let k = b.mul(step, b.i64(i64::from(step_k)));
                 for i in 0..valid {
                     let k = b.add(k, b.i64(i64::from(i)));
@@ -374,28 +344,22 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
                     }
                 }
             }
-            Ok(sums)
+            sums
         };
         let steps = group.len / step_k;
         let ku = ku.clamp(1, steps.max(1));
         let whole = steps / ku * ku;
-        let mut result = Ok(());
         let zero = vec![b.f32(lanes, 0.0); (mr * nr) as usize];
-        let mut sums = b.for_const(0, i64::from(whole), i64::from(ku), &zero, |s, sums| {
-            body(s, ku, step_k, sums).unwrap_or_else(|e| {
-                result = Err(e);
-                sums.to_vec()
-            })
-        });
-        result?;
+        let mut sums =
+            b.for_const(0, i64::from(whole), i64::from(ku), &zero, |s, sums| body(s, ku, step_k, sums));
         if whole < steps {
-            sums = body(b.i64(i64::from(whole)), steps - whole, step_k, &sums)?;
+            sums = body(b.i64(i64::from(whole)), steps - whole, step_k, &sums);
         }
         let left = group.len % step_k;
         if left > 0 {
-            sums = body(b.i64(i64::from(steps)), 1, left, &sums)?;
+            sums = body(b.i64(i64::from(steps)), 1, left, &sums);
         }
-        Ok(sums)
+        sums
     }
 
     /// The epilogue of a tile. Only the last panel of an n that is no multiple of 64 has columns that do not exist.

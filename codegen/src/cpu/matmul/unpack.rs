@@ -81,9 +81,9 @@ impl<'c> Unpack<'c> {
     }
 
     /// Loads one vector of one step: packed codes for narrow formats, the operand itself for wide ones.
-    pub(super) fn load(&self, b: &VecBuilder<'_, 'c>, ptr: PointerValue<'c>) -> Result<Val<'c>> {
+    pub(super) fn load(&self, b: &VecBuilder<'_, 'c>, ptr: PointerValue<'c>) -> Val<'c> {
         let lanes = b.width();
-        Ok(match self {
+        match self {
             Unpack::F32 => b.load(ptr, Elem::F32, lanes),
             Unpack::Bf16 => b.load_bf16(ptr, lanes),
             Unpack::F16 if b.target().cpu.features.contains(&"f16c") => {
@@ -95,7 +95,7 @@ impl<'c> Unpack<'c> {
                 minifloat(b, top, 3, 0x8fff_e000, pow2(112))
             }
             _ => b.load(ptr, Elem::I32, lanes),
-        })
+        }
     }
 
     /// The operand of the `i`th k of a step, out of what [`Unpack::load`] gave.
