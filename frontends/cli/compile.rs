@@ -12,7 +12,8 @@ use quantc_ir::weights::Store;
 use quantc_passes::manager::{self, LayerAt, Report};
 use quantc_passes::pass::Env;
 use quantc_passes::pipeline;
-use quantc_passes::{Registry, presets};
+use quantc_passes::Registry;
+use quantc_passes::presets::Preset;
 use quantc_runtime::stats;
 use serde_json::{Map, Value, json};
 use std::io::IsTerminal;
@@ -71,7 +72,7 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
     let start = Instant::now();
     let target = targets::lookup(&args.target)?;
     let mut text = match (&args.preset, &args.pipeline) {
-        (Some(name), _) => presets::get(name)?.pipeline.to_string(),
+        (Some(name), _) => Preset::get(name)?.pipeline.to_string(),
         (None, Some(text)) => text.clone(),
         (None, None) => String::new(),
     };
@@ -88,7 +89,7 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
     };
     let store = Store::open(&dir)?;
     let threads = if args.threads == 0 { stats::available_cpus() } else { args.threads };
-    set_threads(threads);
+    quantc_passes::set_threads(threads);
     let job = Job {
         model: &args.model,
         target,
@@ -160,11 +161,6 @@ fn default_store() -> Outcome<PathBuf> {
     Ok(cache.join("quantc"))
 }
 
-/// Sets the size of the thread pool that passes use; later calls have no effect.
-fn set_threads(threads: usize) {
-    quantc_passes::set_threads(threads);
-}
-
 /// What to build.
 pub struct Job<'a> {
     model: &'a Path,
@@ -197,7 +193,7 @@ pub fn float_engine(model: &Path, out: &Path) -> Outcome {
     let job = Job {
         model,
         target: targets::host(),
-        pipeline: presets::get("f32")?.pipeline,
+        pipeline: Preset::get("f32")?.pipeline,
         out,
         context: None,
         chunk: 0,

@@ -167,14 +167,21 @@ pub fn ops_table() -> String {
 /// `quantc presets`.
 pub fn presets(args: Args) -> Outcome {
     let Some(name) = args.name else { return output::piece(&presets_table()) };
-    let preset = presets::get(&name)?;
-    output::piece(&format!("{}\n\n{}\n\npipeline:\n  {}\n", preset.name, page(preset.doc), preset.pipeline))
+    let preset = presets::Preset::get(&name)?;
+    output::piece(&format!(
+        "{}\n\n{}\n\nembedding  {}\nhead       {}\npipeline   {}\n",
+        preset.name,
+        page(preset.doc),
+        preset.embedding,
+        preset.head,
+        preset.pipeline
+    ))
 }
 
 /// The table of presets, also part of the README.
 pub fn presets_table() -> String {
-    let row = |p: &presets::Preset| vec![p.name.to_string(), summary(p.doc)];
-    left_table(&["preset", "what it makes"], &presets::ALL.iter().map(row).collect::<Vec<_>>())
+    let row = |p: &presets::Preset| vec![p.name, p.doc.trim(), p.embedding, p.head].into_iter().map(String::from).collect();
+    left_table(&["preset", "matrices", "embedding", "head"], &presets::ALL.iter().map(row).collect::<Vec<_>>())
 }
 
 /// A table with all columns to the left.

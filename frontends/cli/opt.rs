@@ -120,7 +120,7 @@ impl Hook for Nothing {}
 pub fn verify(module: &Module) -> Outcome {
     verify::verify(module).map_err(|errors| {
         eprintln!("{}", errors.show(module));
-        Failure::from(errors.into_diags())
+        Failure::from(errors.diags(module))
     })
 }
 
@@ -158,7 +158,11 @@ pub fn run_pipeline(
     if show.explain {
         let explanations = report.session.get::<quantc_passes::saturate::Explanations>();
         match explanations {
-            Some(e) if !e.0.is_empty() => e.0.iter().for_each(|text| eprintln!("{text}")),
+            Some(e) if !e.0.is_empty() => {
+                for (function, value, rules) in &e.0 {
+                    eprintln!("%{value} in @{function}: {}", rules.join(", then "));
+                }
+            }
             _ => eprintln!("no value was changed by equality saturation"),
         }
     }

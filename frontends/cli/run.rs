@@ -3,7 +3,6 @@
 use crate::failure::Outcome;
 use crate::output;
 use crate::subject;
-use quantc_frontends::tokenizer::Tokenizer;
 use quantc_ir::diag::Diag;
 use quantc_runtime::sample::{SampleOptions, Sampler};
 use quantc_runtime::session::{Session, SessionOptions};

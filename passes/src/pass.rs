@@ -89,6 +89,15 @@ pub enum Scope {
     Module,
 }
 
+impl fmt::Display for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Scope::Layer => "layer",
+            Scope::Module => "module",
+        })
+    }
+}
+
 /// What a rewrite does to results, from the least to the most.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
@@ -102,6 +111,16 @@ pub enum Numerics {
     Reassociates,
     /// Other numbers: something is rounded to fewer bits.
     Requantizes,
+}
+
+impl fmt::Display for Numerics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Numerics::Exact => "exact",
+            Numerics::Reassociates => "reassociates",
+            Numerics::Requantizes => "requantizes",
+        })
+    }
 }
 
 /// What becomes of statistics of values when a pass runs.
