@@ -163,6 +163,7 @@ const WIDEST: u64 = 16;
 
 /// Byte offsets in scratch.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(feature = "llvm"), expect(dead_code, reason = "only the emitter reads the offsets"))]
 struct Plan {
     /// The tile's queries, scaled: `[m][head_dim]`.
     q: i64,
@@ -1032,15 +1033,18 @@ mod tests {
                 };
                 let prefill = time(&Call::sequence(0, 0..t as i32));
                 let decode = time(&Call::sequence(0, rows as i32 - 1..rows as i32));
+                let near = rows / 16;
+                let near = time(&Call::sequence(0, near as i32 - 1..near as i32)) * 16.0;
                 // Each of t rows sees (t + 1) / 2 keys on average: two products of d multiply-adds each.
                 let flop = 4.0 * (t * (t + 1) / 2) as f64 * f64::from(heads * d);
                 let bytes = (2 * rows * width * ty.bytes()) as f64;
                 println!(
-                    "{:15} {heads}/{kv_heads} x {d} {:4}: prefill {:6.1} GFLOP/s, decode {:5.1} GB/s",
+                    "{:15} {heads}/{kv_heads} x {d} {:4}: prefill {:6.1} GFLOP/s, decode {:5.1} GB/s, {:5.1} near",
                     target.name,
                     ty.name(),
                     flop / prefill / 1e9,
-                    bytes / decode / 1e9
+                    bytes / decode / 1e9,
+                    bytes / near / 1e9
                 );
             }
         }

@@ -86,7 +86,7 @@ pub fn exp<L: Lanes>(l: &mut L, x: L::V) -> L::V {
     let scaled = l.mul(x, log2e);
     let shifted = l.add(scaled, magic);
     let n = l.sub(shifted, magic);
-    let (hi, lo) = (l.constant(-0.693_359_375), l.constant(2.121_944_4e-4));
+    let (hi, lo) = (l.constant(-0.693_359_4), l.constant(2.121_944_4e-4));
     let r = l.mul_add(n, hi, x);
     let r = l.mul_add(n, lo, r);
     // e^r = 1 + (r + r^2 q(r)): the small part is summed first.
@@ -137,7 +137,7 @@ pub fn tanh<L: Lanes>(l: &mut L, x: L::V) -> L::V {
     let t = l.abs(x);
     // Small: x + x^3 p(x^2). There the other form would cancel.
     let t2 = l.mul(t, t);
-    let p = l.poly(t2, &[-0.333_332_8, 0.133_314_32, -0.053_739_157, 0.020_637_861, -0.005_704_042_5]);
+    let p = l.poly(t2, &[-0.333_332_8, 0.133_314_32, -0.053_739_157, 0.020_637_86, -0.005_704_042_5]);
     let t3 = l.mul(t2, t);
     let small = l.mul_add(p, t3, t);
     // Large: 1 - 2 / (e^2x + 1).
@@ -158,7 +158,7 @@ pub fn erf<L: Lanes>(l: &mut L, x: L::V) -> L::V {
     let p = l.poly(
         t2,
         &[
-            1.128_379_2,
+            std::f32::consts::FRAC_2_SQRT_PI,
             -0.376_126_32,
             0.112_836_71,
             -0.026_858_032,
@@ -201,7 +201,7 @@ pub fn gelu_erf<L: Lanes>(l: &mut L, x: L::V) -> L::V {
 /// `0.5 x (1 + tanh(u))`, `u = sqrt(2 / pi) (x + 0.044715 x^3)`, computed as `x / (1 + e^-2u)`.
 pub fn gelu_tanh<L: Lanes>(l: &mut L, x: L::V) -> L::V {
     let x2 = l.mul(x, x);
-    let (c1, c3) = (l.constant(-1.595_769_1), l.constant(-0.071_354_814));
+    let (c1, c3) = (l.constant(-1.595_769), l.constant(-0.071_354_814));
     let u = l.mul_add(x2, c3, c1);
     let u = l.mul(u, x);
     let e = exp(l, u);

@@ -216,7 +216,7 @@ mod emit {
             b.fma(y, r2, b.f32(n, c[0]))
         };
         let sin = b.fma(b.fmul(r2, r), poly([-0.166_666_5, 0.008_331_957, -1.949_342_8e-4]), r);
-        let tail = b.fmul(b.fmul(r2, r2), poly([0.041_666_646, -0.001_388_734_1, 2.443_577_9e-5]));
+        let tail = b.fmul(b.fmul(r2, r2), poly([0.041_666_646, -0.001_388_734_1, 2.443_578e-5]));
         let cos = b.fadd(b.fma(r2, b.f32(n, -0.5), b.f32(n, 1.0)), tail);
         // Quadrant 1: cos, sin = -sin r, cos r; 2: both negated; 3: sin r, -cos r.
         let bit = |value: Val<'c>, mask: i32| b.icmp(IntCmp::NE, b.and(value, b.i32(n, mask)), b.i32(n, 0));

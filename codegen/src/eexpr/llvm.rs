@@ -317,7 +317,7 @@ fn f16_to_f32<'c>(b: &VecBuilder<'_, 'c>, bits: Val<'c>) -> Val<'c> {
     let size = b.and(h, b.i32(n, 0x7fff));
     // Exponent and mantissa in the place of an f32's; the exponent's bias is off by 112.
     let moved = b.bitcast(b.shl(size, b.i32(n, 13)), Elem::F32, n);
-    let scaled = b.fmul(moved, b.f32(n, 5.192_296_858_534_828e33));
+    let scaled = b.fmul(moved, b.f32(n, 2f32.powi(112)));
     let special = b.icmp(IntCmp::SGE, size, b.i32(n, 0x7c00));
     let infinite = b.select(special, b.i32(n, 0x7f80_0000), b.i32(n, 0));
     let sign = b.shl(b.and(h, b.i32(n, 0x8000)), b.i32(n, 16));
