@@ -403,8 +403,8 @@ fn did_you_mean(name: &str, known: &'static [&'static str]) -> Option<String> {
 
 /// `did you mean ..?`, or nothing.
 pub(crate) fn near<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> String {
-    // Long names are machine-made, and comparing them is slow.
-    if name.len() > 80 {
+    // One letter is near to any other; long names are machine-made, and comparing them is slow.
+    if name.len() < 2 || name.len() > 80 {
         return String::new();
     }
     let near: Vec<String> = near_misses(name, known.into_iter().filter(|k| k.len() <= 80))
@@ -420,11 +420,27 @@ impl de::Error for FieldError {
     }
 
     fn invalid_type(got: de::Unexpected<'_>, expected: &dyn de::Expected) -> FieldError {
+        let expected = match expected.to_string().as_str() {
+            "f32" | "f64" => "a number".to_string(),
+            "a boolean" => "`true` or `false`".to_string(),
+            int if int.len() <= 5 && int.starts_with(['i', 'u']) => format!("a whole number of type {int}"),
+            other => other.to_string(),
+        };
+        let got = match got {
+            de::Unexpected::Str(text) => format!("`{}`", lexer::shorten(text)),
+            de::Unexpected::Bool(b) => format!("`{b}`"),
+            de::Unexpected::Signed(n) => format!("`{n}`"),
+            de::Unexpected::Unsigned(n) => format!("`{n}`"),
+            de::Unexpected::Float(x) => format!("`{}`", lexer::float_text(x)),
+            de::Unexpected::Seq => "a list".to_string(),
+            de::Unexpected::Map => "fields".to_string(),
+            other => other.to_string(),
+        };
         FieldError::new(format!("expected {expected}, got {got}"))
     }
 
     fn invalid_value(got: de::Unexpected<'_>, expected: &dyn de::Expected) -> FieldError {
-        FieldError::new(format!("expected {expected}, got {got}"))
+        Self::invalid_type(got, expected)
     }
 
     fn unknown_field(field: &str, expected: &'static [&'static str]) -> FieldError {
@@ -1047,8 +1063,11 @@ mod tests {
         assert!(message.starts_with("unknown field `alhpa`, expected one of `alpha`, `wide`"), "{message}");
         assert_eq!(loc, at(2));
         assert_eq!(read("{alhpa=0.5}").unwrap_err().help.unwrap(), "did you mean `alpha`?");
-        assert_eq!(refusal("{alpha=\"x\"}"), ("field `alpha`: expected f32, got string \"x\"".into(), at(8)));
-        assert_eq!(refusal("{count=256}"), ("field `count`: expected u8, got integer `256`".into(), at(8)));
+        assert_eq!(refusal("{alpha=\"x\"}"), ("field `alpha`: expected a number, got `x`".into(), at(8)));
+        assert_eq!(
+            refusal("{count=256}"),
+            ("field `count`: expected a whole number of type u8, got `256`".into(), at(8))
+        );
         assert_eq!(
             refusal("{scaling=lama3{factor=8.0}}"),
             (
@@ -1063,7 +1082,7 @@ mod tests {
         assert_eq!(refusal("{scaling=linear{}}").0, "the field `factor` is missing");
         assert_eq!(
             refusal("{names=[a, 1.5]}"),
-            ("field `names`: expected a string, got floating point `1.5`".into(), at(12))
+            ("field `names`: expected a string, got `1.5`".into(), at(12))
         );
         assert_eq!(
             refusal("{alpha=1,\n alpha=2}"),

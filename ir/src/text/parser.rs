@@ -116,8 +116,7 @@ impl<'a> Parser<'a> {
     fn file(&mut self) {
         if let Err(e) = self.header() {
             self.diags.push(e);
-            let declares = |t: &Tok<'_>| matches!(t, Tok::Word(word) if DECLARATIONS.contains(word));
-            if !declares(self.tokens.peek()) {
+            if !self.at_declaration() {
                 self.resync(usize::MAX);
             }
         }
@@ -135,9 +134,15 @@ impl<'a> Parser<'a> {
                 }
                 continue;
             }
+            let simple =
+                matches!(self.tokens.peek(), Tok::Word("target" | "pipeline" | "shard" | "weight" | "state"));
             if let Err(e) = self.declaration() {
                 self.diags.push(e);
                 self.resync(start.byte);
+                // What follows a broken head is most likely a body.
+                while !simple && !self.at_declaration() {
+                    self.resync(self.tokens.pos().byte);
+                }
             }
         }
         self.references();
@@ -149,6 +154,14 @@ impl<'a> Parser<'a> {
             if let Err(e) = self.section() {
                 self.diags.push(e);
             }
+        }
+    }
+
+    /// Whether a declaration or section starts here, or nothing does.
+    fn at_declaration(&self) -> bool {
+        match self.tokens.peek() {
+            Tok::Word(word) => DECLARATIONS.contains(word),
+            other => matches!(other, Tok::End | Tok::Punct("{-#")),
         }
     }
 
@@ -399,16 +412,19 @@ impl<'a> Parser<'a> {
             codes.push(self.number(ty.elem, |text| code(text, ty.elem))?);
             return Ok(());
         };
+        let what = if inner.is_empty() { "numbers" } else { "rows" };
         self.expect("[")?;
         for i in 0..n {
             if i > 0 && !self.tokens.eat(",") {
-                let what = if inner.is_empty() { "numbers" } else { "rows" };
-                return Err(self.expected(&format!("`,`: {ty} has {n} {what} here, {i} are given")));
+                return Err(match self.tokens.peek() {
+                    Tok::Punct("]") => error(self.tokens.pos(), format!("{ty} has {n} {what} here, got {i}")),
+                    _ => self.expected("`,`"),
+                });
             }
             self.numbers(inner, ty, codes)?;
         }
         match self.tokens.peek() {
-            Tok::Punct(",") => Err(self.expected(&format!("`]` after {n}, as {ty} says"))),
+            Tok::Punct(",") => Err(error(self.tokens.pos(), format!("{ty} has {n} {what} here, got more"))),
             _ => self.expect("]"),
         }
     }
@@ -562,7 +578,7 @@ impl<'a> Parser<'a> {
             if self.module.shards.get(shard).is_none() {
                 let n = self.module.shards.len();
                 let d = error(pos, format!("there is no shard {}", shard.index()));
-                self.diags.push(d.help(format!("the text declares {n} shards")));
+                self.diags.push(d.help(format!("shards declared: {n}")));
             }
         }
     }
@@ -601,16 +617,16 @@ impl<'a> Parser<'a> {
         self.tokens.bump();
         let mut poisoned = false;
         let mut results = vec![];
-        while self.tokens.pos().byte < body.end {
-            if !results.is_empty() {
-                self.expect(",")?;
-            }
+        let mut more =
+            self.tokens.pos().line == self.tokens.last_end().line && self.tokens.pos().byte < body.end;
+        while more {
             let pos = self.tokens.pos();
             let Tok::Value(name) = self.tokens.peek() else {
                 return Err(self.expected("a value, as in `%y`"));
             };
             let name = name.to_string();
             self.tokens.bump();
+            more = self.tokens.eat(",");
             let value = Self::value(body, &name, pos)?;
             let declared = body.results.get(results.len());
             results.push(value);
@@ -626,7 +642,7 @@ impl<'a> Parser<'a> {
         }
         if results.len() != body.results.len() {
             let (got, want) = (results.len(), body.results.len());
-            return Err(error(start, format!("{got} values are returned, the function has {want} results")));
+            return Err(error(start, format!("values returned: {got}, results declared: {want}")));
         }
         if !poisoned {
             body.graph.results = results.into_iter().flatten().collect();
