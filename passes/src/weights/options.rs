@@ -122,6 +122,17 @@ pub enum ScaleType {
     Bf16,
 }
 
+/// Which range a scale covers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RangeSearch {
+    /// The range of the group.
+    #[default]
+    None,
+    /// The part of it with the least squared error.
+    Mse,
+}
+
 /// The scheme of weights with these options. Asymmetric integers of 4 and 8 bits are stored unsigned.
 pub fn scheme(format: FormatName, group: Grouping, zero: ZeroPoints, scale: ScaleType) -> Result<Scheme> {
     let format = format.0;

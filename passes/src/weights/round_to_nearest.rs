@@ -1,6 +1,6 @@
 //! Rounds weights to the nearest code.
 
-use super::options::{FormatName, Grouping, ScaleType, ZeroPoints, scheme};
+use super::options::{FormatName, Grouping, RangeSearch, ScaleType, ZeroPoints, scheme};
 use super::rows::{Loss, Outputs, quantize};
 use crate::pass::prelude::*;
 use quantc_ir::formats;
@@ -8,7 +8,6 @@ use quantc_ir::ops::{Dequantize, zero_scheme};
 use quantc_ir::quant::{self, ScaleRule, Search};
 use quantc_ir::scheme::{Scheme, Zero};
 use quantc_ir::weights::{Recipe, WeightDecl, WeightSource};
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 pass! {
@@ -50,17 +49,6 @@ pass! {
         skip_layers: Vec<Pattern> = vec![],
     }
     scope: Layer, numerics: Requantizes, stats: keeps, version: 1
-}
-
-/// Which range a scale covers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum RangeSearch {
-    /// The range of the group.
-    #[default]
-    None,
-    /// The part of it with the least squared error.
-    Mse,
 }
 
 /// Ranges that are tried besides the whole one.
