@@ -249,7 +249,7 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
     let checked = pipeline::check(&parsed, job.registry, &module, Some(job.target), Some(&backend))?;
     let checked = job.show.stop(checked)?;
     let env = Env { threads: job.threads, ..Env::new(store).with_backend(&backend) };
-    let mut progress = LayerProgress { start: Instant::now(), quiet: job.quiet, shown: None };
+    let mut progress = LayerProgress { start: Instant::now(), quiet: job.quiet, shown: None, told: 0.0 };
     let report = opt::run_pipeline(&mut module, &checked, env, job.show, &mut progress)?;
     progress.end();
     if job.show.stops() {
@@ -308,6 +308,8 @@ struct LayerProgress {
     start: Instant,
     quiet: bool,
     shown: Option<subject::Progress>,
+    /// Seconds at the last line.
+    told: f64,
 }
 
 impl LayerProgress {
@@ -327,7 +329,12 @@ impl manager::Hook for LayerProgress {
             let bar = self.shown.get_or_insert_with(|| subject::Progress::new("layers"));
             bar.at((at.index + 1) as f64 / at.total as f64);
         } else {
+            // A line for each layer that took a while; quick groups of passes are not worth a line.
             let seconds = self.start.elapsed().as_secs_f64();
+            if seconds < self.told + 1.0 {
+                return;
+            }
+            self.told = seconds;
             eprintln!("layer @{} {}/{} {seconds:.1} s", at.name, at.index + 1, at.total);
         }
     }
