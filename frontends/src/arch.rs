@@ -130,7 +130,7 @@ fn import_inner(dir: &Path, store: &Store, options: &ImportOptions) -> Result<Im
 fn module_name(dir: &Path) -> String {
     let full = dir.canonicalize().unwrap_or_else(|_| dir.into());
     let last = full.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    let plain = |c: char| if c.is_ascii_alphanumeric() || c == '_' { c } else { '_' };
+    let plain = |c: char| if c.is_ascii_alphanumeric() || "_.-".contains(c) { c } else { '_' };
     let name: String = last.chars().map(plain).take(64).collect();
     match name.chars().next() {
         None => "model".into(),

@@ -67,10 +67,12 @@ impl Checkpoint {
         if shards.len() > MAX_SHARDS {
             return Err(about_index(format!("{} shards, more than {MAX_SHARDS}", shards.len())).into());
         }
-        let missing: Vec<&str> = shards.iter().map(String::as_str).filter(|s| !dir.join(s).exists()).collect();
+        let missing: Vec<&str> =
+            shards.iter().map(String::as_str).filter(|s| !dir.join(s).exists()).collect();
         if !missing.is_empty() {
             let files: Vec<String> = missing.iter().map(|s| shown(s)).collect();
-            let text = format!("{} of {} shards are missing: {}", files.len(), shards.len(), files.join(", "));
+            let text =
+                format!("{} of {} shards are missing: {}", files.len(), shards.len(), files.join(", "));
             return Err(about_index(text).help("fetch the missing files into the same directory").into());
         }
 

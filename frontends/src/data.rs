@@ -16,7 +16,13 @@ pub struct TokenWindows {
 
 impl TokenWindows {
     /// Cuts `text` for a model of `vocab` tokens.
-    pub fn of_text(tokenizer: &Tokenizer, text: &str, bos: Option<u32>, size: usize, vocab: u32) -> Result<TokenWindows> {
+    pub fn of_text(
+        tokenizer: &Tokenizer,
+        text: &str,
+        bos: Option<u32>,
+        size: usize,
+        vocab: u32,
+    ) -> Result<TokenWindows> {
         let tokens = tokenizer.encode(text, false)?;
         if let Some(id) = tokens.iter().find(|&&id| id >= vocab) {
             let text = format!("the tokenizer makes token {id}, but the model knows {vocab} tokens only");
@@ -29,12 +35,16 @@ impl TokenWindows {
     pub fn new(tokens: Vec<u32>, bos: Option<u32>, size: usize) -> Result<TokenWindows> {
         let least = 2 + usize::from(bos.is_none());
         if size < least {
-            return Err(Diag::input(format!("windows of {size} tokens leave nothing to score, the least is {least}")));
+            return Err(Diag::input(format!(
+                "windows of {size} tokens leave nothing to score, the least is {least}"
+            )));
         }
         if tokens.len() < size - 1 {
             let (have, need) = (tokens.len(), size - 1);
-            return Err(Diag::input(format!("the text has {have} tokens, fewer than the {need} of one window"))
-                .help("give a longer text or a smaller window"));
+            return Err(Diag::input(format!(
+                "the text has {have} tokens, fewer than the {need} of one window"
+            ))
+            .help("give a longer text or a smaller window"));
         }
         Ok(TokenWindows { tokens, bos, step: size - 1 })
     }

@@ -58,7 +58,8 @@ pub(crate) fn parse<'de, S: DeserializeSeed<'de>>(file: &str, bytes: &'de [u8], 
 /// The byte position in `bytes` of a place given as line and column.
 pub(crate) fn byte_of(bytes: &[u8], loc: &Loc) -> u64 {
     let Loc::Text { line, col } = *loc else { return 0 };
-    let before = bytes.split_inclusive(|&b| b == b'\n').take(line as usize - 1).map(<[u8]>::len).sum::<usize>();
+    let before =
+        bytes.split_inclusive(|&b| b == b'\n').take(line as usize - 1).map(<[u8]>::len).sum::<usize>();
     (before + col as usize - 1).min(bytes.len()) as u64
 }
 
@@ -189,7 +190,10 @@ mod tests {
         let read = |text: &str| object("f.json", text.as_bytes());
         assert_eq!(read(r#"{"a": [1, -2, 0.5, null, true, "x"]}"#).unwrap()["a"][1], -2);
         let twice = read("{\n  \"a\": 1,\n  \"a\": 2}").unwrap_err();
-        assert_eq!((twice.message.as_str(), &twice.loc), ("the key `a` is given twice", &Loc::Text { line: 3, col: 5 }));
+        assert_eq!(
+            (twice.message.as_str(), &twice.loc),
+            ("the key `a` is given twice", &Loc::Text { line: 3, col: 5 })
+        );
         assert_eq!(byte_of(b"{\n  \"a\": 1,\n  \"a\": 2}", &twice.loc), 16);
         assert!(read("[1]").unwrap_err().message.contains("object"));
         assert!(read("{} x").unwrap_err().message.contains("trailing"));

@@ -316,7 +316,9 @@ impl Index {
             }
         }
         if index.files.is_empty() {
-            return Err(Diag::input("`weight_map` names no tensor").in_file(file).at(Loc::Item("weight_map".into())));
+            return Err(Diag::input("`weight_map` names no tensor")
+                .in_file(file)
+                .at(Loc::Item("weight_map".into())));
         }
         Ok(index)
     }
@@ -435,7 +437,8 @@ mod tests {
 
     #[test]
     fn an_index_stays_in_its_directory() {
-        let parse = |file: &str| Index::parse("i.json", format!(r#"{{"weight_map":{{"t":"{file}"}}}}"#).as_bytes());
+        let parse =
+            |file: &str| Index::parse("i.json", format!(r#"{{"weight_map":{{"t":"{file}"}}}}"#).as_bytes());
         assert_eq!(parse("a.safetensors").unwrap().files["t"], "a.safetensors");
         for bad in ["../a", "/etc/passwd", "a/../../b", "", "a\\\\b", ".", "./a"] {
             assert!(parse(bad).is_err(), "{bad}");

@@ -53,7 +53,11 @@ impl Tokenizer {
             let got = inner.token_to_id(&token.content);
             if got != Some(token.id) {
                 let is = got.map_or("no token".into(), |id| format!("token {id}"));
-                let text = format!("the added token `{}` has id {}, but {is} among the others", shown(&token.content), token.id);
+                let text = format!(
+                    "the added token `{}` has id {}, but {is} among the others",
+                    shown(&token.content),
+                    token.id
+                );
                 return Err(Diag::input(text).in_file(place).at(Loc::Item("added_tokens".into())));
             }
         }
@@ -77,16 +81,20 @@ impl Tokenizer {
                 let text = format!("{most} ids have no room for the {around} that are put around a text");
                 return Err(Diag::input(text).in_file(&self.place));
             };
-            let mut encoding = self.inner.encode_fast(text, false).map_err(|e| self.failed(&e.to_string()))?;
+            let mut encoding =
+                self.inner.encode_fast(text, false).map_err(|e| self.failed(&e.to_string()))?;
             encoding.truncate(room, 0, TruncationDirection::Right);
-            let whole = self.inner.post_process(encoding, None, true).map_err(|e| self.failed(&e.to_string()))?;
+            let whole =
+                self.inner.post_process(encoding, None, true).map_err(|e| self.failed(&e.to_string()))?;
             Ok(whole.get_ids().to_vec())
         })
     }
 
     /// The text of `ids`; special tokens are left out.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.guarded("decoding tokens", || self.inner.decode(ids, true).map_err(|e| self.failed(&e.to_string())))
+        self.guarded("decoding tokens", || {
+            self.inner.decode(ids, true).map_err(|e| self.failed(&e.to_string()))
+        })
     }
 
     /// The id of the token that is written so.
@@ -218,7 +226,8 @@ fn guard<T>(place: &str, doing: &str, f: impl FnOnce() -> Result<T>) -> Result<T
     let out = panic::catch_unwind(AssertUnwindSafe(f));
     QUIET.with(|q| q.set(before));
     out.unwrap_or_else(|cause| {
-        let why = cause.downcast_ref::<&str>().map(|s| s.to_string()).or(cause.downcast_ref::<String>().cloned());
+        let why =
+            cause.downcast_ref::<&str>().map(|s| s.to_string()).or(cause.downcast_ref::<String>().cloned());
         let why = shown(&why.unwrap_or_else(|| "no reason given".into()));
         Err(Diag::input(format!("the tokenizer library panicked: {why}"))
             .in_file(place)
@@ -244,7 +253,8 @@ mod tests {
         let d = Tokenizer::from_bytes(b"{\n \"version\": 1", "t.json").unwrap_err();
         assert_eq!(d.file.as_deref(), Some("t.json"));
         assert!(matches!(d.loc, Loc::Text { line: 2, .. }), "{d}");
-        let d = Tokenizer::from_bytes(br#"{"version": "1.0", "model": {"type": "BPE", "vocab": {}}}"#, "t.json");
+        let d =
+            Tokenizer::from_bytes(br#"{"version": "1.0", "model": {"type": "BPE", "vocab": {}}}"#, "t.json");
         assert!(d.unwrap_err().message.contains("malformed"));
     }
 

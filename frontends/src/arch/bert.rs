@@ -43,7 +43,7 @@ fn build(cx: &mut Builder<'_>) -> Result<(), Diags> {
             c.note(key, "is true: only encoders are supported");
         }
     }
-    if c.problems.is_empty() && hidden % heads != 0 {
+    if c.problems.is_empty() && !hidden.is_multiple_of(heads) {
         c.note("num_attention_heads", format!("is {heads}, which does not divide the width of {hidden}"));
     }
     c.finish()?;
@@ -90,7 +90,8 @@ impl Bert {
         let attention = Attention { scale: Real(1.0 / (size as f64).sqrt()), causal: false, window: 0 };
         let attn = cx.op(&v("attn"), attention, &heads_of)?;
         let attn = cx.rows(&v("attn_rows"), attn, hidden)?;
-        let o = linear(cx, &v("o"), &w("attn.o"), &t("attention.output.dense"), attn, [hidden, hidden], true)?;
+        let o =
+            linear(cx, &v("o"), &w("attn.o"), &t("attention.output.dense"), attn, [hidden, hidden], true)?;
         let sum = cx.op(&v("attn_sum"), Add {}, &[o, x])?;
         let mid = self.norm(cx, &v("mid"), &w("norm1"), &t("attention.output.LayerNorm"), sum)?;
 
@@ -101,7 +102,14 @@ impl Bert {
         self.norm(cx, &v("out"), &w("norm2"), &t("output.LayerNorm"), sum)
     }
 
-    fn norm(&self, cx: &mut Builder<'_>, value: &str, weight: &str, tensor: &str, x: ValueId) -> Result<ValueId> {
+    fn norm(
+        &self,
+        cx: &mut Builder<'_>,
+        value: &str,
+        weight: &str,
+        tensor: &str,
+        x: ValueId,
+    ) -> Result<ValueId> {
         // Checkpoints converted from the first release call gain and bias by other names.
         let old = !cx.has(&format!("{tensor}.weight")) && cx.has(&format!("{tensor}.gamma"));
         let (gain, bias) = if old { ("gamma", "beta") } else { ("weight", "bias") };

@@ -96,7 +96,8 @@ impl<'a> Builder<'a> {
     /// there. `stem` is what stands in front of the layer's number.
     pub(crate) fn check_layers(&self, key: &str, layers: u64, stem: &str) -> Result<()> {
         let stem = format!("{}{stem}", self.prefix);
-        let number = |name: &String| -> Option<u64> { name.strip_prefix(&stem)?.split('.').next()?.parse().ok() };
+        let number =
+            |name: &String| -> Option<u64> { name.strip_prefix(&stem)?.split('.').next()?.parse().ok() };
         let found: BTreeSet<u64> = self.checkpoint.tensors.keys().filter_map(number).collect();
         let have = (0..).take_while(|i| found.contains(i)).count() as u64;
         if layers <= have {
@@ -110,7 +111,8 @@ impl<'a> Builder<'a> {
     pub(crate) fn context(&mut self, most: u64) -> u64 {
         match self.options.context.map(u64::from) {
             Some(n) if n == 0 || n > most => {
-                let text = format!("a context of {n} tokens is asked for, but the model was made for 1 to {most}");
+                let text =
+                    format!("a context of {n} tokens is asked for, but the model was made for 1 to {most}");
                 self.problems.push(Diag::input(text));
                 most
             }
@@ -185,7 +187,8 @@ impl<'a> Builder<'a> {
         let checkpoint = self.checkpoint;
         self.used.insert(tensor.into());
         let stand_in = WeightSource::Splat(0.0.into());
-        let typed = |elem: Float, source| WeightDecl { name: name.into(), ty: TensorTy::fixed(elem, dims), source };
+        let typed =
+            |elem: Float, source| WeightDecl { name: name.into(), ty: TensorTy::fixed(elem, dims), source };
         let Some(placed) = checkpoint.tensors.get(tensor) else {
             self.missing.push(tensor.into());
             return typed(Float::F32, stand_in);
@@ -197,7 +200,8 @@ impl<'a> Builder<'a> {
         };
         if info.shape != dims {
             let text = format!("tensor `{}` has shape {:?}, expected {dims:?}", shown(tensor), info.shape);
-            self.problems.push(self.at(placed, text).help("the configuration and the weights do not belong together"));
+            self.problems
+                .push(self.at(placed, text).help("the configuration and the weights do not belong together"));
             return typed(elem, stand_in);
         }
         let shard = self.module.shards.keys().nth(placed.shard).expect("one shard was pushed for each file");
@@ -252,7 +256,14 @@ impl<'a> Builder<'a> {
     }
 
     /// Indices `start .. start + len` of one axis of a weight.
-    pub(crate) fn sliced(&mut self, name: &str, w: ValueId, axis: u8, start: u64, len: u64) -> Result<ValueId> {
+    pub(crate) fn sliced(
+        &mut self,
+        name: &str,
+        w: ValueId,
+        axis: u8,
+        start: u64,
+        len: u64,
+    ) -> Result<ValueId> {
         self.op(name, Slice { axis, start, len }, &[w])
     }
 
@@ -293,10 +304,12 @@ impl<'a> Builder<'a> {
         if self.missing.is_empty() {
             return;
         }
-        let packed = |n: &&String| [".qweight", ".weight_packed", ".qzeros", ".weight_scale"].iter().any(|s| n.ends_with(s));
+        let packed = |n: &&String| {
+            [".qweight", ".weight_packed", ".qzeros", ".weight_scale"].iter().any(|s| n.ends_with(s))
+        };
         let mut diag = Diag::input(format!(
-            "the checkpoint lacks {} tensors: {}",
-            self.missing.len(),
+            "the checkpoint lacks {}: {}",
+            counted(self.missing.len() as u64, "tensor"),
             listed(self.missing.iter().map(String::as_str))
         ))
         .in_file(self.checkpoint.dir.display().to_string());
@@ -310,17 +323,22 @@ impl<'a> Builder<'a> {
     fn report_refused(&mut self) {
         for (dtype, (first, count)) in std::mem::take(&mut self.refused) {
             let info = self.checkpoint.tensors.get(&first);
+            let count = counted(count, "tensor");
             let quantized = info.is_some_and(|p| p.info.dtype.is_quantized());
             let text = if quantized {
-                format!("this checkpoint is already quantized ({dtype} elements in {count} tensors, first `{first}`)")
+                format!("this checkpoint is already quantized ({dtype} elements in {count}, first `{first}`)")
             } else {
-                format!("weights have {dtype} elements ({count} tensors, first `{first}`), expected F32, F16 or BF16")
+                format!("weights have {dtype} elements ({count}, first `{first}`), expected F32, F16 or BF16")
             };
             let diag = match info {
                 Some(placed) => self.at(placed, text),
                 None => Diag::input(text),
             };
-            let help = if quantized { "import the float checkpoint it was made from" } else { "save the weights as F32" };
+            let help = if quantized {
+                "import the float checkpoint it was made from"
+            } else {
+                "save the weights as F32"
+            };
             self.problems.push(diag.help(help));
         }
     }
@@ -334,4 +352,9 @@ fn listed<'a>(names: impl ExactSizeIterator<Item = &'a str>) -> String {
         text.push_str(&format!(" and {more} more"));
     }
     text
+}
+
+/// A number of things.
+fn counted(n: u64, thing: &str) -> String {
+    format!("{n} {thing}{}", if n == 1 { "" } else { "s" })
 }

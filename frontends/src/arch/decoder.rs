@@ -52,7 +52,8 @@ impl Decoder {
         let hidden = c.int("hidden_size", bounds::WIDTH);
         let layers = c.int("num_hidden_layers", bounds::LAYERS);
         let heads = c.int("num_attention_heads", bounds::HEADS);
-        let absent = |c: &crate::config::Config, key: &str, default: Option<u64>| default.filter(|_| !c.has(key));
+        let absent =
+            |c: &crate::config::Config, key: &str, default: Option<u64>| default.filter(|_| !c.has(key));
         let kv_default = absent(c, "num_key_value_heads", defaults.kv_heads).unwrap_or(heads);
         let kv_heads = c.int_or("num_key_value_heads", bounds::HEADS, kv_default);
         let dim_default = absent(c, "head_dim", defaults.head_dim).unwrap_or(hidden / heads);
@@ -63,10 +64,10 @@ impl Decoder {
         let act = Act::read(c, "hidden_act", Act::Silu);
         let positions = c.int("max_position_embeddings", bounds::CONTEXT);
         let tied = c.bool_or("tie_word_embeddings", false);
-        if c.problems.is_empty() && heads % kv_heads != 0 {
+        if c.problems.is_empty() && !heads.is_multiple_of(kv_heads) {
             c.note("num_key_value_heads", format!("is {kv_heads}, which does not divide the {heads} heads"));
         }
-        if c.problems.is_empty() && (head_dim == 0 || head_dim % 2 != 0) {
+        if c.problems.is_empty() && (head_dim == 0 || !head_dim.is_multiple_of(2)) {
             c.note("head_dim", format!("is {head_dim}, expected a positive even number"));
         }
         let rope = rope::read(c, head_dim, positions);
@@ -96,18 +97,26 @@ impl Decoder {
     pub(super) fn read_layer_windows(&mut self, cx: &mut Builder<'_>) {
         let c = &mut cx.config;
         let using = c.bool_or("use_sliding_window", false);
+        let null = c.has("sliding_window") && c.get("sliding_window").is_none();
         let window = c.int_or("sliding_window", 0..=1 << 26, 4096) as u32;
         let first = c.int_or("max_window_layers", 0..=1 << 20, 28) as usize;
-        let window = if using && (c.get("sliding_window").is_some() || !c.has("sliding_window")) { window } else { 0 };
+        let window = if using && !null { window } else { 0 };
         let sliding: Vec<bool> = match c.texts("layer_types") {
             None => (0..self.windows.len()).map(|i| i >= first).collect(),
             Some(types) => {
-                let unknown = types.iter().find(|t| !["full_attention", "sliding_attention"].contains(&t.as_str()));
+                let unknown =
+                    types.iter().find(|t| !["full_attention", "sliding_attention"].contains(&t.as_str()));
                 if let Some(t) = unknown {
                     let t = crate::json::shown(t);
-                    c.note("layer_types", format!("has a `{t}`; supported are full_attention, sliding_attention"));
+                    c.note(
+                        "layer_types",
+                        format!("has a `{t}`; supported are full_attention, sliding_attention"),
+                    );
                 } else if types.len() != self.windows.len() {
-                    c.note("layer_types", format!("has {} entries for {} layers", types.len(), self.windows.len()));
+                    c.note(
+                        "layer_types",
+                        format!("has {} entries for {} layers", types.len(), self.windows.len()),
+                    );
                 }
                 types.iter().map(|t| t == "sliding_attention").collect()
             }
@@ -151,9 +160,20 @@ impl Decoder {
         RmsNorm { eps: Real(self.eps) }
     }
 
-    fn layer(&self, cx: &mut Builder<'_>, i: usize, x: ValueId, angles: ValueId, context: u64) -> Result<ValueId> {
+    fn layer(
+        &self,
+        cx: &mut Builder<'_>,
+        i: usize,
+        x: ValueId,
+        angles: ValueId,
+        context: u64,
+    ) -> Result<ValueId> {
         let Decoder { hidden, heads, kv_heads, head_dim, .. } = *self;
-        let (w, v, t) = (|s: &str| format!("l{i}.{s}"), |s: &str| format!("l{i}_{s}"), |s: &str| format!("layers.{i}.{s}"));
+        let (w, v, t) = (
+            |s: &str| format!("l{i}.{s}"),
+            |s: &str| format!("l{i}_{s}"),
+            |s: &str| format!("layers.{i}.{s}"),
+        );
 
         let gain = cx.weight(&w("norm1"), &t("input_layernorm.weight"), &[hidden]);
         let n1 = cx.op(&v("norm1"), self.norm(), &[x, gain])?;
@@ -162,7 +182,11 @@ impl Decoder {
             let rows = self.project(cx, i, p, n1, [n * head_dim, hidden], self.qkv_bias)?;
             let mut y = cx.heads(&v(&format!("{p}_heads")), rows, n, head_dim)?;
             if self.qk_norm {
-                let gain = cx.weight(&w(&format!("attn.{p}_norm")), &t(&format!("self_attn.{p}_norm.weight")), &[head_dim]);
+                let gain = cx.weight(
+                    &w(&format!("attn.{p}_norm")),
+                    &t(&format!("self_attn.{p}_norm.weight")),
+                    &[head_dim],
+                );
                 y = cx.op(&v(&format!("{p}_norm")), self.norm(), &[y, gain])?;
             }
             rotated.push(cx.op(&v(&format!("{p}_rot")), Rope::default(), &[y, angles])?);
@@ -170,7 +194,8 @@ impl Decoder {
         let rows = self.project(cx, i, "v", n1, [kv_heads * head_dim, hidden], self.qkv_bias)?;
         let values = cx.heads(&v("v_heads"), rows, kv_heads, head_dim)?;
 
-        let (ks, vs) = (cx.state(&w("k"), context, kv_heads, head_dim), cx.state(&w("v"), context, kv_heads, head_dim));
+        let (ks, vs) =
+            (cx.state(&w("k"), context, kv_heads, head_dim), cx.state(&w("v"), context, kv_heads, head_dim));
         let k_all = cx.op(&v("k_all"), CacheAppend {}, &[ks, rotated[1]])?;
         let v_all = cx.op(&v("v_all"), CacheAppend {}, &[vs, values])?;
         let scale = Real(1.0 / (head_dim as f64).sqrt());

@@ -4,9 +4,7 @@ use super::builder::bounds;
 use super::{Act, Arch, Builder, Kind};
 use quantc_ir::diag::{Diags, Result};
 use quantc_ir::entity::ValueId;
-use quantc_ir::ops::{
-    Add, Attention, CacheAppend, Embedding, LastRows, LayerNorm, MatMul, Positions, Real,
-};
+use quantc_ir::ops::{Add, Attention, CacheAppend, Embedding, LastRows, LayerNorm, MatMul, Positions, Real};
 use quantc_ir::ty::{Dim, ElemTy, TensorTy};
 
 pub(super) const ARCH: Arch = Arch {
@@ -44,7 +42,7 @@ fn build(cx: &mut Builder<'_>) -> Result<(), Diags> {
     if c.bool_or("add_cross_attention", false) {
         c.note("add_cross_attention", "is true: attention to another model's states is not supported");
     }
-    if c.problems.is_empty() && hidden % heads != 0 {
+    if c.problems.is_empty() && !hidden.is_multiple_of(heads) {
         c.note("n_head", format!("is {heads}, which does not divide the width of {hidden}"));
     }
     c.finish()?;
@@ -83,7 +81,8 @@ impl Gpt2 {
     fn layer(&self, cx: &mut Builder<'_>, i: u64, x: ValueId) -> Result<ValueId> {
         let (hidden, heads) = (self.hidden, self.heads);
         let size = hidden / heads;
-        let (w, v, t) = (|s: &str| format!("l{i}.{s}"), |s: &str| format!("l{i}_{s}"), |s: &str| format!("h.{i}.{s}"));
+        let (w, v, t) =
+            (|s: &str| format!("l{i}.{s}"), |s: &str| format!("l{i}_{s}"), |s: &str| format!("h.{i}.{s}"));
 
         let n1 = self.norm(cx, &v("norm1"), &w("norm1"), &t("ln_1"), x)?;
         let qkv = cx.weight(&w("attn.qkv"), &t("attn.c_attn.weight"), &[hidden, 3 * hidden]);
@@ -118,7 +117,14 @@ impl Gpt2 {
         cx.op(&v("out"), Add {}, &[mid, down])
     }
 
-    fn norm(&self, cx: &mut Builder<'_>, value: &str, weight: &str, tensor: &str, x: ValueId) -> Result<ValueId> {
+    fn norm(
+        &self,
+        cx: &mut Builder<'_>,
+        value: &str,
+        weight: &str,
+        tensor: &str,
+        x: ValueId,
+    ) -> Result<ValueId> {
         let gain = cx.weight(weight, &format!("{tensor}.weight"), &[self.hidden]);
         let bias = cx.weight(&format!("{weight}.bias"), &format!("{tensor}.bias"), &[self.hidden]);
         cx.op(value, LayerNorm { eps: Real(self.eps) }, &[x, gain, bias])

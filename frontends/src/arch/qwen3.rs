@@ -4,12 +4,8 @@ use super::decoder::{Decoder, Defaults};
 use super::{Arch, Builder};
 use quantc_ir::diag::Diags;
 
-pub(super) const ARCH: Arch = Arch {
-    model_type: "qwen3",
-    classes: &["Qwen3ForCausalLM"],
-    doc: "Qwen 3 without experts",
-    build,
-};
+pub(super) const ARCH: Arch =
+    Arch { model_type: "qwen3", classes: &["Qwen3ForCausalLM"], doc: "Qwen 3 without experts", build };
 
 fn build(cx: &mut Builder<'_>) -> Result<(), Diags> {
     let mut decoder = Decoder::read(cx, Defaults { kv_heads: Some(32), head_dim: Some(128) });

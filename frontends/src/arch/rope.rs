@@ -43,13 +43,19 @@ fn read_scaling(dict: &mut Config, context: u64) -> RopeScaling {
             let high = Real(dict.positive("high_freq_factor"));
             let original = dict.int_or("original_max_position_embeddings", 1..=1 << 26, context);
             if high <= low && dict.problems.is_empty() {
-                dict.note("high_freq_factor", format!("is {}, not above `low_freq_factor`, {}", high.0, low.0));
+                dict.note(
+                    "high_freq_factor",
+                    format!("is {}, not above `low_freq_factor`, {}", high.0, low.0),
+                );
             }
             RopeScaling::Llama3 { factor, low, high, original: u32::try_from(original).unwrap_or(u32::MAX) }
         }
         other => {
             let other = shown(other);
-            dict.note(key, format!("is `{other}`, which is not supported; supported are default, linear, llama3"));
+            dict.note(
+                key,
+                format!("is `{other}`, which is not supported; supported are default, linear, llama3"),
+            );
             RopeScaling::None
         }
     }
@@ -74,7 +80,8 @@ mod tests {
 
     #[test]
     fn old_and_new_spellings_mean_the_same() {
-        let llama3 = |original| RopeScaling::Llama3 { factor: Real(8.0), low: Real(1.0), high: Real(4.0), original };
+        let llama3 =
+            |original| RopeScaling::Llama3 { factor: Real(8.0), low: Real(1.0), high: Real(4.0), original };
         let body = r#""factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4"#;
         let new = format!(r#"{{"rope_parameters": {{"rope_type": "llama3", "rope_theta": 5e5, {body}}}}}"#);
         let old = format!(
@@ -100,7 +107,9 @@ mod tests {
         let yarn = table(r#"{"rope_scaling": {"type": "yarn", "factor": 4}}"#).unwrap_err();
         assert!(yarn.contains("`rope_scaling.type` is `yarn`"), "{yarn}");
         let lacking = table(r#"{"rope_scaling": {"rope_type": "llama3", "factor": 0}}"#).unwrap_err();
-        assert!(lacking.contains("`rope_scaling.factor` is 0") && lacking.contains("low_freq_factor` is missing"));
+        assert!(
+            lacking.contains("`rope_scaling.factor` is 0") && lacking.contains("low_freq_factor` is missing")
+        );
         let flat = r#"{"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}}"#;
         assert!(table(flat).unwrap_err().contains("not above"));
         assert!(table(r#"{"partial_rotary_factor": 0.5}"#).unwrap_err().contains("in part"));

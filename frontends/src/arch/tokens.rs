@@ -10,7 +10,12 @@ use std::path::Path;
 
 /// Fills in `bos` and `eos`: of `generation_config.json`, `config.json` and `tokenizer_config.json` the first that
 /// names one. Ids beyond the vocabulary are left out with a note.
-pub(super) fn find(dir: &Path, config: &mut Config, facts: &mut Facts, notes: &mut Vec<String>) -> Result<(), Diags> {
+pub(super) fn find(
+    dir: &Path,
+    config: &mut Config,
+    facts: &mut Facts,
+    notes: &mut Vec<String>,
+) -> Result<(), Diags> {
     let optional = |name: &str| -> Result<Option<Config>, Diags> {
         let path = dir.join(name);
         if path.exists() { Ok(Some(Config::read(&path)?)) } else { Ok(None) }
@@ -24,7 +29,10 @@ pub(super) fn find(dir: &Path, config: &mut Config, facts: &mut Facts, notes: &m
             let all = ids.len();
             ids.retain(|&id| id < facts.vocab);
             if ids.len() < all {
-                notes.push(format!("`{key}` names tokens beyond the vocabulary of {}, which are left out", facts.vocab));
+                notes.push(format!(
+                    "`{key}` names tokens beyond the vocabulary of {}, which are left out",
+                    facts.vocab
+                ));
             }
             if !ids.is_empty() {
                 return Ok(ids);
