@@ -76,12 +76,16 @@ impl Checkpoint {
             return Err(about_index(text).help("fetch the missing files into the same directory").into());
         }
 
+        let mut listed: BTreeMap<&str, Vec<&String>> = BTreeMap::new();
+        for (tensor, file) in &index.files {
+            listed.entry(file).or_default().push(tensor);
+        }
         let mut problems = Diags::default();
         let mut tensors = BTreeMap::new();
         let mut unlisted = vec![];
         for (shard, file) in shards.iter().enumerate() {
             let Some(header) = problems.keep(Header::read(&dir.join(file))) else { continue };
-            for (tensor, _) in index.files.iter().filter(|(_, f)| *f == file) {
+            for tensor in listed.get(file.as_str()).into_iter().flatten().copied() {
                 match header.tensor(tensor) {
                     Some(info) => drop(tensors.insert(tensor.clone(), Placed { shard, info: info.clone() })),
                     None => {
@@ -93,7 +97,7 @@ impl Checkpoint {
             let extra = header.tensors.iter().filter(|t| index.files.get(&t.name) != Some(file));
             unlisted.extend(extra.map(|t| format!("{file}: {}", shown(&t.name))));
         }
-        problems.into_result(Checkpoint { dir: dir.into(), shards, tensors, unlisted })
+        capped(problems).into_result(Checkpoint { dir: dir.into(), shards, tensors, unlisted })
     }
 
     /// Whether there is a tensor called `name`.
@@ -105,6 +109,23 @@ impl Checkpoint {
     pub fn path_of(&self, placed: &Placed) -> PathBuf {
         self.dir.join(&self.shards[placed.shard])
     }
+}
+
+/// The most problems of one stage that are spelled out.
+const MOST_PROBLEMS: usize = 40;
+
+/// The first problems, and how many more there are.
+pub(crate) fn capped(mut problems: Diags) -> Diags {
+    let more = problems.0.len().saturating_sub(MOST_PROBLEMS);
+    if let Some(first) = problems.0.first().filter(|_| more > 0).cloned() {
+        problems.0.truncate(MOST_PROBLEMS);
+        problems.push(Diag {
+            help: None,
+            message: format!("and {more} more problems of this kind"),
+            ..first
+        });
+    }
+    problems
 }
 
 /// What to say of a directory without weights that can be read.
@@ -123,4 +144,17 @@ fn no_weights(dir: &Path) -> Diag {
         return diag.help("GGUF files are not read; use the safetensors checkpoint they were made from");
     }
     diag.help("a model is a directory with config.json, safetensors files and tokenizer.json")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_lists_of_problems_are_cut() {
+        let many = Diags((0..100).map(|i| Diag::input(format!("p{i}")).in_file("f")).collect());
+        let cut = capped(many);
+        assert_eq!((cut.0.len(), cut.0[40].message.as_str()), (41, "and 60 more problems of this kind"));
+        assert_eq!(capped(Diags(vec![Diag::input("p")])).0.len(), 1);
+    }
 }

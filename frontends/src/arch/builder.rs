@@ -1,7 +1,7 @@
 //! What architectures build with: weights by tensor name, ops, states, facts.
 
 use super::{Facts, ImportOptions, Imported, Kind, tokens};
-use crate::checkpoint::{Checkpoint, Placed};
+use crate::checkpoint::{Checkpoint, Placed, capped};
 use crate::config::Config;
 use crate::json::shown;
 use quantc_ir::diag::{Diag, Diags, Loc, Result};
@@ -24,7 +24,7 @@ pub(crate) mod bounds {
     /// Width of hidden states and feed-forward blocks.
     pub(crate) const WIDTH: RangeInclusive<u64> = 1..=1 << 20;
     /// Number of layers.
-    pub(crate) const LAYERS: RangeInclusive<u64> = 1..=4096;
+    pub(crate) const LAYERS: RangeInclusive<u64> = 1..=1024;
     /// Number of heads.
     pub(crate) const HEADS: RangeInclusive<u64> = 1..=4096;
     /// Elements of a head.
@@ -271,7 +271,7 @@ impl<'a> Builder<'a> {
     pub(crate) fn finish(mut self, store: &Store) -> Result<Imported, Diags> {
         self.report_missing();
         self.report_refused();
-        std::mem::take(&mut self.problems).into_result(())?;
+        capped(std::mem::take(&mut self.problems)).into_result(())?;
         let mut facts = self.facts.take().ok_or_else(|| Diag::bug("an architecture gave no facts"))?;
         let dir = &self.checkpoint.dir;
         tokens::find(dir, &mut self.config, &mut facts, &mut self.notes)?;
