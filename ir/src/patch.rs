@@ -2,7 +2,7 @@
 //!
 //! A rule looks at a [`Graph`] and builds a patch against it: [`tap`](Patch::tap) names a value of the graph,
 //! [`op`](Patch::op) adds an op on taps and on other new values, and [`shunt`](Patch::shunt) makes every reader of a
-//! value of the graph read another value. Nothing changes until [`apply`](Patch::apply), which checks the whole patch
+//! value of the graph read another value. Nothing changes until [`apply`](Edit::apply), which checks the whole patch
 //! first: a shunt whose types disagree is an error of the rule that made it, not of a pass three steps later.
 //!
 //! What holds after `apply`:

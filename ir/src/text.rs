@@ -47,7 +47,7 @@ mod printer;
 pub use lexer::Pos;
 pub use parser::parse;
 pub(crate) use printer::{Line, Listing, code_format};
-pub use printer::{print, print_graph, print_layer};
+pub use printer::{attributes, print, print_graph, print_layer};
 
 use crate::entity::{LayerId, OpId, StateId, WeightId};
 use crate::module::Module;

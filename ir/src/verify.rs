@@ -592,3 +592,147 @@ fn bad_scale(ty: &TensorTy, source: &WeightSource) -> Option<f32> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::entity::WeightId;
+    use crate::ops::{Relu, Silu};
+    use crate::text::parse;
+    use crate::ty::ElemTy;
+
+    const TEXT: &str = "module @m
+shard 0 = \"a.safetensors\"
+weight @g : tensor<4xf32> = file 0[16..+16]
+main (%x: tensor<?x4xf32>) -> tensor<?x4xf32> {
+  %n = rmsnorm %x, @g
+  %y = silu %n
+  return %y
+}
+";
+
+    fn module() -> Module {
+        parse(TEXT, "test").unwrap().module
+    }
+
+    fn messages(m: &Module) -> Vec<String> {
+        verify(m).err().unwrap_or_default().0.into_iter().map(|e| e.diag.message).collect()
+    }
+
+    /// What the verifier says after `break_it` was done to the graph of a sound module.
+    fn broken(break_it: impl Fn(&mut Graph)) -> Vec<String> {
+        let mut m = module();
+        assert_eq!(messages(&m), [""; 0]);
+        break_it(&mut m.main);
+        messages(&m)
+    }
+
+    fn named(g: &Graph, name: &str) -> ValueId {
+        g.values().find(|(_, v)| v.name.as_deref() == Some(name)).unwrap().0
+    }
+
+    #[test]
+    fn order_and_uses() {
+        let late = broken(|g| {
+            let y = named(g, "y");
+            g.insert(0, Relu {}.into(), vec![y], g.ty(y).clone(), None);
+        });
+        assert_eq!(late, ["operand 0 (`%y`) is not defined before this op"]);
+        let erased = broken(|g| g.erase(g.order()[0]));
+        assert_eq!(erased, ["operand 0 (`%n`) is not defined before this op"]);
+        let erased = broken(|g| g.erase(g.order()[1]));
+        assert_eq!(erased, ["result 0 is not a value that the function computes"]);
+    }
+
+    #[test]
+    fn ids_that_lead_nowhere() {
+        let nowhere = ValueId::new(99);
+        assert_eq!(
+            broken(|g| g.results = vec![nowhere]),
+            ["result 0 is not a value that the function computes"]
+        );
+        assert_eq!(broken(|g| g.params.push(nowhere)), ["parameter 1 is not a value of the function"]);
+        let op = |g: &Graph| g.order()[1];
+        assert_eq!(
+            broken(|g| g.node_mut(op(g)).args[0] = nowhere),
+            ["operand 0 is not a value of the function"]
+        );
+        let result = broken(|g| g.node_mut(op(g)).result = nowhere);
+        assert_eq!(result[0], "the result is not a value of the function");
+        let weight = broken(|g| {
+            g.weight(WeightId::new(7), &TensorTy::fixed(ElemTy::F32, &[4]));
+        });
+        assert_eq!(weight, ["a value stands for the weight w7, which is not there"]);
+    }
+
+    #[test]
+    fn definitions() {
+        let two = broken(|g| {
+            let n = named(g, "n");
+            g.node_mut(g.order()[1]).result = n;
+        });
+        assert_eq!(two[..2], ["the result is not defined by this op", "the result is defined twice"]);
+        let swapped = broken(|g| {
+            let x = g.params[0];
+            g.params.push(x);
+        });
+        assert_eq!(swapped, ["parameter 1 is not defined as a parameter"]);
+        let retyped = broken(|g| {
+            let w = g.values().find(|(_, v)| matches!(v.def, Def::Weight(_))).unwrap().0;
+            g.value_mut(w).ty = TensorTy::fixed(ElemTy::F16, &[4]);
+        });
+        assert_eq!(retyped, ["`@g` is read as tensor<4xf16>, but declared as tensor<4xf32>"]);
+        let none = broken(|g| {
+            let none = g.none();
+            g.node_mut(g.order()[1]).args[0] = none;
+        });
+        assert_eq!(none, ["`silu` needs its operand `x`"]);
+    }
+
+    #[test]
+    fn names() {
+        let mut m = module();
+        let again = m.weights[WeightId::new(0)].clone();
+        m.weights.push(again);
+        assert_eq!(messages(&m), ["the name `@g` is given twice"]);
+        let mut m = module();
+        for _ in 0..2 {
+            let (name, graph) = ("l".to_string(), m.main.clone());
+            m.layers.push(crate::module::Layer { name, graph });
+        }
+        assert_eq!(messages(&m), ["the name `@l` of a layer is given twice"]);
+    }
+
+    #[test]
+    fn ranges_lie_in_files_that_are_known() {
+        let m = module();
+        assert!(verify_with_files(&m, &|_| Some(32)).is_ok());
+        let errors = verify_with_files(&m, &|_| Some(31)).unwrap_err();
+        assert_eq!(errors.0[0].diag.message, "bytes 16..+16 lie outside of its file of 31 bytes");
+    }
+
+    #[test]
+    fn errors_stand_under_their_lines() {
+        let mut m = module();
+        let y = named(&m.main, "y");
+        m.main.value_mut(y).ty = TensorTy::fixed(ElemTy::F16, &[4]);
+        m.main.append(Silu {}, &[y], None).unwrap();
+        m.main.params.push(ValueId::new(99));
+        let shown = verify(&m).unwrap_err().show(&m);
+        let expected = "\
+module @m
+
+main (%x: tensor<?x4xf32>, %?v99: ?v99) -> tensor<4xf16> {
+// ^ error: parameter 1 is not a value of the function
+  %n = rmsnorm %x, @g : tensor<?x4xf32>
+  %y = silu %n : tensor<4xf16>
+  // ^ error: `silu` has a result of type tensor<?x4xf32>, but tensor<4xf16> is recorded
+  %0 = silu %y : tensor<4xf16>
+  return %y
+}
+";
+        assert_eq!(shown, expected);
+        let diags = verify(&m).unwrap_err().diags(&m);
+        assert_eq!(diags.0[1].loc, Loc::Item("%y in main".into()));
+    }
+}

@@ -258,7 +258,8 @@ fn word_run(rest: &str) -> usize {
     let b = rest.as_bytes();
     let at = |i: usize| b.get(i).copied().unwrap_or(b' ');
     let number = at(usize::from(at(0) == b'-')).is_ascii_digit();
-    if !is_word_char(at(0)) && !(at(0) == b'-' && at(1).is_ascii_alphanumeric()) {
+    let starts = is_word_char(at(0)) || (at(0) == b'-' && at(1).is_ascii_alphanumeric());
+    if !starts {
         return 0;
     }
     let mut n = 1;

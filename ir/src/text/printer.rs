@@ -236,7 +236,7 @@ fn fact(text: &str) -> Value {
 }
 
 /// The attributes of an op that are not at their defaults.
-pub(crate) fn attributes(op: &Op) -> Fields {
+pub fn attributes(op: &Op) -> Fields {
     collect(op.write(Writer)).without(&collect(Op::default_of(op.kind()).write(Writer)))
 }
 
