@@ -47,6 +47,7 @@ pub mod pass;
 pub mod pipeline;
 pub mod presets;
 pub mod registry;
+pub mod rewrite;
 pub mod saturate;
 pub mod stream;
 pub mod weights;

@@ -8,6 +8,7 @@
 //!
 //! The time of everything that ran is in [`Report::timing`], what passes told in [`Report::remarks`].
 
+mod extract;
 pub mod memory;
 pub mod print_ir;
 pub mod remarks;
@@ -16,11 +17,11 @@ pub mod timing;
 pub mod verify_each;
 
 pub use memory::Memory;
-//pub use print_ir::{PrintIr, When};
+pub use print_ir::{PrintIr, When};
 pub use remarks::Remarks;
-//pub use reproduce::Reproduce;
+pub use reproduce::Reproduce;
 pub use timing::Timing;
-//pub use verify_each::VerifyEach;
+pub use verify_each::VerifyEach;
 
 use crate::analysis::Function;
 use crate::pass::{Changed, Env, Pass, PassCx, PassState, Scope, Session, Stats};
@@ -41,6 +42,8 @@ pub struct At<'a> {
     pub pass: &'a dyn Pass,
     /// The function; `main` for a pass on the module.
     pub function: Function,
+    /// The name of the run's target, when it has one.
+    pub target: Option<&'a str>,
 }
 
 impl At<'_> {
@@ -197,7 +200,7 @@ impl Manager<'_, '_, '_> {
     }
 
     fn pass(&mut self, pass: &dyn Pass, function: Function) -> Result<Changed> {
-        let at = At { pass, function };
+        let at = At { pass, function, target: self.env.target.map(|t| t.name) };
         self.ready(at).and_then(|()| self.run(at)).map_err(|e| self.failed(at, e))
     }
 
@@ -209,7 +212,7 @@ impl Manager<'_, '_, '_> {
     }
 
     fn run(&mut self, at: At<'_>) -> Result<Changed> {
-        let At { pass, function } = at;
+        let At { pass, function, .. } = at;
         let info = pass.info();
         let mut cx = PassCx::new(self.module, function, self.env, pass, &mut self.state);
         // A panic is a bug in the pass. What it leaves half done is not used again: the run ends.

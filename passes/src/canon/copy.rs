@@ -14,7 +14,7 @@ pub fn copy_live(old: &Graph, leaf: impl Fn(Def) -> Def) -> Graph {
         new.value_mut(q).name = value.name.clone();
         at.insert(p, q);
     }
-    let mut get = |new: &mut Graph, at: &mut BTreeMap<ValueId, ValueId>, v: ValueId| {
+    let get = |new: &mut Graph, at: &mut BTreeMap<ValueId, ValueId>, v: ValueId| {
         if let Some(&known) = at.get(&v) {
             return known;
         }

@@ -30,9 +30,9 @@ impl Pass for DropDead {
         let ops = drop_ops(module);
         let layers = drop_layers(module);
         let (weights, states) = drop_declarations(module);
-        for (n, what) in [(ops, "ops"), (layers, "layers"), (weights, "weights"), (states, "states")] {
+        for (n, what) in [(ops, "op"), (layers, "layer"), (weights, "weight"), (states, "state")] {
             if n > 0 {
-                cx.remark("module", format_args!("dropped {n} {what}"));
+                cx.remark("module", format_args!("dropped {n} {what}{}", if n == 1 { "" } else { "s" }));
             }
         }
         Ok((ops + layers + weights + states > 0).into())
@@ -83,6 +83,10 @@ fn acting_layers(module: &Module) -> BTreeSet<String> {
 }
 
 fn drop_layers(module: &mut Module) -> usize {
+    // A text may hold layers alone; then each is wanted for itself.
+    if module.main == Graph::default() {
+        return 0;
+    }
     let mut called: BTreeSet<String> = BTreeSet::new();
     let mut open = vec![&module.main];
     while let Some(graph) = open.pop() {
