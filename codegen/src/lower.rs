@@ -449,6 +449,10 @@ impl Lowering<'_> {
             }
             Op::CacheAppend(_) => {
                 let (state, x) = (get(0)?, get(1)?);
+                let cast = graph.def(node.args[1]).is_some_and(|(_, n)| only_feeds_caches(graph, n));
+                if x.ty.elem != ElemTy::F32 && !cast {
+                    return Err(Diag::target(format!("rows of type {} appended to a cache have no kernel", x.ty)));
+                }
                 let width = matrix(x.ty)?.1;
                 let spec = CacheAppendSpec { width, x_stride: width, ty: mem(state.ty)? };
                 let positions = Place::Input(Input::Positions);
@@ -496,6 +500,8 @@ impl Lowering<'_> {
                 let op = if g.approx { UnaryOp::GeluTanh } else { UnaryOp::GeluErf };
                 self.unary(&name, op, get(0)?, out)
             }
+            // Rows are rounded on their way into the cache.
+            Op::Cast(_) if only_feeds_caches(graph, node) => Ok(get(0)?.val.clone()),
             Op::Cast(_) => {
                 let x = get(0)?;
                 let at = extent(x.ty)?;
@@ -772,6 +778,15 @@ impl Lowering<'_> {
             states: self.states,
         })
     }
+}
+
+/// Whether a node is a cast from f32 whose result is only appended to caches.
+fn only_feeds_caches(graph: &Graph, node: &Node) -> bool {
+    let appends = |op| matches!(graph.node(op).op, Op::CacheAppend(_));
+    matches!(node.op, Op::Cast(_))
+        && graph.ty(node.args[0]).elem == ElemTy::F32
+        && !graph.is_result(node.result)
+        && graph.users(node.result).into_iter().all(appends)
 }
 
 /// Operands of a matmul before those of its epilogue.

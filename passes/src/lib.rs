@@ -45,6 +45,7 @@ pub mod manager;
 pub mod migrate;
 pub mod pass;
 pub mod pipeline;
+pub mod precision;
 pub mod presets;
 pub mod registry;
 pub mod rewrite;
@@ -65,4 +66,4 @@ pub fn set_threads(threads: usize) {
 pub use serde;
 
 /// The built-in families, each listed by its `passes!`.
-static FAMILIES: &[&[&pass::PassInfo]] = &[canon::ALL, migrate::ALL, weights::ALL, fuse::ALL];
+static FAMILIES: &[&[&pass::PassInfo]] = &[canon::ALL, migrate::ALL, precision::ALL, weights::ALL, fuse::ALL];
