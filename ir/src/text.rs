@@ -22,7 +22,9 @@
 //! operand   := %name | @name | "none"
 //! type      := "tensor" "<" (extent "x")* element ">"          extents: 4096, ?t, ?; elements: f32, f16, bf16, i32
 //!                                                              or a scheme such as !q<int4:f16 block 128@1>
-//! section   := "{-#" "calibration" (%value.statistic ("in" @function)? "=" numbers)* "#-}"
+//! section   := "{-#" "calibration" (statistic "=" "[" (number ("," number)*)? "]")* "#-}"
+//! statistic := %value.name ("in" @function)? | string         the function may be left out when there is one; the string
+//!                                                              is a key that names no function of the module
 //! ```
 //!
 //! Fields are described in [`fields`]; names with other characters than `A-Za-z0-9_$.-` are quoted, as in `@"a b"`;

@@ -455,6 +455,12 @@ impl<'v, 'm> FunctionVerifier<'v, 'm> {
                         continue;
                     }
                 },
+                Def::None => {
+                    if seen.insert((2, 0), v).is_some() {
+                        self.all.error(place, "`none` is two values of the function");
+                    }
+                    continue;
+                }
                 _ => continue,
             };
             if value.ty != *ty {
