@@ -86,7 +86,9 @@ pub fn run(
             .filter(|u| u.matches > 0)
             .map(|u| format!("{} x{}", u.rule, u.matches))
             .collect();
-        cx.remark(format_args!("@{function}"), format_args!("{}", counted.join(", ")));
+        // Without a match, ops that were written twice were merged.
+        let told = if counted.is_empty() { "equal ops merged".to_string() } else { counted.join(", ") };
+        cx.remark(format_args!("@{function}"), format_args!("{told}"));
         let mut told = cx.session().take::<Explanations>().unwrap_or_default();
         told.0.extend(report.explanations.into_iter().map(|(value, rules)| (function.clone(), value, rules)));
         cx.session().put(told);

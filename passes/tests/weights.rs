@@ -7,6 +7,7 @@ use quantc_ir::formats::{self, Format};
 use quantc_ir::graph::Graph;
 use quantc_ir::module::Module;
 use quantc_ir::ops::{Embedding, MatMul, OpKind};
+use quantc_ir::quant;
 use quantc_ir::ty::{Dim, ElemTy, TensorTy};
 use quantc_ir::weights::{Store, WeightDecl, WeightSource};
 use quantc_passes::analysis::Function;
@@ -210,8 +211,8 @@ fn symmetric_int8_codes_are_those_computed_by_hand() {
 
 #[test]
 fn results_do_not_depend_on_threads_or_on_the_store() {
-    // Several blocks of rows, groups that straddle none of them.
-    let (n, k) = (3000, 200);
+    // Several blocks of rows; the group of the whole tensor is larger than what is held at a time.
+    let (n, k) = (6000, 200);
     let w = numbers(n, k, 5);
     for group in [Grouping::Columns(64), Grouping::Tile([48, 48]), Grouping::Tensor] {
         let pass = RoundToNearest { format: FormatName(&formats::INT4), group, ..RoundToNearest::default() };
@@ -224,6 +225,25 @@ fn results_do_not_depend_on_threads_or_on_the_store() {
         };
         let (one, four) = (made(1), made(4));
         assert_eq!(one, four);
+
+        // The same codes and scales as from the whole weight at once.
+        let store = Store::in_memory();
+        let (mut module, id) = module(n, k, &w);
+        run(&pass, &mut module, Env::new(&store));
+        let tensor = |name: &str| weight_tensor(&module, &store, module.weight(name).unwrap()).unwrap();
+        let (codes, scales) = (tensor("w.q"), tensor("w.s"));
+        let scheme = codes.ty.elem.scheme().unwrap();
+        let view = store.view(&module.weights, id).unwrap();
+        let mut all = vec![];
+        let mut emit = |_: std::ops::Range<usize>, codes: &[u8]| {
+            all.extend_from_slice(codes);
+            Ok(())
+        };
+        let params =
+            quant::quantize_view(&view, &scheme, quant::Options::default(), usize::MAX, &mut emit).unwrap();
+        assert_eq!(codes.code_bytes().unwrap(), all);
+        // Scales are kept as their type stores them.
+        assert_eq!(scales.f32s().unwrap(), params.scales);
     }
 }
 

@@ -15,7 +15,7 @@ pass! {
     /// of the same activation share its codes and scales. Epilogues stay.
     ///
     /// ```qir before
-    /// weight @q : tensor<2x4x!q<int8:f32 axis 0>> = inline [1, 2, 3, 4, 5, 6, 7, 8]
+    /// weight @q : tensor<2x4x!q<int8:f32 axis 0>> = inline [[1, 2, 3, 4], [5, 6, 7, 8]]
     /// weight @s : tensor<2x1xf32> = splat 0.5
     /// %w = dequantize @q, @s
     /// %y = matmul %x, %w

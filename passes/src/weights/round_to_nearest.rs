@@ -153,11 +153,11 @@ impl RoundToNearest {
         }
         let elements = cx.module.weights[w].ty.shape.elements().unwrap_or(0).max(1);
         let bits = 8.0 * bytes as f64 / elements as f64;
-        let (sqnr, worst) = (loss.sqnr_db(), loss.worst);
-        cx.remark(
-            format_args!("@{name}"),
-            format_args!("{scheme}: SQNR {sqnr:.2} dB, {bits:.3} bits per weight, largest error {worst:.3e}"),
-        );
+        let told = match loss.noise {
+            0.0 => "exact".to_string(),
+            _ => format!("SQNR {:.2} dB, largest error {:.3e}", loss.sqnr_db(), loss.worst),
+        };
+        cx.remark(format_args!("@{name}"), format_args!("{scheme}: {told}, {bits:.3} bits per weight"));
         let at = cx.graph().position(op).ok_or_else(|| Diag::bug("an op that is not in the program"))?;
         let graph = cx.graph_mut();
         let taken = graph.values().any(|(_, v)| v.name.as_deref() == Some(&name));
