@@ -6,7 +6,7 @@
 //!   names and weights are solved once.
 //! - A rule that changes a type is refused where it happens.
 //! - Ops with effects stay, exactly once each and in their order.
-//! - Shared values are paid once; see [`extract`]. The result is never dearer than the function was.
+//! - Shared values are paid once. The result is never dearer than the function was.
 //! - Limits count rounds and nodes, never seconds: the result does not depend on the machine.
 //! - Values that are still computed keep their ids and names.
 //!
