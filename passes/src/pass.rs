@@ -4,7 +4,7 @@ mod cx;
 mod options;
 mod pattern;
 
-pub use cx::{Env, PassCx, PassState, Remark, Session};
+pub use cx::{Derive, Env, PassCx, PassState, Remark, Session};
 pub use options::{read_options, write_options};
 pub use pattern::{NameKind, Pattern, PatternUse, Patterns};
 

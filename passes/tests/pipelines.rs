@@ -174,6 +174,8 @@ fn statistics_in_the_text_are_statistics() {
     let text = format!("{MODULE}{{-# calibration %h.absmax = [1.0] #-}}\n");
     let module = harness::module(&text).module;
     assert!(said(&module, "smooth", false).starts_with("layers(smooth{"));
+    let stale = said(&module, "smooth, smooth", false);
+    assert!(stale.contains("but `smooth` changes the values it was taken of"), "{stale}");
 }
 
 #[test]

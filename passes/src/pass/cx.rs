@@ -151,6 +151,9 @@ pub struct PassState {
     pub preserved: Vec<TypeId>,
 }
 
+/// Writes one blob for each derived weight from views of the inputs.
+pub type Derive<'f> = dyn FnMut(&[WeightView<'_>], &mut [BlobWriter]) -> Result<()> + 'f;
+
 /// What a pass may use while it runs.
 pub struct PassCx<'a> {
     /// The module.
@@ -320,7 +323,7 @@ impl<'a> PassCx<'a> {
         outputs: &[(&str, TensorTy)],
         inputs: &[WeightId],
         more: &str,
-        f: &mut dyn FnMut(&[WeightView<'_>], &mut [BlobWriter]) -> Result<()>,
+        f: &mut Derive<'_>,
     ) -> Result<Vec<WeightId>> {
         self.check_interrupt()?;
         let (store, weights) = (self.store, &self.module.weights);

@@ -78,8 +78,15 @@ pub fn check(
     target: Option<&TargetDesc>,
     backend: Option<&dyn Backend>,
 ) -> Result<Checked, Diags> {
-    let mut cx =
-        Cx { pipeline, registry, module, backend, facts: given(module, target), diags: Diags::default() };
+    let mut cx = Cx {
+        pipeline,
+        registry,
+        module,
+        backend,
+        facts: given(module, target),
+        text_stale: None,
+        diags: Diags::default(),
+    };
     let steps = cx.elements(&pipeline.elements, false);
     cx.diags.into_result(Checked { steps })
 }
@@ -98,6 +105,8 @@ struct Cx<'a> {
     module: &'a Module,
     backend: Option<&'a dyn Backend>,
     facts: BTreeMap<Fact, Known>,
+    /// The pass that made the statistics in the module's text stale.
+    text_stale: Option<&'static str>,
     diags: Diags,
 }
 
@@ -172,6 +181,7 @@ impl Cx<'_> {
             self.problem(at, diag.context(format!("checking what `{}` leaves to be multiplied", info.name)));
         }
         if info.stats == Stats::Drops {
+            self.text_stale.get_or_insert(info.name);
             for (fact, known) in &mut self.facts {
                 if matches!(fact, Fact::Stat(_)) && *known == Known::Holds {
                     *known = Known::Stale(info.name);
@@ -203,10 +213,12 @@ impl Cx<'_> {
     }
 
     fn need(&mut self, at: &Range<usize>, info: &PassInfo, need: Fact) {
-        let diag = match self.facts.get(&need) {
+        // Statistics may stand in the module's own text, under any function and value.
+        let known = self.facts.get(&need).cloned();
+        let known =
+            known.or_else(|| self.in_text(need).then(|| self.text_stale.map_or(Known::Holds, Known::Stale)));
+        let diag = match known {
             Some(Known::Holds) => return,
-            // Statistics may stand in the module's own text, under any function and value.
-            None if self.in_text(need) => return,
             Some(Known::Stale(by)) => {
                 let text =
                     format!("`{}` needs {need}, but `{by}` changes the values it was taken of", info.name);

@@ -110,7 +110,7 @@ pub fn inline_small_blobs(module: &mut Module, store: &Store) {
     }
 }
 
-/// Random inputs for `main` with `tokens` for every symbol. Integers are below 4, so that they fit small tables.
+/// Random inputs for `main` with `tokens` for every symbol. Integers are below 2, so that they fit the smallest tables.
 pub fn inputs(module: &Module, tokens: u64, seed: u64) -> Vec<Tensor> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let one = |ty: &TensorTy| {
@@ -118,7 +118,7 @@ pub fn inputs(module: &Module, tokens: u64, seed: u64) -> Vec<Tensor> {
             ty.shape.0.iter().map(|d| if let Dim::Static(n) = d { *n } else { tokens }).collect();
         let n = dims.iter().product::<u64>() as usize;
         match ty.elem {
-            ElemTy::I32 => Tensor::i32(&dims, (0..n).map(|_| rng.random_range(0..4)).collect()),
+            ElemTy::I32 => Tensor::i32(&dims, (0..n).map(|_| rng.random_range(0..2)).collect()),
             elem => {
                 let xs = (0..n).map(|_| rng.random_range(-2.0..2.0)).collect();
                 Tensor::float(&TensorTy::fixed(elem, &dims), xs)
