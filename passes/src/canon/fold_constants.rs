@@ -2,14 +2,14 @@
 
 use crate::pass::prelude::*;
 use quantc_ir::eval::{Data, Tensor, eval_pure, weight_tensor};
-use quantc_ir::ops::{Cast, Dequantize, Transpose};
+use quantc_ir::ops::{Cast, Dequantize, Slice, Transpose};
 use quantc_ir::weights::{BlobWriter, WeightView};
 
 pass! {
     /// Computes when the model is compiled what depends on weights alone.
     ///
-    /// An op whose operands are all weights is evaluated by the op's own meaning and becomes a derived weight. Casts
-    /// and transposes are computed a block of rows at a time; other ops whole, and one that would take more memory
+    /// An op whose operands are all weights is evaluated by the op's own meaning and becomes a derived weight. Casts,
+    /// transposes and slices are computed a block of rows at a time; other ops whole, and one that would take more memory
     /// than the budget is left to run time with a remark. Weights that are stored quantized stay so unless asked.
     ///
     /// ```qir before
@@ -34,7 +34,7 @@ impl Pass for FoldConstants {
             let Some(inputs) = self.constant_inputs(cx, op) else { continue };
             let node = cx.graph().node(op).clone();
             let ty = cx.graph().ty(node.result).clone();
-            if !streams(&node.op) && bytes(cx, &inputs, &ty).is_none_or(|n| n > cx.env.budget as u64) {
+            if !streams(&node.op, &ty) && bytes(cx, &inputs, &ty).is_none_or(|n| n > cx.env.budget as u64) {
                 let place = cx.place(node.result);
                 cx.remark(place, format_args!("left to run time: it takes more memory than the budget"));
                 continue;
@@ -64,14 +64,18 @@ impl FoldConstants {
         let present = node.args.iter().filter(|&&a| !graph.is_none(a));
         let inputs: Vec<WeightId> = present.map(|&a| graph.as_weight(a)).collect::<Option<_>>()?;
         let plain = |ty: &TensorTy| ty.elem != ElemTy::I32 && ty.shape.dims().is_some();
-        let all_plain = inputs.iter().all(|&w| plain(&cx.module.weights[w].ty)) && plain(graph.ty(node.result));
+        let all_plain =
+            inputs.iter().all(|&w| plain(&cx.module.weights[w].ty)) && plain(graph.ty(node.result));
         (!inputs.is_empty() && all_plain).then_some(inputs)
     }
 }
 
 /// Whether the op is computed without holding whole tensors.
-fn streams(op: &Op) -> bool {
-    op.is::<Cast>().is_some() || op.is::<Transpose>().is_some()
+fn streams(op: &Op, ty: &TensorTy) -> bool {
+    let rows_or_columns = |s: &Slice| s.axis == 0 || usize::from(s.axis) + 1 == ty.rank();
+    op.is::<Cast>().is_some()
+        || op.is::<Transpose>().is_some()
+        || op.is::<Slice>().is_some_and(rows_or_columns)
 }
 
 /// Bytes held while the op is evaluated whole.
@@ -84,16 +88,22 @@ fn fold(cx: &mut PassCx<'_>, node: &Node, inputs: &[WeightId], ty: &TensorTy) ->
     let name = format!("{}.{}", cx.module.weights[inputs[0]].name, node.op.name());
     let budget = cx.env.budget;
     let attributes = quantc_ir::text::fields::to_fields(&Attributes(&node.op));
-    let absent: String =
-        node.args.iter().map(|&a| if cx.graph().is_none(a) { '-' } else { '+' }).collect();
+    let absent: String = node.args.iter().map(|&a| if cx.graph().is_none(a) { '-' } else { '+' }).collect();
     let more = format!("{}({absent}){attributes}", node.op.name());
     match (&node.op, float(ty)) {
         (Op::Cast(_), Some(to)) => cx.derive_weight(&name, ty.clone(), inputs, &more, &mut |views, out| {
             crate::stream::rows(&views[0], budget, |_, rows| out.write_f32(to, rows))
         }),
-        (Op::Transpose(_), Some(to)) => cx.derive_weight(&name, ty.clone(), inputs, &more, &mut |views, out| {
-            transpose(&views[0], to, budget, out)
-        }),
+        (Op::Transpose(_), Some(to)) => {
+            cx.derive_weight(&name, ty.clone(), inputs, &more, &mut |views, out| {
+                transpose(&views[0], to, budget, out)
+            })
+        }
+        (Op::Slice(cut), Some(to)) if streams(&node.op, ty) => {
+            cx.derive_weight(&name, ty.clone(), inputs, &more, &mut |views, out| {
+                slice(&views[0], cut, to, budget, out)
+            })
+        }
         _ => {
             // The values must outlive the call that derives, which reads weights by views of its own.
             let (module, store) = (cx.module.clone_declarations(), cx.store);
@@ -165,6 +175,21 @@ fn transpose(w: &WeightView<'_>, to: Float, budget: usize, out: &mut BlobWriter)
         out.write_f32(to, &block)?;
     }
     Ok(())
+}
+
+/// Writes a range of the columns, or of the first axis.
+fn slice(w: &WeightView<'_>, cut: &Slice, to: Float, budget: usize, out: &mut BlobWriter) -> Result<()> {
+    // Inference has checked that the range lies inside.
+    let (start, len) = (cut.start as usize, cut.len as usize);
+    if usize::from(cut.axis) + 1 == w.ty().rank() {
+        return crate::stream::rows(w, budget, |_, rows| {
+            rows.chunks_exact(w.cols()).try_for_each(|row| out.write_f32(to, &row[start..start + len]))
+        });
+    }
+    let dims = w.ty().shape.dims().unwrap_or_default();
+    let per_index: usize = dims[1..dims.len() - 1].iter().product::<u64>() as usize;
+    let range = start * per_index..(start + len) * per_index;
+    crate::stream::rows_in(w, range, budget, |_, rows| out.write_f32(to, rows))
 }
 
 /// Writes a tensor as it is stored.
