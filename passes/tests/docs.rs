@@ -11,8 +11,15 @@ use quantc_passes::pass::PassInfo;
 use std::collections::BTreeSet;
 
 /// Types that `%x` and the last value of an example may have. An example is short, so it does not say.
-const TYPES: [&str; 5] =
-    ["tensor<?tx4xf32>", "tensor<?tx2xf32>", "tensor<?tx8xf32>", "tensor<?tx2x4xf32>", "tensor<?tx4xbf16>"];
+const TYPES: [&str; 7] = [
+    "tensor<?tx4xf32>",
+    "tensor<?tx2xf32>",
+    "tensor<?tx8xf32>",
+    "tensor<?tx2x4xf32>",
+    "tensor<?tx4xbf16>",
+    "tensor<?sx4xf32>",
+    "tensor<?sx4xf16>",
+];
 
 #[test]
 fn every_page_has_a_summary_and_documented_options() {
@@ -47,8 +54,8 @@ fn check(pass: &PassInfo, before: &str) -> Result<(), String> {
     let options = block(pass, "text options").unwrap_or_default();
     let run = format!("{}{}", pass.name, options.trim());
     harness::run(&mut module, &store, &run, true).map_err(|e| e.to_string())?;
-    let got = body(&module).join("\n");
     let wanted: Vec<&str> = after.lines().map(str::trim).collect();
+    let got = named_alike(body(&module), &wanted).join("\n");
     if got == wanted.join("\n") { Ok(()) } else { Err(format!("the page says\n{after}\nbut it is\n{got}\n")) }
 }
 
@@ -70,6 +77,14 @@ fn example(body: &str) -> Result<Module, String> {
             sections = format!("{line}\n");
         } else {
             declared += &format!("{line}\n");
+        }
+    }
+    for line in &ops {
+        let state = line.split_once("= cache_append @").and_then(|(_, rest)| rest.split_once(','));
+        if let Some((name, _)) = state
+            && !declared.contains(&format!("@{name} "))
+        {
+            declared += &format!("state @{name} : tensor<8x4xf32>\n");
         }
     }
     for (name, is_matrix) in weights(&ops) {
@@ -105,6 +120,31 @@ fn example(body: &str) -> Result<Module, String> {
         }
     }
     Err(why)
+}
+
+/// Gives values that have only a number the names that the page gives them.
+fn named_alike(mut got: Vec<String>, wanted: &[&str]) -> Vec<String> {
+    let defined = |l: &str| Some(l.strip_prefix('%')?.split_once(" = ")?.0.to_string());
+    for i in 0..got.len().min(wanted.len()) {
+        let (Some(number), Some(name)) = (defined(&got[i]), defined(wanted[i])) else { continue };
+        if number.bytes().all(|b| b.is_ascii_digit()) {
+            for line in &mut got {
+                let words: Vec<String> = line
+                    .split_inclusive([' ', ','])
+                    .map(|w| {
+                        let bare = w.trim_end_matches([' ', ',']);
+                        if bare == format!("%{number}") {
+                            format!("%{name}{}", &w[bare.len()..])
+                        } else {
+                            w.into()
+                        }
+                    })
+                    .collect();
+                *line = words.concat();
+            }
+        }
+    }
+    got
 }
 
 /// Names after `sign` in a line.
