@@ -24,6 +24,6 @@ for p in $presets; do
   streamed=$(echo "$speed" | field decode_bytes_per_token)
   weights=$("$quantc" inspect "$out/f32" --json 2>/dev/null | field decode_bytes_per_token)
   printf '%-12s %10d %7.2f %11.4f %9.5f %9.4f %11.0f %10.0f\n' "$p" "$bytes" \
-    "$(echo "32 * $streamed / $weights" | bc -l)" "$(echo "$scores" | field perplexity)" "$(echo "$scores" | field kl_mean)" \
+    "$(awk "BEGIN { print 32 * $streamed / $weights }")" "$(echo "$scores" | field perplexity)" "$(echo "$scores" | field kl_mean)" \
     "$(echo "$scores" | field top1_agreement)" "$(echo "$speed" | field prefill_tok_s)" "$(echo "$speed" | field decode_tok_s)"
 done
