@@ -13,6 +13,7 @@
 //! Results go to stdout, everything else to stderr. `--json` prints one JSON object. Exit codes: 0 success, 1 the input
 //! was refused, 2 the command line was wrong, 3 a gate failed.
 
+pub use manual::tables;
 pub use quantc_ir as ir;
 pub use quantc_passes as passes;
 

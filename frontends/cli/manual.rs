@@ -2,9 +2,15 @@
 
 use crate::failure::Outcome;
 use crate::output;
+use quantc_codegen::backend::CpuBackend;
+use quantc_codegen::targets::TARGETS;
+use quantc_frontends::arch::{ARCHS, Arch};
 use quantc_ir::diag::{Diag, near_misses};
 use quantc_ir::formats::{self, Class, Format};
-use quantc_ir::ops::{Arity, OpKind};
+use quantc_ir::ops::{Arity, DYNAMIC_INT8, OpKind};
+use quantc_ir::scheme::{Group, Scheme, Zero};
+use quantc_ir::target::{Backend, TargetDesc};
+use quantc_ir::ty::{ElemTy, Float};
 use quantc_passes::Registry;
 use quantc_passes::presets;
 
@@ -35,14 +41,20 @@ fn unknown<'a>(what: &str, name: &str, known: impl IntoIterator<Item = &'a str>)
 
 /// `quantc passes`.
 pub fn passes(args: Args, registry: &Registry) -> Outcome {
-    let Some(name) = args.name else { return output::piece(&passes_table(registry)) };
+    let Some(name) = args.name else { return output::piece(&passes_table(registry).text()) };
     let pass = registry.get(&name)?;
     let mut text = format!("{}\n\n{}\n\noptions:\n", pass.name, page(pass.doc));
     if pass.options.is_empty() {
         text += "  none\n";
     }
     for option in pass.options {
-        text += &format!("  {} : {} = {}\n      {}\n", option.name(), option.ty, option.default, option.doc.trim());
+        text += &format!(
+            "  {} : {} = {}\n      {}\n",
+            option.name(),
+            option.ty,
+            option.default,
+            option.doc.trim()
+        );
     }
     let list = |facts: &[quantc_passes::pass::Fact]| {
         let texts: Vec<String> = facts.iter().map(|f| f.to_string()).collect();
@@ -53,20 +65,18 @@ pub fn passes(args: Args, registry: &Registry) -> Outcome {
     output::piece(&text)
 }
 
-/// The table of passes, also part of the README.
-pub fn passes_table(registry: &Registry) -> String {
+fn passes_table(registry: &Registry) -> Table {
     let row = |p: &'static quantc_passes::pass::PassInfo| {
-        vec![p.name.to_string(), p.scope.to_string(), p.numerics.to_string(), p.summary().trim().to_string()]
+        vec![p.name.to_string(), p.scope.to_string(), p.numerics.to_string(), p.summary().to_string()]
     };
-    let rows: Vec<_> = registry.passes().map(row).collect();
-    left_table(&["pass", "scope", "numerics", "what it does"], &rows)
+    Table::new(&["pass", "scope", "numerics", "what it does"], registry.passes().map(row))
 }
 
 /// `quantc targets`.
 #[cfg(feature = "llvm")]
 pub fn targets(args: Args) -> Outcome {
-    use quantc_codegen::targets::{TARGETS, host, lookup, runs_here};
-    let Some(name) = args.name else { return output::piece(&targets_table()) };
+    use quantc_codegen::targets::{lookup, runs_here};
+    let Some(name) = args.name else { return output::piece(&targets_table().text()) };
     let t = lookup(&name)?;
     let cpu = &t.cpu;
     let text = format!(
@@ -83,19 +93,15 @@ pub fn targets(args: Args) -> Outcome {
         cpu.l2_kib,
         if runs_here(t) { "yes" } else { "no" },
     );
-    let _ = (TARGETS.len(), host());
     output::piece(&text)
 }
 
-/// The table of targets, also part of the README.
-#[cfg(feature = "llvm")]
-pub fn targets_table() -> String {
-    let row = |t: &&'static quantc_ir::target::TargetDesc| {
+fn targets_table() -> Table {
+    let row = |t: &&'static TargetDesc| {
         vec![t.name.to_string(), format!("{} bit", t.cpu.vector_bits), summary(t.doc)]
     };
-    let mut rows: Vec<_> = quantc_codegen::targets::TARGETS.iter().map(row).collect();
-    rows.push(vec!["host".into(), String::new(), "The best of these that this machine runs.".into()]);
-    left_table(&["target", "vectors", "what it is"], &rows)
+    let host = vec!["host".into(), String::new(), "The best of these that this machine runs.".into()];
+    Table::new(&["target", "vectors", "what it is"], TARGETS.iter().map(row).chain([host]))
 }
 
 /// `quantc targets` in a tool that does not compile.
@@ -106,7 +112,7 @@ pub fn targets(_: Args) -> Outcome {
 
 /// `quantc formats`.
 pub fn formats(args: Args) -> Outcome {
-    let Some(name) = args.name else { return output::piece(&formats_table()) };
+    let Some(name) = args.name else { return output::piece(&formats_table().text()) };
     let names = formats::ALL.iter().map(|f| f.name);
     let f = Format::by_name(&name).ok_or_else(|| unknown("format", &name, names))?;
     let mut text = format!("{}\n\n{}\n\nbits   {}\nrange  {}\n", f.name, page(f.doc), f.bits, range(f));
@@ -117,10 +123,26 @@ pub fn formats(args: Args) -> Outcome {
     output::piece(&text)
 }
 
-/// The table of formats, also part of the README.
-pub fn formats_table() -> String {
-    let row = |f: &&'static Format| vec![f.name.to_string(), f.bits.to_string(), range(f), summary(f.doc)];
-    left_table(&["format", "bits", "range", "what it is"], &formats::ALL.iter().map(row).collect::<Vec<_>>())
+fn formats_table() -> Table {
+    let row = |f: &&'static Format| {
+        vec![f.name.to_string(), f.bits.to_string(), range(f), factors(f), summary(f.doc)]
+    };
+    Table::new(&["format", "bits", "range", "multiplied with", "what it is"], formats::ALL.iter().map(row))
+}
+
+/// The types of activations that a matrix of this format is multiplied with by kernels of every target.
+fn factors(f: &'static Format) -> String {
+    let matrix = match Float::by_name(f.name) {
+        Some(float) => float.into(),
+        None => {
+            let (group, zero) = (Group::Axis(0), Zero::Symmetric);
+            ElemTy::Q(Scheme { format: f, group, zero, scale: Float::F32 })
+        }
+    };
+    let runs = |x: ElemTy| TARGETS.iter().all(|t| CpuBackend::new(t).supports_matmul(x, matrix).is_ok());
+    let known = [("f32", ElemTy::F32), ("int8", ElemTy::Q(DYNAMIC_INT8))];
+    let names: Vec<&str> = known.into_iter().filter(|(_, x)| runs(*x)).map(|(name, _)| name).collect();
+    names.join(", ")
 }
 
 fn range(f: &'static Format) -> String {
@@ -133,7 +155,7 @@ fn range(f: &'static Format) -> String {
 
 /// `quantc ops`.
 pub fn ops(args: Args) -> Outcome {
-    let Some(name) = args.name else { return output::piece(&ops_table()) };
+    let Some(name) = args.name else { return output::piece(&ops_table().text()) };
     let names = OpKind::ALL.iter().map(|k| k.info().name);
     let kind = OpKind::by_name(&name).ok_or_else(|| unknown("op", &name, names))?;
     let info = kind.info();
@@ -158,15 +180,14 @@ pub fn ops(args: Args) -> Outcome {
     output::piece(&text)
 }
 
-/// The table of ops, also part of the README.
-pub fn ops_table() -> String {
+fn ops_table() -> Table {
     let row = |k: &OpKind| vec![k.info().name.to_string(), summary(k.info().doc)];
-    left_table(&["op", "what it computes"], &OpKind::ALL.iter().map(row).collect::<Vec<_>>())
+    Table::new(&["op", "what it computes"], OpKind::ALL.iter().map(row))
 }
 
 /// `quantc presets`.
 pub fn presets(args: Args) -> Outcome {
-    let Some(name) = args.name else { return output::piece(&presets_table()) };
+    let Some(name) = args.name else { return output::piece(&presets_table().text()) };
     let preset = presets::Preset::get(&name)?;
     output::piece(&format!(
         "{}\n\n{}\n\nembedding  {}\nhead       {}\npipeline   {}\n",
@@ -178,26 +199,65 @@ pub fn presets(args: Args) -> Outcome {
     ))
 }
 
-/// The table of presets, also part of the README.
-pub fn presets_table() -> String {
-    let row = |p: &presets::Preset| vec![p.name, p.doc.trim(), p.embedding, p.head].into_iter().map(String::from).collect();
-    left_table(&["preset", "matrices", "embedding", "head"], &presets::ALL.iter().map(row).collect::<Vec<_>>())
+fn presets_table() -> Table {
+    let row = |p: &presets::Preset| [p.name, p.doc, p.embedding, p.head].map(String::from).to_vec();
+    Table::new(&["preset", "matrices", "embedding", "head"], presets::ALL.iter().map(row))
+}
+
+fn architectures_table() -> Table {
+    let row = |a: &Arch| vec![a.model_type.to_string(), a.classes.join(", "), format!("{}.", a.doc)];
+    Table::new(&["`model_type`", "classes", "what is covered"], ARCHS.iter().map(row))
+}
+
+/// The tables of the manual in Markdown, by name.
+pub fn tables(registry: &Registry) -> Vec<(&'static str, String)> {
+    let tables = [
+        ("passes", passes_table(registry)),
+        ("presets", presets_table()),
+        ("targets", targets_table()),
+        ("formats", formats_table()),
+        ("ops", ops_table()),
+        ("architectures", architectures_table()),
+    ];
+    tables.into_iter().map(|(name, table)| (name, table.markdown())).collect()
 }
 
 /// A table with all columns to the left.
-fn left_table(head: &[&str], rows: &[Vec<String>]) -> String {
-    let width = |i: usize| {
-        let cells = rows.iter().map(|r| r[i].chars().count());
-        cells.chain([head[i].len()]).max().unwrap_or(0)
-    };
-    let widths: Vec<usize> = (0..head.len()).map(width).collect();
-    let line = |cells: Vec<&str>| {
-        let padded: Vec<String> = cells.iter().zip(&widths).map(|(c, &w)| format!("{c:<w$}")).collect();
-        padded.join("  ").trim_end().to_string() + "\n"
-    };
-    let mut text = line(head.to_vec());
-    for row in rows {
-        text += &line(row.iter().map(String::as_str).collect());
+struct Table {
+    head: &'static [&'static str],
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    /// Every cell becomes one line.
+    fn new(head: &'static [&'static str], rows: impl Iterator<Item = Vec<String>>) -> Table {
+        let one_line = |cell: String| cell.split_whitespace().collect::<Vec<_>>().join(" ");
+        Table { head, rows: rows.map(|row| row.into_iter().map(one_line).collect()).collect() }
     }
-    text
+
+    fn text(&self) -> String {
+        let plain = |cells: &[&str]| cells.iter().map(|c| c.replace('`', "")).collect::<Vec<_>>();
+        let mut lines = vec![plain(self.head)];
+        lines.extend(self.rows.iter().cloned());
+        let width = |i: usize| lines.iter().map(|l| l[i].chars().count()).max().unwrap_or(0);
+        let widths: Vec<usize> = (0..self.head.len()).map(width).collect();
+        let line = |cells: &Vec<String>| {
+            let padded: Vec<String> = cells.iter().zip(&widths).map(|(c, &w)| format!("{c:<w$}")).collect();
+            padded.join("  ").trim_end().to_string() + "\n"
+        };
+        lines.iter().map(line).collect()
+    }
+
+    /// The first column is set as code.
+    fn markdown(&self) -> String {
+        let line = |cells: Vec<String>| format!("| {} |\n", cells.join(" | "));
+        let mut text = line(self.head.iter().map(|c| c.to_string()).collect());
+        text += &format!("|{}\n", "---|".repeat(self.head.len()));
+        for row in &self.rows {
+            let mut cells: Vec<String> = row.iter().map(|c| c.replace('|', "\\|")).collect();
+            cells[0] = format!("`{}`", cells[0]);
+            text += &line(cells);
+        }
+        text
+    }
 }
