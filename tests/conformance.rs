@@ -49,7 +49,13 @@ impl Cases {
     }
 
     /// A random weight of plain floats.
-    fn weight(&mut self, name: &str, elem: Float, dims: &[u64], spread: f32) -> (quantc_ir::entity::WeightId, TensorTy) {
+    fn weight(
+        &mut self,
+        name: &str,
+        elem: Float,
+        dims: &[u64],
+        spread: f32,
+    ) -> (quantc_ir::entity::WeightId, TensorTy) {
         let n: u64 = dims.iter().product();
         let mut bytes = vec![];
         for _ in 0..n {
@@ -72,7 +78,11 @@ impl Cases {
         }
         let (w, ty) = self.weight(&format!("table{width}"), Float::F32, &[VOCAB, width], 2.0);
         let table = self.module.main.weight(w, &ty);
-        let v = self.module.main.append(ops::Embedding::default(), &[self.tokens, table], None).expect("it infers");
+        let v = self
+            .module
+            .main
+            .append(ops::Embedding::default(), &[self.tokens, table], None)
+            .expect("it infers");
         self.inputs.insert(width, v);
         v
     }
@@ -113,7 +123,12 @@ impl Cases {
 }
 
 /// Compiles `module` after `text` and compares each layer; returns the largest relative error of each.
-fn compare(module: &Module, text: &str, target: &'static TargetDesc, tokens: &[usize]) -> BTreeMap<String, f64> {
+fn compare(
+    module: &Module,
+    text: &str,
+    target: &'static TargetDesc,
+    tokens: &[usize],
+) -> BTreeMap<String, f64> {
     let store = Store::in_memory();
     let backend = CpuBackend::new(target);
     let mut module = module.clone();
@@ -145,7 +160,8 @@ fn compare(module: &Module, text: &str, target: &'static TargetDesc, tokens: &[u
         let tap = |function: &str, value: ValueId, tensor: &Tensor| {
             let call = module.main.def(value).and_then(|(_, node)| node.op.is::<ops::Call>());
             if let (true, Some(call)) = (function == "main", call) {
-                want.borrow_mut().insert(call.layer.clone(), tensor.f32s().expect("layers give floats").to_vec());
+                want.borrow_mut()
+                    .insert(call.layer.clone(), tensor.f32s().expect("layers give floats").to_vec());
             }
         };
         let input = Tensor::i32(&[t as u64], ids.iter().map(|&i| i as i32).collect()).expect("it fits");
@@ -158,7 +174,8 @@ fn compare(module: &Module, text: &str, target: &'static TargetDesc, tokens: &[u
         let mut check = |name: &str, _: usize, _: usize, got: &[f32]| {
             let want = &want.borrow()[name];
             assert_eq!(got.len(), want.len(), "{name}");
-            let difference: f64 = got.iter().zip(want).map(|(&a, &b)| (f64::from(a) - f64::from(b)).powi(2)).sum();
+            let difference: f64 =
+                got.iter().zip(want).map(|(&a, &b)| (f64::from(a) - f64::from(b)).powi(2)).sum();
             let norm: f64 = want.iter().map(|&b| f64::from(b).powi(2)).sum();
             let error = (difference / norm.max(1e-20)).sqrt();
             let worst = errors.entry(name.into()).or_default();
@@ -312,7 +329,9 @@ fn elementwise_and_norms() {
             });
         }
         cases.case(&format!("square{width}"), width, |_, g, x| g.append(ops::Mul::default(), &[x, x], None));
-        cases.case(&format!("plain_norm{width}"), width, |_, g, x| g.append(ops::RmsNorm::default(), &[x], None));
+        cases.case(&format!("plain_norm{width}"), width, |_, g, x| {
+            g.append(ops::RmsNorm::default(), &[x], None)
+        });
         cases.case(&format!("cast{width}"), width, |_, g, x| {
             let half = g.append(ops::Cast { to: Float::F16 }, &[x], None)?;
             g.append(ops::Cast { to: Float::F32 }, &[half], None)
@@ -334,7 +353,8 @@ fn attention_and_rope() {
                 let width = (heads + 2 * kv) * d;
                 cases.case(&name.clone(), width, |cx, g, x| {
                     let part = |cx: &mut Cases, g: &mut Graph, what: &str, heads: u64| {
-                        let (w, ty) = cx.weight(&format!("{name}.{what}"), Float::F32, &[heads * d, width], 0.3);
+                        let (w, ty) =
+                            cx.weight(&format!("{name}.{what}"), Float::F32, &[heads * d, width], 0.3);
                         let w = g.weight(w, &ty);
                         let y = g.append(ops::MatMul::default(), &[x, w], None)?;
                         let shape = Shape(vec![Dim::Sym('t'), Dim::Static(heads), Dim::Static(d)]);
@@ -345,7 +365,8 @@ fn attention_and_rope() {
                     let size = d as u32 / 2 * 2;
                     if causal && size > 0 {
                         let positions = g.append(ops::Positions::default(), &[], None)?;
-                        let style = if heads == 4 { ops::RopeStyle::Interleaved } else { ops::RopeStyle::Half };
+                        let style =
+                            if heads == 4 { ops::RopeStyle::Interleaved } else { ops::RopeStyle::Half };
                         let table = ops::RopeTable { size, ..Default::default() };
                         let table = g.append(table, &[positions], None)?;
                         q = g.append(ops::Rope { style }, &[q, table], None)?;

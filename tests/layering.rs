@@ -22,7 +22,10 @@ fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
 #[test]
 fn arrows_point_down() {
     let allowed: BTreeMap<&str, &[&str]> = BTreeMap::from([
-        ("quantc", &["quantc-ir", "quantc-passes", "quantc-codegen", "quantc-frontends", "quantc-runtime"][..]),
+        (
+            "quantc",
+            &["quantc-ir", "quantc-passes", "quantc-codegen", "quantc-frontends", "quantc-runtime"][..],
+        ),
         ("quantc-frontends", &["quantc-ir"]),
         ("quantc-passes", &["quantc-ir"]),
         // Codegen writes the engine format that the runtime declares.

@@ -451,7 +451,10 @@ impl Lowering<'_> {
                 let (state, x) = (get(0)?, get(1)?);
                 let cast = graph.def(node.args[1]).is_some_and(|(_, n)| only_feeds_caches(graph, n));
                 if x.ty.elem != ElemTy::F32 && !cast {
-                    return Err(Diag::target(format!("rows of type {} appended to a cache have no kernel", x.ty)));
+                    return Err(Diag::target(format!(
+                        "rows of type {} appended to a cache have no kernel",
+                        x.ty
+                    )));
                 }
                 let width = matrix(x.ty)?.1;
                 let spec = CacheAppendSpec { width, x_stride: width, ty: mem(state.ty)? };

@@ -35,7 +35,8 @@ pub fn plan(buffers: &[Buffer]) -> Arena {
     let mut top = 0;
     for i in order {
         let meets = |&&j: &&usize| {
-            buffers[i].live.start() <= buffers[j].live.end() && buffers[j].live.start() <= buffers[i].live.end()
+            buffers[i].live.start() <= buffers[j].live.end()
+                && buffers[j].live.start() <= buffers[i].live.end()
         };
         let mut taken: Vec<(u64, u64)> =
             placed.iter().filter(meets).map(|&j| (offsets[j], offsets[j] + buffers[j].bytes)).collect();
@@ -61,7 +62,8 @@ mod tests {
     #[test]
     fn lives_that_meet_do_not_share() {
         let buffer = |bytes, from, to| Buffer { bytes, live: from..=to };
-        let buffers = [buffer(100, 0, 2), buffer(50, 1, 3), buffer(100, 3, 4), buffer(7, 4, 9), buffer(300, 5, 6)];
+        let buffers =
+            [buffer(100, 0, 2), buffer(50, 1, 3), buffer(100, 3, 4), buffer(7, 4, 9), buffer(300, 5, 6)];
         let arena = plan(&buffers);
         for i in 0..buffers.len() {
             for j in 0..i {

@@ -50,7 +50,9 @@ impl Agreement {
 
     /// A row for each layer.
     pub fn table(&self) -> String {
-        let row = |l: &LayerError| vec![l.layer.clone(), format!("{:.2e}", l.relative), format!("{:.2e}", l.largest)];
+        let row = |l: &LayerError| {
+            vec![l.layer.clone(), format!("{:.2e}", l.relative), format!("{:.2e}", l.largest)]
+        };
         let rows: Vec<_> = self.layers.iter().map(row).collect();
         output::table(&["layer", "relative error", "largest difference"], &rows)
     }
@@ -65,7 +67,8 @@ pub fn compare(engine: &Path, module: &Module, store: &Store, tokens: usize) -> 
     let text: Vec<u32> = (0..n as u64).map(|i| ((i * 7919 + 13) % ids) as u32).collect();
 
     let mut got: BTreeMap<String, Vec<f32>> = BTreeMap::new();
-    let mut session = Session::new(engine.clone(), &SessionOptions { poison: true, ..SessionOptions::default() })?;
+    let mut session =
+        Session::new(engine.clone(), &SessionOptions { poison: true, ..SessionOptions::default() })?;
     let positions: Vec<u32> = (0..n as u32).collect();
     let step = Step { tokens: &text, positions: &positions, slots: &vec![0; n], rows: n };
     let logits = session.step_tapped(step, &mut |name, _, _, values| {
@@ -79,7 +82,9 @@ pub fn compare(engine: &Path, module: &Module, store: &Store, tokens: usize) -> 
         let Some(got) = got.get(&layer) else { continue };
         let want = want.f32s()?;
         if want.len() != got.len() {
-            return Err(Diag::bug(format!("@{layer} has {} values, expected {}", got.len(), want.len())).into());
+            return Err(
+                Diag::bug(format!("@{layer} has {} values, expected {}", got.len(), want.len())).into()
+            );
         }
         let (mut difference, mut norm, mut largest) = (0.0, 0.0, 0f64);
         for (&a, &b) in got.iter().zip(want) {
@@ -88,7 +93,8 @@ pub fn compare(engine: &Path, module: &Module, store: &Store, tokens: usize) -> 
             norm += f64::from(b) * f64::from(b);
             largest = if d.is_nan() { f64::INFINITY } else { largest.max(d.abs()) };
         }
-        let relative = if largest.is_infinite() { f64::INFINITY } else { (difference / norm.max(1e-30)).sqrt() };
+        let relative =
+            if largest.is_infinite() { f64::INFINITY } else { (difference / norm.max(1e-30)).sqrt() };
         layers.push(LayerError { layer, relative, largest });
     }
     Ok(Agreement { tokens: n, layers })

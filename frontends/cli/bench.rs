@@ -54,7 +54,9 @@ pub fn run(args: Args) -> Outcome {
     let manifest = engine.manifest();
     let context = manifest.context as usize;
     if args.prompt_tokens == 0 || args.repeat == 0 {
-        return Err(Diag::input("there is nothing to measure").help("use at least one prompt token and one run").into());
+        return Err(Diag::input("there is nothing to measure")
+            .help("use at least one prompt token and one run")
+            .into());
     }
     if args.prompt_tokens + args.gen_tokens > context {
         let n = args.prompt_tokens + args.gen_tokens;
@@ -87,7 +89,8 @@ pub fn run(args: Args) -> Outcome {
         let decode_s = start.elapsed().as_secs_f64();
         if n > 0 {
             let batch = slots.len() as f64;
-            let rates = (args.prompt_tokens as f64 * batch / prefill_s, args.gen_tokens as f64 * batch / decode_s);
+            let rates =
+                (args.prompt_tokens as f64 * batch / prefill_s, args.gen_tokens as f64 * batch / decode_s);
             prefill.push(rates.0);
             decode.push(rates.1);
             runs.push(json!({ "prefill_tok_s": rates.0, "decode_tok_s": rates.1 }));
@@ -112,7 +115,10 @@ pub fn run(args: Args) -> Outcome {
     }
     output::line(&format!("prefill  {prefill:.1} tokens/s ({} tokens)", args.prompt_tokens))?;
     let gb = decode / f64::from(args.batch.max(1)) * manifest.decode_bytes_per_token as f64 / 1e9;
-    output::line(&format!("decode   {decode:.1} tokens/s ({} tokens), weights at {gb:.1} GB/s", args.gen_tokens))?;
+    output::line(&format!(
+        "decode   {decode:.1} tokens/s ({} tokens), weights at {gb:.1} GB/s",
+        args.gen_tokens
+    ))?;
     output::line(&format!("weights  {}, loaded in {load_ms:.0} ms", output::bytes(manifest.weight_bytes)))?;
     if !profile.is_empty() {
         let total: u64 = profile.iter().map(|p| p.nanos).sum();
@@ -120,7 +126,12 @@ pub fn run(args: Args) -> Outcome {
         rows.sort_by_key(|p| std::cmp::Reverse(p.nanos));
         let cells = rows.iter().take(24).map(|p| {
             let share = 100.0 * p.nanos as f64 / total.max(1) as f64;
-            vec![p.name.clone(), p.calls.to_string(), format!("{:.1}", p.nanos as f64 / 1e6), format!("{share:.1}")]
+            vec![
+                p.name.clone(),
+                p.calls.to_string(),
+                format!("{:.1}", p.nanos as f64 / 1e6),
+                format!("{share:.1}"),
+            ]
         });
         output::piece(&output::table(&["launch", "calls", "ms", "%"], &cells.collect::<Vec<_>>()))?;
     }

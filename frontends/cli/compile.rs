@@ -57,7 +57,7 @@ pub struct Args {
     #[arg(long, env = "QUANTC_STORE")]
     store: Option<PathBuf>,
     /// Tokens on which the engine is compared with the reference evaluator, layer by layer; 0 skips the comparison. By
-    /// default 16 for models of up to 64 million multiply-adds a token, else 0.
+    /// default 16 for models of up to 64 million multiply-adds a token on a machine that runs the engine, else 0.
     #[arg(long)]
     agreement: Option<usize>,
     #[command(flatten)]
@@ -104,9 +104,18 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
         facts: args.preset.iter().map(|p| ("preset".to_string(), p.clone())).collect(),
     };
     let built = build(&job, &store)?;
-    let agreement = match args.agreement.unwrap_or(if built.macs_per_token <= 64 << 20 { 16 } else { 0 }) {
+    // An engine for another machine is compared only where that was asked for, which is then an error.
+    let usual = if built.macs_per_token <= 64 << 20 && targets::runs_here(target) { 16 } else { 0 };
+    let agreement = match args.agreement.unwrap_or(usual) {
         0 => None,
-        tokens => Some(agreement::compare(&args.output, &built.module, &store, tokens)?),
+        tokens => match agreement::compare(&args.output, &built.module, &store, tokens) {
+            Ok(agreement) => Some(agreement),
+            Err(failure) => {
+                // What failed leaves no engine.
+                let _ = std::fs::remove_dir_all(&args.output);
+                return Err(failure.while_doing("comparing the engine with the reference evaluator"));
+            }
+        },
     };
     let reused = store.stats();
     let summary = json!({

@@ -12,12 +12,11 @@ use std::path::PathBuf;
 
 /// Arguments of `quantc embed`.
 #[derive(clap::Args)]
-#[group(id = "what", required = true, multiple = false, args = ["text", "file"])]
 pub struct Args {
     /// The engine of an encoder.
     engine: PathBuf,
     /// The text to embed.
-    #[arg(long)]
+    #[arg(long, required_unless_present = "file", conflicts_with = "file")]
     text: Option<String>,
     /// A file with one text a line.
     #[arg(long)]
@@ -48,7 +47,9 @@ enum Pool {
 pub fn run(args: Args) -> Outcome {
     let engine = subject::open_engine(&args.engine, true)?;
     if engine.manifest().kind != Kind::Encoder as i32 {
-        return Err(Diag::input("this engine is a decoder and embeds no text").help("use `quantc run`").into());
+        return Err(Diag::input("this engine is a decoder and embeds no text")
+            .help("use `quantc run`")
+            .into());
     }
     let tokenizer = subject::tokenizer(&engine)?;
     let texts: Vec<String> = match (&args.text, &args.file) {
@@ -57,13 +58,16 @@ pub fn run(args: Args) -> Outcome {
         (None, None) => vec![],
     };
     let (width, context) = (engine.manifest().vocab as usize, engine.manifest().context as usize);
-    let mut session = Session::new(engine, &SessionOptions { threads: args.threads, ..SessionOptions::default() })?;
+    let mut session =
+        Session::new(engine, &SessionOptions { threads: args.threads, ..SessionOptions::default() })?;
     let (mut vectors, mut counts) = (vec![], vec![]);
     for text in &texts {
         let tokens = tokenizer.encode(text, true)?;
         if tokens.is_empty() || tokens.len() > context {
             let n = tokens.len();
-            return Err(Diag::input(format!("a text has {n} tokens, the encoder takes 1 to {context}")).into());
+            return Err(
+                Diag::input(format!("a text has {n} tokens, the encoder takes 1 to {context}")).into()
+            );
         }
         let rows = session.encode(&tokens)?;
         vectors.push(pooled(rows, width, args.pool, !args.no_normalize));

@@ -44,7 +44,9 @@ pub fn run(args: Args) -> Outcome {
     let window = args.window.unwrap_or(context.min(2048));
     let shortest = base.as_ref().map_or(context, |b| b.manifest().context.min(context));
     if window > shortest {
-        return Err(Diag::input(format!("a window of {window} tokens exceeds the context of {shortest}")).into());
+        return Err(
+            Diag::input(format!("a window of {window} tokens exceeds the context of {shortest}")).into()
+        );
     }
     let bos = engine.manifest().generation.as_ref().and_then(|g| g.bos);
     let windows = Windows::new(tokens, bos, window, args.max_tokens)?;

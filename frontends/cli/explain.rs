@@ -46,18 +46,26 @@ pub fn run(args: Args) -> Outcome {
     output::line(&format!("target    {} ({})", manifest.target.name, manifest.target.features.join(" ")))?;
     output::line(&format!("pipeline  {}", manifest.pipeline))?;
     let arena = output::bytes(manifest.arena_bytes);
-    output::line(&format!("memory    arena {arena}, scratch {} a thread", output::bytes(manifest.scratch_bytes)))?;
+    output::line(&format!(
+        "memory    arena {arena}, scratch {} a thread",
+        output::bytes(manifest.scratch_bytes)
+    ))?;
     for program in &manifest.programs {
         let launches = &program.launches;
-        let barriers = launches.iter().filter(|l| l.flags & quantc_runtime::format::NO_BARRIER_AFTER == 0).count();
+        let barriers =
+            launches.iter().filter(|l| l.flags & quantc_runtime::format::NO_BARRIER_AFTER == 0).count();
         let n = launches.len();
-        output::line(&format!("tokens    {} to {}: {n} launches, {barriers} barriers", program.min_t, program.max_t))?;
+        output::line(&format!(
+            "tokens    {} to {}: {n} launches, {barriers} barriers",
+            program.min_t, program.max_t
+        ))?;
     }
     for kernel in chosen {
         output::line(&format!("\n{}", text(&kernel["symbol"])))?;
         let launches = list(&kernel["launches"]);
         let shown = launches.iter().take(6).cloned().collect::<Vec<_>>().join(", ");
-        let more = if launches.len() > 6 { format!(", and {} more", launches.len() - 6) } else { String::new() };
+        let more =
+            if launches.len() > 6 { format!(", and {} more", launches.len() - 6) } else { String::new() };
         output::line(&format!("  for      {shown}{more}"))?;
         output::line(&format!("  template {}", text(&kernel["template"])))?;
         let choice = text(&kernel["choice"]);

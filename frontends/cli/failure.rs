@@ -20,6 +20,15 @@ pub enum Failure {
 pub type Outcome<T = ()> = std::result::Result<T, Failure>;
 
 impl Failure {
+    /// Adds what the tool was doing.
+    #[cfg(feature = "llvm")]
+    pub fn while_doing(mut self, doing: &str) -> Failure {
+        if let Failure::Refused(diags) = &mut self {
+            diags.0.iter_mut().for_each(|d| d.context.push(doing.to_string()));
+        }
+        self
+    }
+
     /// Prints the failure and gives its exit code.
     pub fn report(self) -> ExitCode {
         match self {

@@ -32,7 +32,8 @@ pub fn run(args: Args) -> Outcome {
     let text = quantc_ir::text::print(&imported.module);
     match &args.output {
         None => output::piece(&text),
-        Some(path) => std::fs::write(path, text)
-            .map_err(|e| Diag::system(format!("cannot write: {e}")).in_file(path.display().to_string()).into()),
+        Some(path) => std::fs::write(path, text).map_err(|e| {
+            Diag::system(format!("cannot write: {e}")).in_file(path.display().to_string()).into()
+        }),
     }
 }

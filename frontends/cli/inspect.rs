@@ -30,8 +30,14 @@ pub fn run(args: Args) -> Outcome {
     let module = read(&args.subject, &store)?;
     let mut rows = vec![];
     for (id, weight) in module.weights.iter() {
-        let digest = if args.digests { store.digest(&module.weights, id)?.to_string() } else { String::new() };
-        rows.push((weight.name.clone(), weight.ty.to_string(), weight.ty.stored_bytes().unwrap_or(0), digest));
+        let digest =
+            if args.digests { store.digest(&module.weights, id)?.to_string() } else { String::new() };
+        rows.push((
+            weight.name.clone(),
+            weight.ty.to_string(),
+            weight.ty.stored_bytes().unwrap_or(0),
+            digest,
+        ));
     }
     let total: u64 = rows.iter().map(|r| r.2).sum();
     if args.json {

@@ -77,8 +77,11 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
             .map_err(|e| Diag::input(format!("cannot read stdin: {e}")))?,
         _ => crate::subject::read_text(&args.file)?,
     };
-    let mut module = text::parse(&source, &place)?.module;
-    verify(&module)?;
+    let parsed = text::parse(&source, &place)?;
+    let mut module = parsed.module;
+    if let Err(errors) = verify::verify(&module) {
+        return Err(errors.locate(&module, &parsed.places, &place).into());
+    }
     let store = Store::in_memory();
     let folder = args.file.parent().map(PathBuf::from).unwrap_or_default();
     for (id, shard) in module.shards.iter() {
@@ -132,7 +135,7 @@ pub fn run_pipeline(
     show: &Show,
     progress: &mut dyn Hook,
 ) -> Outcome<Report> {
-    let mut verify_each = VerifyEach::default();
+    let mut verify_each = VerifyEach;
     let when = if show.print_after { When::Always } else { When::Change };
     let mut print = PrintIr::new(when, Box::new(std::io::stderr()));
     let mut reproduce = Reproduce::new(std::env::temp_dir());

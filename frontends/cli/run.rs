@@ -53,13 +53,17 @@ pub fn run(args: Args) -> Outcome {
     let tokenizer = subject::tokenizer(&engine)?;
     let manifest = engine.manifest().clone();
     if manifest.kind == quantc_runtime::format::Kind::Encoder as i32 {
-        return Err(Diag::input("this engine is an encoder and generates no text").help("use `quantc embed`").into());
+        return Err(Diag::input("this engine is an encoder and generates no text")
+            .help("use `quantc embed`")
+            .into());
     }
     let generation = manifest.generation.clone().unwrap_or_default();
     let mut prompt: Vec<u32> = generation.bos.into_iter().collect();
     prompt.extend(tokenizer.encode(&args.prompt, false)?);
     if prompt.is_empty() {
-        return Err(Diag::input("the prompt is empty, and the model has no token to begin with").help("give --prompt").into());
+        return Err(Diag::input("the prompt is empty, and the model has no token to begin with")
+            .help("give --prompt")
+            .into());
     }
     let context = manifest.context as usize;
     if prompt.len() >= context {
@@ -73,7 +77,8 @@ pub fn run(args: Args) -> Outcome {
         seed: args.seed,
     };
     let mut sampler = Sampler::new(options, manifest.vocab as usize)?;
-    let mut session = Session::new(engine, &SessionOptions { threads: args.threads, ..SessionOptions::default() })?;
+    let mut session =
+        Session::new(engine, &SessionOptions { threads: args.threads, ..SessionOptions::default() })?;
 
     let start = Instant::now();
     let mut next = sampler.sample(session.prefill(0, &prompt, 1)?)?;

@@ -55,7 +55,9 @@ impl Windows {
         }
         let size = (window as usize).saturating_sub(1);
         if size < 2 {
-            return Err(Diag::input(format!("a window of {window} tokens scores nothing")).help("use at least 3").into());
+            return Err(Diag::input(format!("a window of {window} tokens scores nothing"))
+                .help("use at least 3")
+                .into());
         }
         if tokens.len() < size {
             let have = tokens.len();
@@ -66,7 +68,9 @@ impl Windows {
     }
 
     fn iter(&self) -> impl Iterator<Item = Vec<u32>> {
-        self.tokens.chunks_exact(self.size).map(|chunk| self.bos.into_iter().chain(chunk.iter().copied()).collect())
+        self.tokens
+            .chunks_exact(self.size)
+            .map(|chunk| self.bos.into_iter().chain(chunk.iter().copied()).collect())
     }
 }
 
@@ -109,7 +113,9 @@ pub fn score(
     if let Some(base) = base.as_deref() {
         let other = base.engine().manifest().vocab as usize;
         if other != width {
-            return Err(Diag::input(format!("the engines have vocabularies of {width} and {other} tokens")).into());
+            return Err(
+                Diag::input(format!("the engines have vocabularies of {width} and {other} tokens")).into()
+            );
         }
         chunk = chunk.min(rows_of(base));
     }

@@ -23,7 +23,9 @@ pub fn open_engine(path: &Path, verify_weights: bool) -> Outcome<Arc<Engine>> {
     if path.is_dir() && !is_engine(path) {
         let diag = Diag::input(format!("this folder has no `{MANIFEST_FILE}`, so it is not an engine"));
         let diag = diag.in_file(path.display().to_string());
-        return Err(diag.help("make one with `quantc compile MODEL --target host --preset f32 -o ENGINE`").into());
+        return Err(diag
+            .help("make one with `quantc compile MODEL --target host --preset f32 -o ENGINE`")
+            .into());
     }
     Ok(Arc::new(Engine::open(path, &OpenOptions { verify_weights })?))
 }
@@ -73,7 +75,9 @@ impl Scratch {
                 return Ok(Scratch(path));
             }
         }
-        Err(Diag::system("cannot create a folder for temporary files").in_file(base.display().to_string()).into())
+        Err(Diag::system("cannot create a folder for temporary files")
+            .in_file(base.display().to_string())
+            .into())
     }
 }
 
@@ -88,7 +92,9 @@ pub fn tokenizer(engine: &Engine) -> Outcome<Tokenizer> {
     let missing = engine.manifest().file("tokenizer.json").is_none();
     if missing {
         let place = engine.path().display().to_string();
-        return Err(Diag::input("the engine has no tokenizer, because its model had none").in_file(place).into());
+        return Err(Diag::input("the engine has no tokenizer, because its model had none")
+            .in_file(place)
+            .into());
     }
     let bytes = engine.read_file("tokenizer.json")?;
     let place = engine.path().join("tokenizer.json");

@@ -158,6 +158,9 @@ pub fn arg<'a>(args: &[Option<&'a Tensor>], i: usize) -> Result<&'a Tensor> {
     args.get(i).copied().flatten().ok_or_else(|| Diag::bug(format!("operand {i} is missing in evaluation")))
 }
 
+/// Runs the layer of a name on operands.
+type RunLayer<'a> = dyn Fn(&str, &[&Tensor], EvalCx<'_>) -> Result<Tensor> + 'a;
+
 /// What an op may ask while it is evaluated.
 pub struct EvalCx<'a> {
     /// Tokens in the state before this call.
@@ -168,7 +171,7 @@ pub struct EvalCx<'a> {
     pub rows: u64,
     states: &'a mut BTreeMap<StateId, Tensor>,
     arg_states: Vec<Option<StateId>>,
-    layer: &'a dyn Fn(&str, &[&Tensor], EvalCx<'_>) -> Result<Tensor>,
+    layer: &'a RunLayer<'a>,
 }
 
 impl EvalCx<'_> {

@@ -104,7 +104,8 @@ pub fn resolve(weights: &Weights, id: WeightId) -> Result<WeightId> {
     for _ in 0..=weights.len() {
         let decl = weights.get(at).ok_or_else(|| missing(at))?;
         if decl.ty != first.ty {
-            let message = format!("is an alias of @{}, but that is {} and not {}", decl.name, decl.ty, first.ty);
+            let message =
+                format!("is an alias of @{}, but that is {} and not {}", decl.name, decl.ty, first.ty);
             return Err(problem(first, message));
         }
         match decl.source {

@@ -44,9 +44,7 @@ fn huge_types_take_no_memory() {
     let sources = ["splat 1.0", "blob ", "file 0[0..+8]", "inline [[1.0]]"];
     for source in sources {
         let source = if source == "blob " { format!("blob {}", "0".repeat(64)) } else { source.to_string() };
-        for dims in
-            ["99999999999x99999", "18446744073709551615x18446744073709551615", "0x99999999999"]
-        {
+        for dims in ["99999999999x99999", "18446744073709551615x18446744073709551615", "0x99999999999"] {
             let text =
                 format!("module @m\nshard 0 = \"f\"\nweight @w : tensor<{dims}xf32> = {source}\n{FUNCTION}");
             let Ok(parsed) = parse(&text, "hostile") else {
