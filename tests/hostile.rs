@@ -479,6 +479,10 @@ fn weights_that_are_not_numbers_are_named() {
     let weights = [
         ("model.layers.0.self_attn.q_proj.weight", "l0.attn.q"),
         ("model.layers.1.mlp.down_proj.weight", "l1.mlp.down"),
+        // What no product reads.
+        ("model.embed_tokens.weight", "@head"),
+        ("model.norm.weight", "@norm"),
+        ("model.layers.0.self_attn.q_proj.bias", "l0.attn.q.bias"),
     ];
     for (tensor, name) in weights {
         for number in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {

@@ -6,13 +6,14 @@ use quantc_codegen::backend::CpuBackend;
 use quantc_codegen::engine::{self, Request};
 use quantc_codegen::targets;
 use quantc_frontends::{ImportOptions, Imported};
-use quantc_ir::diag::{Diag, Diags};
+use quantc_ir::diag::{Diag, Diags, Loc};
 use quantc_ir::target::TargetDesc;
+use quantc_ir::ty::ElemTy;
 use quantc_ir::weights::Store;
+use quantc_passes::Registry;
 use quantc_passes::manager::{self, LayerAt, Report};
 use quantc_passes::pass::Env;
 use quantc_passes::pipeline;
-use quantc_passes::Registry;
 use quantc_passes::presets::Preset;
 use quantc_runtime::stats;
 use serde_json::{Map, Value, json};
@@ -148,7 +149,8 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
     if let Some(agreement) = &agreement {
         output::line(&format!("agrees   {}", agreement.verdict()))?;
     }
-    let rss = stats::peak_rss_bytes().map_or(String::new(), |b| format!(", peak memory {}", output::bytes(b)));
+    let rss =
+        stats::peak_rss_bytes().map_or(String::new(), |b| format!(", peak memory {}", output::bytes(b)));
     output::line(&format!("time     {:.1} s{rss}", start.elapsed().as_secs_f64()))?;
     Ok(())
 }
@@ -166,7 +168,9 @@ fn with_cache_format(text: &str, format: &str) -> Outcome<String> {
 fn default_store() -> Outcome<PathBuf> {
     let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let cache = var("XDG_CACHE_HOME").or_else(|| var("HOME").map(|h| h.join(".cache")));
-    let cache = cache.ok_or_else(|| Diag::system("there is no home folder to keep derived weights in").help("give --store"))?;
+    let cache = cache.ok_or_else(|| {
+        Diag::system("there is no home folder to keep derived weights in").help("give --store")
+    })?;
     Ok(cache.join("quantc"))
 }
 
@@ -234,20 +238,27 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
             eprintln!("{text}");
         }
     };
+    // Refused before hours of passes, not after them.
+    engine::check_place(job.out)?;
     let imported = read_model(job.model, store, job.context)?;
     let mut module = imported.module;
     imported.notes.iter().for_each(|note| say(&format!("note: {note}")));
     if !imported.unused.is_empty() {
         let shown: Vec<&str> = imported.unused.iter().take(4).map(String::as_str).collect();
         let n = imported.unused.len();
-        say(&format!("note: {n} tensors are not used: {}{}", shown.join(", "), if n > 4 { ", .." } else { "" }));
+        say(&format!(
+            "note: {n} tensors are not used: {}{}",
+            shown.join(", "),
+            if n > 4 { ", .." } else { "" }
+        ));
     }
     opt::verify(&module)?;
     let tokenizer = match &imported.tokenizer {
         None => None,
         Some(path) => {
             let place = path.display().to_string();
-            let bytes = std::fs::read(path).map_err(|e| Diag::input(format!("cannot read it: {e}")).in_file(&place))?;
+            let bytes = std::fs::read(path)
+                .map_err(|e| Diag::input(format!("cannot read it: {e}")).in_file(&place))?;
             // An engine must not carry a tokenizer that will not load.
             quantc_frontends::Tokenizer::from_bytes(&bytes, &place)?;
             Some(bytes)
@@ -265,6 +276,7 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
         output::piece(&quantc_ir::text::print(&module))?;
         return Err(crate::failure::Failure::Closed);
     }
+    all_finite(&module, store)?;
     say("generating code");
     let macs_per_token = macs(&module);
     let written = engine::write(
@@ -282,6 +294,31 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
     Ok(Built { module, written, macs_per_token })
 }
 
+/// Refuses weights with elements that are not finite. Rounding and packing look at what they read; this looks at what is
+/// stored as plain floats: embeddings, gains and biases.
+fn all_finite(module: &quantc_ir::module::Module, store: &Store) -> Outcome {
+    /// Bytes of numbers looked at together.
+    const BLOCK: usize = 1 << 20;
+    let mut numbers = vec![];
+    for (id, weight) in module.weights.iter() {
+        if !matches!(weight.ty.elem, ElemTy::F32 | ElemTy::F16 | ElemTy::Bf16) {
+            continue;
+        }
+        let view = store.view(&module.weights, id)?;
+        for rows in view.row_blocks(BLOCK) {
+            numbers.resize(rows.len() * view.cols(), 0.0);
+            view.read_rows_f32(rows.start, rows.len(), &mut numbers)?;
+            if let Some(at) = numbers.iter().position(|x: &f32| !x.is_finite()) {
+                let (row, column) = (rows.start + at / view.cols(), at % view.cols());
+                let diag = Diag::input(format!("row {row}, column {column} is {}", numbers[at]));
+                return Err(diag.at(Loc::Item(format!("@{}", weight.name))).into());
+            }
+            view.release(rows);
+        }
+    }
+    Ok(())
+}
+
 /// Multiply-adds of one token.
 fn macs(module: &quantc_ir::module::Module) -> u64 {
     use quantc_ir::ops::OpSpec;
@@ -297,8 +334,12 @@ fn macs(module: &quantc_ir::module::Module) -> u64 {
 
 /// The part of the report that does not depend on the machine or the clock, so that engines are reproducible.
 fn report_json(module: &quantc_ir::module::Module, report: &Report) -> Map<String, Value> {
-    let remarks: Vec<Value> =
-        report.remarks.0.iter().map(|r| json!({ "pass": r.pass, "place": r.place, "text": r.text })).collect();
+    let remarks: Vec<Value> = report
+        .remarks
+        .0
+        .iter()
+        .map(|r| json!({ "pass": r.pass, "place": r.place, "text": r.text }))
+        .collect();
     let weights: Vec<Value> = module
         .weights
         .values()
