@@ -288,7 +288,7 @@ fn cannot_write(path: &Path, e: &std::io::Error) -> Diag {
 }
 
 /// Refuses to replace what is not an engine.
-fn check_place(out: &Path) -> Result<()> {
+pub fn check_place(out: &Path) -> Result<()> {
     if !out.exists() || out.join(format::MANIFEST_FILE).is_file() {
         return Ok(());
     }
