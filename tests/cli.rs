@@ -96,7 +96,7 @@ fn the_input_is_refused() {
         (args("run {} --prompt a", &[&tales()]), "quantc compile"),
         (args("eval {} --text {}", &[&engine, &missing]), "missing"),
         (args("eval {} --text {} --window 100000", &[&engine, &text()]), "context"),
-        (args("eval {} --text {} --window 2", &[&engine, &text()]), "window"),
+        (args("eval {} --text {} --window 1", &[&engine, &text()]), "window"),
         (args("bench {} --prompt-tokens 5000", &[&engine]), "context"),
         (args("embed {} --text a", &[&engine]), "decoder"),
         (args("explain {}", &[&missing]), "missing"),
