@@ -176,7 +176,8 @@ impl Stream<'_> {
 
     /// Forgets the older half of the tokens, if the text of the others does not depend on them.
     fn let_go(&mut self) -> Result<()> {
-        let rest = &self.ids[Stream::MOST / 2..];
+        // The cut moves with each token: at one place it may fall inside a character.
+        let rest = &self.ids[self.ids.len() - Stream::MOST / 2..];
         let text = self.tokenizer.decode(rest)?;
         // A decoder may strip the space in front of a text, so the shorter text must be what the longer ends with.
         if !text.is_empty() && self.given.ends_with(&text) {
@@ -277,5 +278,22 @@ mod tests {
         let t = Tokenizer::from_bytes(text, "t.json").unwrap();
         assert_eq!(t.encode("a b b", true).unwrap(), [0, 1, 1]);
         assert_eq!(t.encode_at_most("a b b", 2).unwrap(), [0, 1]);
+    }
+
+    #[test]
+    fn a_stream_forgets_although_characters_are_spread_over_tokens() {
+        let text = r#"{"version": "1.0", "decoder": {"type": "ByteLevel", "add_prefix_space": false,
+            "trim_offsets": true, "use_regex": false},
+            "model": {"type": "BPE", "vocab": {"a": 0, "Ã": 1, "©": 2}, "merges": []}}"#;
+        let t = Tokenizer::from_bytes(text.as_bytes(), "t.json").unwrap();
+        let mut stream = t.stream();
+        let ids: Vec<u32> = std::iter::once(0).chain([1, 2].repeat(200)).collect();
+        let mut told = String::new();
+        for id in ids {
+            told += &stream.push(id).unwrap();
+            assert!(stream.ids.len() <= Stream::MOST + 2, "{} tokens are decoded again", stream.ids.len());
+        }
+        told += &stream.finish().unwrap();
+        assert_eq!(told, format!("a{}", "é".repeat(200)));
     }
 }

@@ -341,6 +341,25 @@ fn end_tokens_may_be_several_and_start_tokens_may_stand_in_the_tokenizer() {
 }
 
 #[test]
+fn the_tokenizer_decides_what_starts_a_text() {
+    // As in Qwen 2.5: ids in both configurations, and a tokenizer that puts nothing in front of texts.
+    let dir = copy_of("tales-3M");
+    replace(dir.path(), "tokenizer_config.json", "\"<s>\"", "null");
+    let imported = load(dir.path()).imported;
+    assert_eq!((imported.facts.bos, imported.facts.eos.as_slice()), (None, &[1][..]));
+    assert!(!imported.module.facts.contains_key("bos"));
+
+    // Without the key the configurations decide.
+    replace(dir.path(), "tokenizer_config.json", "\"bos_token\"", "\"pad_token\"");
+    assert_eq!(load(dir.path()).imported.facts.bos, Some(0));
+
+    // A token that the tokenizer names goes before an id that differs.
+    let dir = copy_of("tales-3M");
+    replace(dir.path(), "generation_config.json", "\"bos_token_id\": 0", "\"bos_token_id\": 7");
+    assert_eq!(load(dir.path()).imported.facts.bos, Some(0));
+}
+
+#[test]
 fn quantized_weights_are_refused_and_still_listed() {
     let dir = copy_of("tiny-llama3");
     let path = dir.path().join("model.safetensors");
