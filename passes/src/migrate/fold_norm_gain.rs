@@ -98,6 +98,9 @@ fn readers(cx: &PassCx<'_>, v: ValueId, with_bias: bool) -> Result<Vec<OpId>, St
         }
         let Some(mm) = node.op.is::<MatMul>() else { return Err(format!("`{}` reads it", node.op.name())) };
         let matrix = graph.as_weight(node.args[1]).filter(|&w| cx.module.weights[w].ty.elem.is_float());
+        if node.args[0] != v {
+            return Err("an epilogue reads it".into());
+        }
         if matrix.is_none() || node.args.iter().filter(|&&a| a == v).count() > 1 {
             return Err("a matmul reads it with something that is not a float weight".into());
         }
