@@ -5,7 +5,7 @@ use quantc_ir::weights::WeightView;
 use std::ops::Range;
 
 /// Calls `f` with the index of the first row and the numbers of each block of rows, in order. A block takes at most
-/// about `budget` bytes, and what was read is released.
+/// about `budget` bytes, and what was read is released. Rows without elements are not visited, however many they are.
 pub fn rows(
     view: &WeightView<'_>,
     budget: usize,
@@ -21,7 +21,10 @@ pub fn rows_in(
     budget: usize,
     mut f: impl FnMut(usize, &mut [f32]) -> Result<()>,
 ) -> Result<()> {
-    let step = (budget / view.cols().max(1).saturating_mul(4)).max(1);
+    if view.cols() == 0 {
+        return Ok(());
+    }
+    let step = (budget / view.cols().saturating_mul(4)).max(1);
     let mut block = vec![];
     let mut first = range.start;
     while first < range.end {

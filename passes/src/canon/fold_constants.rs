@@ -63,7 +63,8 @@ impl FoldConstants {
         }
         let present = node.args.iter().filter(|&&a| !graph.is_none(a));
         let inputs: Vec<WeightId> = present.map(|&a| graph.as_weight(a)).collect::<Option<_>>()?;
-        let plain = |ty: &TensorTy| ty.elem != ElemTy::I32 && ty.shape.dims().is_some();
+        // A type without elements may have extents of any size, and nothing is gained by computing it here.
+        let plain = |ty: &TensorTy| ty.elem != ElemTy::I32 && ty.shape.elements().is_some_and(|n| n > 0);
         let all_plain =
             inputs.iter().all(|&w| plain(&cx.module.weights[w].ty)) && plain(graph.ty(node.result));
         (!inputs.is_empty() && all_plain).then_some(inputs)

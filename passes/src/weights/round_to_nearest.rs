@@ -170,12 +170,13 @@ pub(super) fn selects(only: &[Pattern], skip: &[Pattern], name: &str) -> bool {
     (only.is_empty() || only.any_matches(name)) && !skip.any_matches(name)
 }
 
-/// The weight of a `matmul` when it is a matrix of plain floats, and its value.
+/// The weight of a `matmul` when it is a matrix of plain floats with at least one element, and its value.
 pub(super) fn float_matrix(graph: &Graph, op: OpId) -> Option<(WeightId, ValueId)> {
     let node = graph.node(op);
     let Op::MatMul(matmul) = &node.op else { return None };
     let value = *node.args.get(1)?;
     let ty = graph.ty(value);
-    let plain = ty.rank() == 2 && ty.elem.is_float() && matmul.packed.is_empty();
+    let filled = ty.shape.elements().is_some_and(|n| n > 0);
+    let plain = ty.rank() == 2 && filled && ty.elem.is_float() && matmul.packed.is_empty();
     graph.as_weight(value).filter(|_| plain).map(|w| (w, value))
 }
