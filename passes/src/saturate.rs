@@ -243,7 +243,12 @@ impl Saturator {
             }
         }
         egraph.rebuild();
-        let choice = extract::extract(&egraph, cost, &roots, &original)?;
+        // Without a match there is nothing to choose from, however long the function is.
+        let choice = if matches.iter().any(|&n| n > 0) {
+            extract::extract(&egraph, cost, &roots, &original)?
+        } else {
+            extract::Choice::of(original.into_iter())
+        };
         let canonical = |node: ENode| node.map_children_to(&egraph);
         let because: BTreeMap<ENode, Origin> = because
             .into_iter()

@@ -52,6 +52,12 @@ pub(super) struct Choice {
 }
 
 impl Choice {
+    /// The choice of these nodes; ids and operands are canonical.
+    pub(super) fn of(nodes: impl Iterator<Item = (Id, ENode)>) -> Choice {
+        let (ids, nodes): (Vec<Id>, Vec<Option<ENode>>) = nodes.map(|(id, node)| (id, Some(node))).unzip();
+        Choice { index: ids.into_iter().enumerate().map(|(i, id)| (id, i)).collect(), nodes }
+    }
+
     /// The node of a class.
     pub(super) fn node(&self, egraph: &Graph, id: Id) -> Result<&ENode> {
         let node = self.index.get(&egraph.find(id)).and_then(|&i| self.nodes[i].as_ref());
