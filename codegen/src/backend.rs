@@ -62,7 +62,11 @@ pub fn weight_format(w: ElemTy, k: u32) -> Result<WFmt> {
         f => return Err(Diag::target(format!("weights of format {f} have no matmul kernel"))),
     };
     let zero = match scheme.zero {
-        scheme::Zero::Point(_) if code.is_int() => Zero::Asym,
+        scheme::Zero::Point(zero) if code.is_int() && *zero == *format => Zero::Asym,
+        scheme::Zero::Point(zero) if code.is_int() => {
+            return Err(Diag::target(format!("{scheme}: zero points of format {zero} have no kernel"))
+                .help("kernels take zero points in the format of the weights"));
+        }
         scheme::Zero::Point(_) => {
             return Err(Diag::target(format!("{scheme}: zero points of a float format have no kernel")));
         }

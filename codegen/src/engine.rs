@@ -231,12 +231,19 @@ fn write_weights(
             }
         }
         let len = out.len - offset;
-        blobs.push(Blob {
-            name: source.name.clone(),
-            offset,
-            len,
-            digest: hash.finalize().as_bytes().to_vec(),
-        });
+        let digest = hash.finalize().as_bytes().to_vec();
+        if let BlobSource::Stored(stored) = &source.source
+            && (stored.0[..] != digest[..] || source.bytes.is_some_and(|bytes| bytes != len))
+        {
+            let diag = Diag::input(format!(
+                "the packed bytes of weight @{} are not what kernels expect",
+                source.name
+            ));
+            return Err(diag.in_file(store.dir().unwrap_or(Path::new("memory")).display().to_string()).help(
+                "the folder of derived weights is damaged, or the module names a blob of something else",
+            ));
+        }
+        blobs.push(Blob { name: source.name.clone(), offset, len, digest });
     }
     Ok((blobs, out.finish(format::WEIGHTS_FILE)?))
 }
@@ -287,7 +294,7 @@ fn cannot_write(path: &Path, e: &std::io::Error) -> Diag {
     Diag::system(format!("cannot write: {e}")).in_file(path.display().to_string())
 }
 
-/// Refuses to replace what is not an engine.
+/// Refuses to replace what is not an engine. [`write`] asks it too; ask it before long work.
 pub fn check_place(out: &Path) -> Result<()> {
     if !out.exists() || out.join(format::MANIFEST_FILE).is_file() {
         return Ok(());
@@ -314,16 +321,17 @@ impl Folder {
             _ => Path::new("."),
         };
         fs::create_dir_all(parent).map_err(|e| cannot_write(parent, &e))?;
-        let prefix = format!(".{}.partial-", name.to_string_lossy());
+        let (partial, replaced) = (temporary(name, "partial"), temporary(name, "replaced"));
         // What a killed compilation to the same place has left.
         for entry in fs::read_dir(parent).map_err(|e| cannot_write(parent, &e))?.flatten() {
             let name = entry.file_name();
-            let owner = name.to_string_lossy().strip_prefix(&prefix).and_then(|pid| pid.parse::<u32>().ok());
+            let owner = |prefix| name.to_string_lossy().strip_prefix(prefix)?.parse::<u32>().ok();
+            let owner = owner(partial.as_str()).or_else(|| owner(replaced.as_str()));
             if owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
                 let _ = fs::remove_dir_all(entry.path());
             }
         }
-        let path = parent.join(format!("{prefix}{}", std::process::id()));
+        let path = parent.join(format!("{partial}{}", std::process::id()));
         let _ = fs::remove_dir_all(&path);
         fs::create_dir(&path).map_err(|e| cannot_write(&path, &e))?;
         Ok(Folder { path })
@@ -337,17 +345,24 @@ impl Folder {
 
     /// Moves the folder to its place.
     fn publish(self, out: &Path) -> Result<()> {
-        if out.exists() {
-            let old = self.path.with_extension("old");
-            fs::rename(out, &old).map_err(|e| cannot_write(out, &e))?;
-            fs::rename(&self.path, out).map_err(|e| cannot_write(out, &e))?;
-            fs::remove_dir_all(&old).map_err(|e| cannot_write(&old, &e))?;
-        } else {
-            fs::rename(&self.path, out).map_err(|e| cannot_write(out, &e))?;
+        if !out.exists() {
+            return fs::rename(&self.path, out).map_err(|e| cannot_write(out, &e));
         }
-        std::mem::forget(self);
-        Ok(())
+        let name = out.file_name().unwrap_or_default();
+        let old = self.path.with_file_name(format!("{}{}", temporary(name, "replaced"), std::process::id()));
+        let _ = fs::remove_dir_all(&old);
+        fs::rename(out, &old).map_err(|e| cannot_write(out, &e))?;
+        if let Err(e) = fs::rename(&self.path, out) {
+            let _ = fs::rename(&old, out);
+            return Err(cannot_write(out, &e));
+        }
+        fs::remove_dir_all(&old).map_err(|e| cannot_write(&old, &e))
     }
+}
+
+/// How the name of a folder beside `name` begins that belongs to one process, whose number follows.
+fn temporary(name: &std::ffi::OsStr, what: &str) -> String {
+    format!(".{}.{what}-", name.to_string_lossy())
 }
 
 impl Drop for Folder {

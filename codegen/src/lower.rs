@@ -23,7 +23,7 @@ use quantc_ir::module::Module;
 use quantc_ir::ops::{self, Op, QMATMUL_EXTRAS, Step as EpilogueStep};
 use quantc_ir::ty::{Dim, ElemTy, TensorTy};
 use quantc_ir::weights::{Digest, Store};
-use quantc_runtime::format::{Input, Items, Ref, Sym};
+use quantc_runtime::format::{Input, Items, MAX_BUFFER_BYTES, Ref, Sym};
 use std::collections::BTreeMap;
 
 /// Sizes of an engine that are not the model's.
@@ -71,6 +71,8 @@ pub struct EngineBlob {
     pub source: BlobSource,
     /// Whether every token reads all of it.
     pub streamed: bool,
+    /// The bytes that kernels expect of a stored blob.
+    pub bytes: Option<u64>,
 }
 
 /// A value on the way to its launch.
@@ -157,13 +159,26 @@ pub fn lower(module: &Module, store: &Store, limits: Limits) -> Result<Lowered> 
             module.main.params.len()
         )));
     }
+    for &param in &module.main.params {
+        let ty = module.main.ty(param);
+        if ty.elem != ElemTy::I32 || ty.rank() != 1 || extent(ty)?.rows != Rows::T {
+            return Err(Diag::target(format!(
+                "an input of @main has type {ty}, engines take ids, i32 for each token"
+            )));
+        }
+    }
     let params = inputs.iter().take(module.main.params.len()).map(|&i| Val::plain(Place::Input(i))).collect();
     let results = cx.graph(&module.main, "main", params)?;
     let (&[result], [value]) = (&module.main.results[..], &results[..]) else {
         return Err(Diag::target(format!("@main has {} results, engines have one", results.len())));
     };
     let ty = module.main.ty(result);
-    let (_, width) = matrix(ty)?;
+    let (rows, width) = matrix(ty)?;
+    let encoder = module.facts.get("kind").is_some_and(|kind| kind == "encoder");
+    if rows == Rows::T && !encoder {
+        let what = "the result of @main has a row for each token, decoders give the rows that are wanted";
+        return Err(Diag::target(what).help("put `last_rows` in front of the last product"));
+    }
     let Place::Buffer(out) = value.place else {
         return Err(Diag::target("the result of @main is not computed by any op"));
     };
@@ -282,6 +297,19 @@ struct Operand<'a> {
     ty: &'a TensorTy,
 }
 
+impl Operand<'_> {
+    /// Refuses what is not rows of f32, one or some for each token of the call.
+    fn f32_of_tokens(&self, what: &str) -> Result<()> {
+        if self.ty.elem != ElemTy::F32 || extent(self.ty)?.rows != Rows::T {
+            let ty = self.ty;
+            return Err(Diag::target(format!(
+                "{what} of type {ty} have no kernel: they must be f32, for each token"
+            )));
+        }
+        Ok(())
+    }
+}
+
 impl Lowering<'_> {
     fn graph(&mut self, graph: &Graph, function: &str, params: Vec<Val>) -> Result<Vec<Val>> {
         let mut values: BTreeMap<ValueId, Val> = graph.params.iter().copied().zip(params).collect();
@@ -310,11 +338,16 @@ impl Lowering<'_> {
         Place::Buffer(self.buffers.len() - 1)
     }
 
-    fn blob(&mut self, name: &str, source: BlobSource, streamed: bool) -> Place {
+    /// A blob that some tokens read rows of, or that is small.
+    fn blob(&mut self, name: &str, source: BlobSource) -> Place {
+        self.add_blob(EngineBlob { name: name.into(), source, streamed: false, bytes: None })
+    }
+
+    fn add_blob(&mut self, blob: EngineBlob) -> Place {
         let next = self.blobs.len() as u32;
-        let index = *self.blob_index.entry(source.clone()).or_insert(next);
+        let index = *self.blob_index.entry(blob.source.clone()).or_insert(next);
         if index == next {
-            self.blobs.push(EngineBlob { name: name.into(), source, streamed });
+            self.blobs.push(blob);
         }
         Place::Blob(index)
     }
@@ -328,7 +361,7 @@ impl Lowering<'_> {
             Def::Weight(w) => {
                 let w = quantc_ir::weights::resolve(&self.module.weights, w)?;
                 let name = self.module.weights[w].name.clone();
-                Val::plain(self.blob(&name, BlobSource::Weight(w), false))
+                Val::plain(self.blob(&name, BlobSource::Weight(w)))
             }
             Def::State(s) => Val::plain(Place::State(self.state_index(s))),
             _ => return Err(Diag::bug("an operand is read before it is computed")),
@@ -421,7 +454,7 @@ impl Lowering<'_> {
             }
             Op::RopeTable(table) => {
                 let bytes = table.frequencies().iter().flat_map(|f| f.to_le_bytes()).collect();
-                let frequencies = self.blob("rope.frequencies", BlobSource::Made(bytes), false);
+                let frequencies = self.blob("rope.frequencies", BlobSource::Made(bytes));
                 let spec = RopeTableSpec { half: table.size / 2, factor: F32::new(1.0) };
                 let place = self.buffer(out)?;
                 let reads = [get(0)?.val.place, frequencies];
@@ -430,6 +463,8 @@ impl Lowering<'_> {
             }
             Op::Rope(rope) => {
                 let (x, table) = (get(0)?, get(1)?);
+                x.f32_of_tokens("rotated heads")?;
+                table.f32_of_tokens("angles")?;
                 let at = extent(x.ty)?;
                 let spec = RopeSpec {
                     heads: at.per,
@@ -456,7 +491,11 @@ impl Lowering<'_> {
                         x.ty
                     )));
                 }
-                let width = matrix(x.ty)?.1;
+                let (rows, width) = matrix(x.ty)?;
+                if rows != Rows::T {
+                    let what = format!("rows of type {} appended to a cache have no kernel", x.ty);
+                    return Err(Diag::target(what).help("a cache takes a row for each token"));
+                }
                 let spec = CacheAppendSpec { width, x_stride: width, ty: mem(state.ty)? };
                 let positions = Place::Input(Input::Positions);
                 let base = Place::Input(Input::Base);
@@ -468,6 +507,9 @@ impl Lowering<'_> {
             Op::LastRows(_) => {
                 let x = get(0)?;
                 let (from, to) = (extent(x.ty)?, extent(out)?);
+                if from.rows == Rows::R {
+                    return Ok(x.val.clone());
+                }
                 let ty = mem(x.ty)?;
                 let spec = RowSpec::copy_last_rows(from.width(), ty, ty);
                 let at = Extent { per: 1, cols: to.width(), ..to };
@@ -513,7 +555,9 @@ impl Lowering<'_> {
                 self.row(&name, spec.with_rows(at.count()), &[x.val.place], at, out)
             }
             // The scale is computed together with the codes; `quantize` makes the launch.
-            Op::DynamicScale(_) => Ok(get(0)?.val.clone()),
+            Op::DynamicScale(_) if only_scales_codes(graph, node) => Ok(get(0)?.val.clone()),
+            Op::DynamicScale(_) => Err(Diag::target("a scale that is read as a number has no kernel")
+                .help("kernels compute the scales of rows together with their codes")),
             Op::Quantize(_) => self.quantize(&name, graph, node, get(0)?),
             Op::MatMul(matmul) => {
                 self.matmul(&name, graph, node, get(0)?, &matmul.epilogue, &matmul.packed, &operands[2..])
@@ -554,7 +598,19 @@ impl Lowering<'_> {
         let &[_, Dim::Static(kv_heads), _] = &k.ty.shape.0[..] else {
             return Err(Diag::target(format!("keys of type {}", k.ty)));
         };
+        q.f32_of_tokens("queries")?;
         let cached = matches!(k.val.place, Place::State(_));
+        if cached != matches!(v.val.place, Place::State(_)) || k.ty.elem != v.ty.elem {
+            return Err(Diag::target(format!(
+                "keys of type {} with values of type {} have no kernel",
+                k.ty, v.ty
+            ))
+            .help("both come from caches of one type, or both from this call"));
+        }
+        if !cached {
+            k.f32_of_tokens("keys")?;
+            v.f32_of_tokens("values")?;
+        }
         let kv_heads = small(kv_heads, k.ty)?;
         let source = match cached {
             true => KvSource::Cache { ty: mem(k.ty)? },
@@ -571,6 +627,7 @@ impl Lowering<'_> {
             source,
             q_stride: at.width(),
         };
+        spec.check().map_err(|why| Diag::target(format!("there is no such kernel: {why}")))?;
         self.scratch_bytes = self.scratch_bytes.max(spec.scratch_bytes());
         let place = self.buffer(out)?;
         let items = Items::per_token(u64::from(spec.kv_heads), spec.block_rows());
@@ -626,7 +683,8 @@ impl Lowering<'_> {
     /// Quantizes rows together with the sums that the matmuls reading them want.
     fn quantize(&mut self, name: &str, graph: &Graph, node: &Node, x: Operand<'_>) -> Result<Val> {
         let scale = graph.def(node.args[1]).filter(|(_, n)| {
-            n.args.first() == Some(&node.args[0]) && n.op.is::<ops::DynamicScale>().is_some()
+            n.args.first() == Some(&node.args[0])
+                && n.op.is::<ops::DynamicScale>().is_some_and(|s| s.to == ops::DYNAMIC_INT8)
         });
         let dynamic = ElemTy::Q(ops::DYNAMIC_INT8);
         if scale.is_none() || graph.ty(node.result).elem != dynamic {
@@ -690,8 +748,12 @@ impl Lowering<'_> {
             }
             None => weight.pack(self.module, self.store)?.blob,
         };
-        let blob_name = self.module.weights[weight.weight()].name.clone();
-        let w = self.blob(&blob_name, BlobSource::Stored(digest), true);
+        let w = self.add_blob(EngineBlob {
+            name: self.module.weights[weight.weight()].name.clone(),
+            source: BlobSource::Stored(digest),
+            streamed: true,
+            bytes: Some(layout.bytes()),
+        });
         let out = graph.ty(node.result);
         let (rows, n) = matrix(out)?;
         if n != layout.n || !matches!(extent(out)?.per, 1) {
@@ -704,6 +766,12 @@ impl Lowering<'_> {
             None if x.ty.elem == ElemTy::F32 => AFmt::F32,
             None => return Err(Diag::target(format!("activations of type {} have no matmul kernel", x.ty))),
             Some(scale) => {
+                let quantize = graph.def(node.args[0]).map(|(_, n)| n.args[1]);
+                if quantize != Some(node.args[QMATMUL_EXTRAS - 1]) {
+                    return Err(Diag::target(
+                        "the scales of the rows are not those they were quantized with",
+                    ));
+                }
                 let sums = x.val.sums.iter().find(|(group, _)| *group == layout.w.group.min(layout.k));
                 let sums = sums.ok_or_else(|| Diag::bug("group sums of this matmul were not computed"))?;
                 reads.extend([scale, sums.1]);
@@ -748,6 +816,11 @@ impl Lowering<'_> {
             .map(|(&bytes, live)| Buffer { bytes, live: live.map_or(end..=end, |(a, b)| a..=b) })
             .collect();
         let arena = schedule::plan(&buffers);
+        if arena.bytes > MAX_BUFFER_BYTES {
+            let (tokens, bytes) = (self.limits.max_tokens, arena.bytes);
+            return Err(Diag::target(format!("the values of a call of {tokens} tokens take {bytes} bytes"))
+                .help("let calls have fewer tokens, or encoders a shorter context"));
+        }
         let at = |place: Place| match place {
             Place::Buffer(b) => Ref::arena(arena.offsets[b]),
             Place::Blob(i) => Ref::weight(i),
@@ -790,6 +863,19 @@ fn only_feeds_caches(graph: &Graph, node: &Node) -> bool {
         && graph.ty(node.args[0]).elem == ElemTy::F32
         && !graph.is_result(node.result)
         && graph.users(node.result).into_iter().all(appends)
+}
+
+/// Whether the result of a node is read by no one but the quantization of its rows and the products of those.
+fn only_scales_codes(graph: &Graph, node: &Node) -> bool {
+    let scale = node.result;
+    let only_at =
+        |user: &Node, i: usize| user.args.iter().enumerate().all(|(j, &a)| (a == scale) == (j == i));
+    let fits = |user: &Node| match user.op {
+        Op::Quantize(_) => user.args[0] == node.args[0] && only_at(user, 1),
+        Op::QMatMul(_) => only_at(user, QMATMUL_EXTRAS - 1),
+        _ => false,
+    };
+    !graph.is_result(scale) && graph.users(scale).into_iter().all(|user| fits(graph.node(user)))
 }
 
 /// Operands of a matmul before those of its epilogue.

@@ -1,0 +1,256 @@
+//! Lowering: what each op becomes, what is refused, and that launches between two barriers never meet.
+
+use proptest::prelude::*;
+use quantc_codegen::lower::{self, Launch, Limits, Lowered};
+use quantc_codegen::spec::KernelSpec;
+use quantc_ir::diag::Diag;
+use quantc_ir::weights::Store;
+use quantc_ir::{text, verify};
+use quantc_runtime::format::{Ref, RefKind};
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+const LIMITS: Limits = Limits { max_tokens: 32, max_rows: 8, context: 64 };
+
+/// Lowers a text that the verifier accepts.
+fn try_lower(source: &str) -> Result<Lowered, Diag> {
+    let module = text::parse(source, "test.qir").unwrap_or_else(|e| panic!("{e}\n{source}")).module;
+    verify::verify(&module).unwrap_or_else(|e| panic!("{}\n{source}", e.show(&module)));
+    lower::lower(&module, &Store::in_memory(), LIMITS)
+}
+
+fn lowered(source: &str) -> Lowered {
+    try_lower(source).unwrap_or_else(|e| panic!("{e}\n{source}"))
+}
+
+/// A decoder of width 4 whose layers are `body`, which reads `%x` and makes `%y`; `decls` come before it.
+fn decoder(decls: &str, body: &str) -> String {
+    format!(
+        "module @m\n\
+         weight @table : tensor<8x4xf32> = splat 1.0\n\
+         weight @head : tensor<8x4xf32> = splat 1.0\n\
+         weight @q : tensor<4x4x!q<int8:f32 axis 0>> = inline [[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]\n\
+         weight @s : tensor<4x1xf32> = splat 1.0\n\
+         state @k : tensor<64x2x2xf32>\n\
+         state @v : tensor<64x2x2xf32>\n\
+         {decls}\n\
+         main (%tokens: tensor<?txi32>) -> tensor<?rx8xf32> {{\n\
+           %x = embedding %tokens, @table\n\
+           {body}\n\
+           %last = last_rows %y\n\
+           %logits = matmul %last, @head\n\
+           return %logits\n\
+         }}\n"
+    )
+}
+
+/// What is said about a decoder that is refused.
+#[track_caller]
+fn refused(decls: &str, body: &str) -> String {
+    match try_lower(&decoder(decls, body)) {
+        Ok(_) => panic!("it was lowered:\n{body}"),
+        Err(diag) => diag.to_string(),
+    }
+}
+
+const ROWS: &str = "%rows = last_rows %x\n";
+
+#[test]
+fn activations_are_quantized_once_for_all_their_products() {
+    let body = "%x.s = dynamic_scale %x\n%x.q = quantize %x, %x.s\n\
+                %a = qmatmul %x.q, @q, @s, none, %x.s\n%b = qmatmul %x.q, @q, @s, none, %x.s\n%y = add %a, %b";
+    let module = lowered(&decoder("", body));
+    let launches = &module.programs[0].1;
+    let names: Vec<&str> = launches.iter().map(|l| l.name.as_str()).collect();
+    assert_eq!(names, ["main.x", "main.x.q", "main.a", "main.b", "main.y", "main.last", "main.logits"]);
+    // Two products of one weight share its bytes and run side by side.
+    assert_eq!(launches[2].args[3], launches[3].args[3]);
+    let free: Vec<bool> = launches.iter().map(|l| l.overlaps_next).collect();
+    assert_eq!(free, [false, false, true, false, false, false, false]);
+}
+
+#[test]
+fn scales_that_are_not_those_of_the_codes_are_refused() {
+    // The scale of other rows.
+    let other = "%z = add %x, %x\n%z.s = dynamic_scale %z\n%z.q = quantize %z, %z.s\n%d = qmatmul %z.q, @q, @s, none, %z.s\n\
+                 %x.s = dynamic_scale %x\n%x.q = quantize %x, %x.s\n%e = qmatmul %x.q, @q, @s, none, %z.s\n%y = add %d, %e";
+    assert!(refused("", other).contains("not those they were quantized with"), "{}", refused("", other));
+    // A scale read as a number.
+    let read = "%x.s = dynamic_scale %x\n%x.q = quantize %x, %x.s\n%d = qmatmul %x.q, @q, @s, none, %x.s\n\
+                %t = add %x.s, %x.s\n%y = add %d, %t";
+    assert!(refused("", read).contains("scale that is read as a number"), "{}", refused("", read));
+    // A scale for fewer bits than the codes have.
+    let narrow = "%x.s = dynamic_scale %x {to=!q<int4:f32 token>}\n%x.q = quantize %x, %x.s\n\
+                  %y = qmatmul %x.q, @q, @s, none, %x.s";
+    assert!(refused("", narrow).contains("quantizing to"), "{}", refused("", narrow));
+}
+
+#[test]
+fn rows_that_a_kernel_would_miscount_are_refused() {
+    let heads = "%h = reshape %x {shape=?tx2x2}\n";
+    let mixed = format!(
+        "{heads}%c = cast %h {{to=f16}}\n%k = cache_append @half, %c\n%v = cache_append @v, %h\n\
+                         %a = attention %h, %k, %v\n%y = reshape %a {{shape=?tx4}}"
+    );
+    assert!(refused("state @half : tensor<64x2x2xf16>", &mixed).contains("with values of type"));
+    let narrow = format!(
+        "{heads}%c = cast %h {{to=f16}}\n%a = attention %c, %h, %h\n%d = cast %a {{to=f32}}\n\
+                          %y = reshape %d {{shape=?tx4}}"
+    );
+    assert!(refused("", &narrow).contains("queries of type"));
+    let rows =
+        format!("{ROWS}%h = reshape %rows {{shape=?rx2x2}}\n%k = cache_append @k, %h\n%y = add %x, %x");
+    assert!(refused("", &rows).contains("appended to a cache"));
+    let half = format!(
+        "{heads}%c = cast %h {{to=f16}}\n%p = positions\n%t = rope_table %p {{size=2}}\n%r = rope %c, %t\n\
+                        %d = cast %r {{to=f32}}\n%y = reshape %d {{shape=?tx4}}"
+    );
+    assert!(refused("", &half).contains("rotated heads"));
+    let whole = "module @m\nweight @table : tensor<8x4xf32> = splat 1.0\n\
+                 main (%tokens: tensor<?txi32>) -> tensor<?tx4xf32> {\n%x = embedding %tokens, @table\nreturn %x\n}\n";
+    assert!(try_lower(whole).unwrap_err().to_string().contains("a row for each token"));
+    assert!(try_lower(&whole.replace("module @m", "module @m {kind=encoder}")).is_ok());
+    let floats = "module @m\nmain (%x: tensor<?tx4xf32>) -> tensor<?rx4xf32> {\n%y = add %x, %x\n%z = last_rows %y\nreturn %z\n}\n";
+    assert!(try_lower(floats).unwrap_err().to_string().contains("an input of @main has type"));
+}
+
+#[test]
+fn the_last_of_the_rows_wanted_are_the_rows_wanted() {
+    let twice = decoder("", &format!("{ROWS}%y = last_rows %rows"));
+    let copies = lowered(&twice).programs[0].1.iter().filter(|l| l.name.starts_with("main.last")).count();
+    assert_eq!((copies, lowered(&twice).programs[0].1.len()), (0, 3));
+}
+
+/// The buffers a launch reads and writes, as ranges of one address space. Which arguments are outputs, and how long
+/// they are, is derived here from the specs, not taken from the planner.
+struct Touch {
+    reads: Vec<(u64, u64)>,
+    writes: Vec<(u64, u64)>,
+}
+
+/// States lie behind everything else, one a mebibyte.
+const STATES: u64 = 1 << 40;
+
+fn touch(launch: &Launch, sizes: &BTreeMap<u64, u64>) -> Touch {
+    let range = |at: &Ref| match at.kind {
+        Some(RefKind::Arena(at)) => Some((at, at + sizes.get(&at).copied().unwrap_or(4))),
+        Some(RefKind::State(i)) => Some((STATES + (u64::from(i) << 20), STATES + ((u64::from(i) + 1) << 20))),
+        _ => None,
+    };
+    let outputs = match &launch.spec {
+        KernelSpec::Row(row) if row.name.starts_with("quantize") => launch.args.len() - 3..launch.args.len(),
+        KernelSpec::Attention(_) => launch.args.len() - 2..launch.args.len() - 1,
+        _ => launch.args.len() - 1..launch.args.len(),
+    };
+    let ranges = |inside: bool| {
+        let args = launch.args.iter().enumerate().filter(|(i, _)| outputs.contains(i) == inside);
+        args.filter_map(|(_, at)| range(at)).collect()
+    };
+    Touch { reads: ranges(false), writes: ranges(true) }
+}
+
+/// Checks that launches between two barriers do not meet.
+fn check_program(launches: &[Launch], width: u64) {
+    // All values of the random graphs have the same size.
+    let bytes = 4 * width * u64::from(LIMITS.max_tokens);
+    let mut sizes = BTreeMap::new();
+    for launch in launches {
+        for at in &launch.args {
+            if let Some(RefKind::Arena(at)) = at.kind {
+                sizes.insert(at, bytes);
+            }
+        }
+    }
+    let touched: Vec<Touch> = launches.iter().map(|l| touch(l, &sizes)).collect();
+    let meet =
+        |a: &[(u64, u64)], b: &[(u64, u64)]| a.iter().any(|x| b.iter().any(|y| x.0 < y.1 && y.0 < x.1));
+    let mut from = 0;
+    for i in 0..launches.len() {
+        for j in from..i {
+            let (a, b) = (&touched[j], &touched[i]);
+            let clash = meet(&a.writes, &b.reads) || meet(&a.writes, &b.writes) || meet(&a.reads, &b.writes);
+            assert!(!clash, "{} runs beside {}", launches[j].name, launches[i].name);
+        }
+        if !launches[i].overlaps_next {
+            from = i + 1;
+        }
+    }
+}
+
+/// Runs a program as its graph means it: every value is a number made of its operands' numbers. What lies in the arena
+/// must be what the graph's value is whenever it is read. Launches between barriers run in an order chosen by `seed`.
+fn simulate(launches: &[Launch], ops: &[(usize, usize)], seed: u64) {
+    let mix = |name: &str, args: &[u64]| {
+        args.iter().fold(name.bytes().fold(7u64, |h, b| h.wrapping_mul(31) + u64::from(b)), |h, a| {
+            (h ^ a).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(17)
+        })
+    };
+    let mut memory: BTreeMap<u64, u64> = BTreeMap::new();
+    let address = |at: &Ref| match at.kind {
+        Some(RefKind::Arena(at)) => at,
+        other => panic!("{other:?}"),
+    };
+    let (mut from, mut random) = (0, seed);
+    let body = &launches[..=ops.len()];
+    for i in 0..body.len() {
+        if body[i].overlaps_next && i + 1 < body.len() {
+            continue;
+        }
+        let mut group: Vec<usize> = (from..=i).collect();
+        for k in (1..group.len()).rev() {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            group.swap(k, (random >> 33) as usize % (k + 1));
+        }
+        for k in group {
+            let args = &body[k].args;
+            let (out, inputs) = args.split_last().expect("a launch has a result");
+            let values: Vec<u64> = match k {
+                0 => vec![],
+                _ => inputs.iter().map(|at| memory.get(&address(at)).copied().unwrap_or(0)).collect(),
+            };
+            memory.insert(address(out), mix(&body[k].name, &values));
+        }
+        from = i + 1;
+    }
+    // What the graph says.
+    let mut want = vec![mix("main.x", &[])];
+    for (n, &(a, b)) in ops.iter().enumerate() {
+        let name = if n + 1 == ops.len() { "main.y".into() } else { format!("main.v{n}") };
+        want.push(mix(&name, &[want[a], want[b]]));
+    }
+    let result = body.last().and_then(|l| l.args.last()).and_then(|at| memory.get(&address(at)));
+    assert_eq!(result, want.last(), "seed {seed}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    /// Sums of earlier sums, in any shape: dead values, values that live long, reshapes in between.
+    #[test]
+    fn values_survive_until_they_are_read_and_neighbours_do_not_meet(
+        picks in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), any::<bool>()), 1..40),
+        seed in any::<u64>(),
+    ) {
+        let mut body = String::new();
+        let (mut names, mut ops) = (vec!["%x".to_string()], vec![]);
+        for (n, (a, b, reshape)) in picks.iter().enumerate() {
+            let (a, b) = (a.index(names.len()), b.index(names.len()));
+            let last = n + 1 == picks.len();
+            let name = if last { "%y".to_string() } else { format!("%v{n}") };
+            writeln!(body, "{name} = add {}, {}", names[a], names[b]).unwrap();
+            ops.push((a, b));
+            if *reshape && !last {
+                writeln!(body, "{name}.h = reshape {name} {{shape=?tx2x2}}\n{name}.r = reshape {name}.h {{shape=?tx4}}").unwrap();
+                names.push(format!("{name}.r"));
+            } else {
+                names.push(name);
+            }
+        }
+        for (_, launches) in &lowered(&decoder("", &body)).programs {
+            check_program(&launches[..=ops.len()], 4);
+            for shift in 0..4 {
+                simulate(launches, &ops, seed.wrapping_add(shift));
+            }
+        }
+    }
+}
