@@ -464,6 +464,12 @@ impl Session {
             )));
         }
         let (context, encoder) = (manifest.context, manifest.kind() == Kind::Encoder);
+        // Rows of the call see each other, so that two texts in one step would mix.
+        if encoder && (rows != t || slots.iter().any(|&slot| slot != slots[0])) {
+            return Err(Error::input(
+                "an encoder takes one text a step and gives a row for each of its tokens",
+            ));
+        }
         for ((&token, &position), &slot) in tokens.iter().zip(positions).zip(slots) {
             self.check_token(token)?;
             let held = self.held(slot)?;

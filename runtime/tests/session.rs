@@ -217,6 +217,19 @@ fn encoders_take_a_text_whole() {
 }
 
 #[test]
+fn encoders_refuse_two_texts_in_a_step_and_rows_of_a_part() {
+    let (_folder, engine) = toy(Kind::Encoder);
+    let mut session = session(&Arc::new(engine), 1, 2);
+    let two = Step { tokens: &[1, 2], positions: &[0, 0], slots: &[0, 1], rows: 2 };
+    let part = Step { tokens: &[1, 2], positions: &[0, 1], slots: &[0, 0], rows: 1 };
+    for step in [two, part] {
+        let error = session.step(step).expect_err("rows would be those of something else");
+        assert!(error.message().contains("one text a step"), "{error}");
+    }
+    session.step(Step { rows: 2, ..part }).expect("a whole text");
+}
+
+#[test]
 fn memory_that_is_not_there_is_not_asked_for() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let mut manifest = toy_manifest(Kind::Decoder);
