@@ -3,6 +3,7 @@
 //!
 //! One module holds one layer for each case; the engine's value of each layer is compared with the evaluator's. Inputs
 //! are random, shapes are odd, and memory holds NaN before each run, so that a value nobody wrote shows.
+#![cfg(feature = "llvm")]
 
 use quantc_codegen::backend::CpuBackend;
 use quantc_codegen::engine::{self, Request};

@@ -43,9 +43,15 @@ pub struct Args {
 pub fn run(args: Args) -> Outcome {
     let start = Instant::now();
     let engine = subject::open_engine(&args.engine, false)?;
+    let engine = subject::decoder(engine, &args.engine, "timed at generating text")?;
+    if args.prompt_tokens == 0 || args.repeat == 0 || args.batch == 0 {
+        return Err(Diag::input("there is nothing to measure")
+            .help("use at least one prompt token, one sequence and one run")
+            .into());
+    }
     let options = SessionOptions {
         threads: args.threads,
-        slots: args.batch.max(1),
+        slots: args.batch,
         profile: args.profile,
         ..SessionOptions::default()
     };
@@ -53,13 +59,8 @@ pub fn run(args: Args) -> Outcome {
     let load_ms = start.elapsed().as_secs_f64() * 1e3;
     let manifest = engine.manifest();
     let context = manifest.context as usize;
-    if args.prompt_tokens == 0 || args.repeat == 0 {
-        return Err(Diag::input("there is nothing to measure")
-            .help("use at least one prompt token and one run")
-            .into());
-    }
-    if args.prompt_tokens + args.gen_tokens > context {
-        let n = args.prompt_tokens + args.gen_tokens;
+    let n = args.prompt_tokens.saturating_add(args.gen_tokens);
+    if n > context {
         let diag = Diag::input(format!("{n} tokens exceed the context of {context}"));
         return Err(diag.help("give smaller --prompt-tokens and --gen-tokens").into());
     }
@@ -114,7 +115,7 @@ pub fn run(args: Args) -> Outcome {
         }));
     }
     output::line(&format!("prefill  {prefill:.1} tokens/s ({} tokens)", args.prompt_tokens))?;
-    let gb = decode / f64::from(args.batch.max(1)) * manifest.decode_bytes_per_token as f64 / 1e9;
+    let gb = decode / f64::from(args.batch) * manifest.decode_bytes_per_token as f64 / 1e9;
     output::line(&format!(
         "decode   {decode:.1} tokens/s ({} tokens), weights at {gb:.1} GB/s",
         args.gen_tokens

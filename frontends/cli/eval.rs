@@ -2,11 +2,12 @@
 
 use crate::failure::Outcome;
 use crate::output;
-use crate::score::{self, Windows};
+use crate::score;
 use crate::subject;
+use quantc_frontends::data::TokenWindows;
 use quantc_ir::diag::Diag;
 use quantc_runtime::session::{Session, SessionOptions};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Arguments of `quantc eval`.
@@ -36,10 +37,13 @@ pub struct Args {
 
 /// Runs the subcommand.
 pub fn run(args: Args) -> Outcome {
-    let engine = subject::open(&args.subject)?;
-    let base = args.against.as_deref().map(subject::open).transpose()?;
+    let open = |path: &Path| {
+        subject::open(path).and_then(|engine| subject::decoder(engine, path, "scored on a text"))
+    };
+    let engine = open(&args.subject)?;
+    let base = args.against.as_deref().map(open).transpose()?;
     let text = subject::read_text(&args.text)?;
-    let tokens = subject::tokenizer(&engine)?.encode(&text, false)?;
+    let tokenizer = subject::tokenizer(&engine)?;
     let context = engine.manifest().context;
     let window = args.window.unwrap_or(context.min(2048));
     let shortest = base.as_ref().map_or(context, |b| b.manifest().context.min(context));
@@ -49,7 +53,8 @@ pub fn run(args: Args) -> Outcome {
         );
     }
     let bos = engine.manifest().generation.as_ref().and_then(|g| g.bos);
-    let windows = Windows::new(tokens, bos, window, args.max_tokens)?;
+    let known = engine.manifest().token_ids().min(engine.manifest().vocab);
+    let windows = TokenWindows::of_text(&tokenizer, &text, args.max_tokens, bos, window as usize, known)?;
     let options = SessionOptions { threads: args.threads, ..SessionOptions::default() };
     let mut session = Session::new(Arc::clone(&engine), &options)?;
     let mut base = base.map(|b| Session::new(b, &options)).transpose()?;

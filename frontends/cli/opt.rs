@@ -64,6 +64,7 @@ impl Show {
     }
 
     /// Whether the run ends before code is generated.
+    #[cfg(feature = "llvm")]
     pub fn stops(&self) -> bool {
         self.stop_after.is_some()
     }
@@ -100,18 +101,9 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
     output::piece(&text::print(&module))
 }
 
-#[cfg(feature = "llvm")]
 fn backend(target: Option<&str>) -> Outcome<Option<quantc_codegen::backend::CpuBackend>> {
     let desc = target.map(quantc_codegen::targets::lookup).transpose()?;
     Ok(desc.map(quantc_codegen::backend::CpuBackend::new))
-}
-
-#[cfg(not(feature = "llvm"))]
-fn backend(target: Option<&str>) -> Outcome<Option<NoBackend>> {
-    match target {
-        None => Ok(None),
-        Some(_) => Err(Diag::target("this build of quantc has no code generator").into()),
-    }
 }
 
 /// A hook that looks at nothing.

@@ -50,13 +50,9 @@ pub struct Args {
 /// Runs the subcommand.
 pub fn run(args: Args) -> Outcome {
     let engine = subject::open_engine(&args.engine, !args.no_verify)?;
+    let engine = subject::decoder(engine, &args.engine, "run to generate text")?;
     let tokenizer = subject::tokenizer(&engine)?;
     let manifest = engine.manifest().clone();
-    if manifest.kind == quantc_runtime::format::Kind::Encoder as i32 {
-        return Err(Diag::input("this engine is an encoder and generates no text")
-            .help("use `quantc embed`")
-            .into());
-    }
     let generation = manifest.generation.clone().unwrap_or_default();
     let mut prompt: Vec<u32> = generation.bos.into_iter().collect();
     prompt.extend(tokenizer.encode(&args.prompt, false)?);

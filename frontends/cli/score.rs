@@ -1,10 +1,9 @@
 //! Perplexity, divergence and agreement on a text.
 //!
-//! The protocol: the text is tokenized whole, without special tokens, and cut into consecutive windows of `window - 1`
-//! tokens; BOS is put in front of each window when the model has one; every token after the first position is scored;
-//! the last partial window is dropped.
+//! The text is cut as [`TokenWindows`] says; every token of a window after the first position is scored.
 
 use crate::failure::Outcome;
+use quantc_frontends::data::TokenWindows;
 use quantc_ir::diag::Diag;
 use quantc_runtime::session::Session;
 use serde::Serialize;
@@ -19,7 +18,7 @@ pub struct Scores {
     /// Number of scored tokens.
     pub tokens_scored: u64,
     /// The window.
-    pub window: u32,
+    pub window: usize,
     /// Wall time.
     pub seconds: f64,
     /// What the comparison says, when there was one.
@@ -38,40 +37,6 @@ pub struct Comparison {
     pub top1_agreement: f64,
     /// The base's perplexity.
     pub perplexity_base: f64,
-}
-
-/// Tokens of a text cut into windows, BOS included.
-pub struct Windows {
-    tokens: Vec<u32>,
-    bos: Option<u32>,
-    size: usize,
-}
-
-impl Windows {
-    /// Cuts `tokens`; `most` bounds the number of tokens taken from the text, 0 takes all.
-    pub fn new(mut tokens: Vec<u32>, bos: Option<u32>, window: u32, most: usize) -> Outcome<Windows> {
-        if most > 0 {
-            tokens.truncate(most);
-        }
-        let size = (window as usize).saturating_sub(1);
-        if size < 2 {
-            return Err(Diag::input(format!("a window of {window} tokens scores nothing"))
-                .help("use at least 3")
-                .into());
-        }
-        if tokens.len() < size {
-            let have = tokens.len();
-            let diag = Diag::input(format!("the text has {have} tokens, a window of {window} needs {size}"));
-            return Err(diag.help("give a longer text or a smaller --window").into());
-        }
-        Ok(Windows { tokens, bos, size })
-    }
-
-    fn iter(&self) -> impl Iterator<Item = Vec<u32>> {
-        self.tokens
-            .chunks_exact(self.size)
-            .map(|chunk| self.bos.into_iter().chain(chunk.iter().copied()).collect())
-    }
 }
 
 /// Logarithms of the probabilities of one row of logits, in f64.
@@ -104,7 +69,7 @@ impl<'a> LogSoftmax<'a> {
 pub fn score(
     session: &mut Session,
     mut base: Option<&mut Session>,
-    windows: &Windows,
+    windows: &TokenWindows,
     progress: &mut dyn FnMut(f64),
 ) -> Outcome<Scores> {
     let start = std::time::Instant::now();
@@ -119,7 +84,7 @@ pub fn score(
         }
         chunk = chunk.min(rows_of(base));
     }
-    let count = windows.tokens.len() / windows.size;
+    let count = windows.len();
     let (mut nll, mut base_nll, mut scored, mut agree) = (0.0, 0.0, 0u64, 0u64);
     let mut divergence = vec![];
     for (n, window) in windows.iter().enumerate() {
@@ -168,7 +133,7 @@ pub fn score(
         perplexity: (nll / tokens).exp(),
         nll: nll / tokens,
         tokens_scored: scored,
-        window: windows.size as u32 + 1,
+        window: windows.size(),
         seconds: start.elapsed().as_secs_f64(),
         against,
     })
@@ -191,13 +156,5 @@ mod tests {
         assert_eq!(row.kl(&row), 0.0);
         let total: f64 = (0..3).map(|i| row.at(i).exp()).sum();
         assert!((total - 1.0).abs() < 1e-12);
-    }
-
-    #[test]
-    fn windows_drop_the_tail() {
-        let windows = Windows::new((0..10).collect(), Some(99), 5, 0).unwrap();
-        let all: Vec<_> = windows.iter().collect();
-        assert_eq!(all, [vec![99, 0, 1, 2, 3], vec![99, 4, 5, 6, 7]]);
-        assert!(Windows::new(vec![1], None, 5, 0).is_err());
     }
 }

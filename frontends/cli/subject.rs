@@ -5,9 +5,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 use quantc_frontends::tokenizer::Tokenizer;
 use quantc_ir::diag::Diag;
 use quantc_runtime::engine::{Engine, OpenOptions};
-use quantc_runtime::format::MANIFEST_FILE;
+use quantc_runtime::format::{Kind, MANIFEST_FILE};
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+#[cfg(feature = "llvm")]
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// Largest text that is read, in bytes.
@@ -41,6 +43,15 @@ pub fn open(path: &Path) -> Outcome<Arc<Engine>> {
     open_model(path)
 }
 
+/// `engine`, opened from `path`, when it is a decoder: an encoder is not to be `used` so.
+pub fn decoder(engine: Arc<Engine>, path: &Path, used: &str) -> Outcome<Arc<Engine>> {
+    if engine.manifest().kind() == Kind::Encoder {
+        let diag = Diag::input(format!("an encoder cannot be {used}")).in_file(path.display().to_string());
+        return Err(diag.help("use `quantc embed`").into());
+    }
+    Ok(engine)
+}
+
 #[cfg(feature = "llvm")]
 fn open_model(path: &Path) -> Outcome<Arc<Engine>> {
     let folder = Scratch::new()?;
@@ -58,14 +69,17 @@ fn open_model(path: &Path) -> Outcome<Arc<Engine>> {
     Err(diag.in_file(path.display().to_string()).into())
 }
 
+#[cfg(feature = "llvm")]
 thread_local! {
     /// Folders that live as long as the tool's main thread.
     static SCRATCH: std::cell::RefCell<Vec<Scratch>> = const { std::cell::RefCell::new(vec![]) };
 }
 
 /// A folder that is removed when it is dropped.
+#[cfg(feature = "llvm")]
 struct Scratch(PathBuf);
 
+#[cfg(feature = "llvm")]
 impl Scratch {
     fn new() -> Outcome<Scratch> {
         let base = std::env::temp_dir();
@@ -81,6 +95,7 @@ impl Scratch {
     }
 }
 
+#[cfg(feature = "llvm")]
 impl Drop for Scratch {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);

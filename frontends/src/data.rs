@@ -15,16 +15,20 @@ pub struct TokenWindows {
 }
 
 impl TokenWindows {
-    /// Cuts `text` for a model of `vocab` tokens.
+    /// Cuts `text` for a model of `vocab` tokens; `most` bounds the tokens taken from the text, 0 takes all.
     pub fn of_text(
         tokenizer: &Tokenizer,
         text: &str,
+        most: usize,
         bos: Option<u32>,
         size: usize,
         vocab: u32,
     ) -> Result<TokenWindows> {
-        let tokens = tokenizer.encode(text, false)?;
-        if let Some(id) = tokens.iter().find(|&&id| id >= vocab) {
+        let mut tokens = tokenizer.encode(text, false)?;
+        if most > 0 {
+            tokens.truncate(most);
+        }
+        if let Some(id) = tokens.iter().chain(&bos).find(|&&id| id >= vocab) {
             let text = format!("the tokenizer makes token {id}, but the model knows {vocab} tokens only");
             return Err(Diag::input(text).help("the tokenizer belongs to another model"));
         }
@@ -35,16 +39,13 @@ impl TokenWindows {
     pub fn new(tokens: Vec<u32>, bos: Option<u32>, size: usize) -> Result<TokenWindows> {
         let least = 2 + usize::from(bos.is_none());
         if size < least {
-            return Err(Diag::input(format!(
-                "windows of {size} tokens leave nothing to score, the least is {least}"
-            )));
+            return Err(Diag::input(format!("a window of {size} tokens scores nothing"))
+                .help(format!("use at least {least}")));
         }
         if tokens.len() < size - 1 {
             let (have, need) = (tokens.len(), size - 1);
-            return Err(Diag::input(format!(
-                "the text has {have} tokens, fewer than the {need} of one window"
-            ))
-            .help("give a longer text or a smaller window"));
+            return Err(Diag::input(format!("the text has {have} tokens, a window of {size} needs {need}"))
+                .help("give a longer text or a smaller window"));
         }
         Ok(TokenWindows { tokens, bos, step: size - 1 })
     }
@@ -57,6 +58,11 @@ impl TokenWindows {
     /// Whether there is no window, which [`TokenWindows::new`] refuses.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The size the windows were asked to have: what counts whether a token is put in front or not.
+    pub fn size(&self) -> usize {
+        self.step + 1
     }
 
     /// Tokens of a window, the one in front included.
@@ -73,12 +79,6 @@ impl TokenWindows {
     pub fn iter(&self) -> impl Iterator<Item = Vec<u32>> + '_ {
         self.tokens.chunks_exact(self.step).map(|part| self.bos.iter().chain(part).copied().collect())
     }
-
-    /// No more windows than `most`: the first ones.
-    pub fn take(mut self, most: usize) -> TokenWindows {
-        self.tokens.truncate(most.max(1).saturating_mul(self.step));
-        self
-    }
 }
 
 #[cfg(test)]
@@ -91,7 +91,7 @@ mod tests {
         let all: Vec<_> = w.iter().collect();
         assert_eq!(all, [[99, 0, 1, 2], [99, 3, 4, 5], [99, 6, 7, 8]]);
         assert_eq!((w.len(), w.window_len(), w.scored()), (3, 4, 9));
-        assert_eq!(w.take(2).len(), 2);
+        assert_eq!(w.size(), 4);
         let w = TokenWindows::new((0..11).collect(), None, 4).unwrap();
         assert_eq!(w.iter().next().unwrap(), [0, 1, 2]);
         assert_eq!(w.scored(), 6);

@@ -103,10 +103,10 @@ fn round_trips_are_exact_for_byte_level_tokenizers() {
 fn windows_of_the_evaluation_text() {
     let tokenizer = open(&model_dir("tales-3M"));
     let text = std::fs::read_to_string(model_dir("tales_eval.txt")).unwrap();
-    let windows = TokenWindows::of_text(&tokenizer, &text, Some(0), 512, 1024).unwrap();
+    let windows = TokenWindows::of_text(&tokenizer, &text, 0, Some(0), 512, 1024).unwrap();
     assert_eq!(windows.scored(), 32704);
     assert!(windows.iter().all(|w| w.len() == 512 && w[0] == 0));
-    let wrong = TokenWindows::of_text(&tokenizer, &text, Some(0), 512, 100).unwrap_err();
+    let wrong = TokenWindows::of_text(&tokenizer, &text, 0, Some(0), 512, 100).unwrap_err();
     assert!(wrong.message.contains("the model knows 100 tokens only"), "{wrong}");
 }
 
