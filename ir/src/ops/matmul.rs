@@ -33,9 +33,9 @@ impl OpSpec for MatMul {
 
     fn eval(&self, _: &mut EvalCx<'_>, args: &[Option<&Tensor>], out: &TensorTy) -> Result<Tensor> {
         let (x, w) = (arg(args, 0)?, arg(args, 1)?);
-        let ((_, k), (n, _)) = (x.rows_cols(), w.rows_cols());
+        let ((m, k), (n, _)) = (x.rows_cols(), w.rows_cols());
         let (xs, ws) = (x.f32s()?, w.f32s()?);
-        let mut sums = vec![0f64; xs.len() / k.max(1) * n];
+        let mut sums = vec![0f64; m * n];
         sums.par_chunks_mut(n.max(1)).zip(xs.par_chunks(k.max(1))).for_each(|(sums, x)| {
             for (sum, w) in sums.iter_mut().zip(ws.chunks(k.max(1))) {
                 *sum = x.iter().zip(w).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();

@@ -67,7 +67,7 @@ impl OpSpec for QMatMul {
 
     fn eval(&self, _: &mut EvalCx<'_>, args: &[Option<&Tensor>], out: &TensorTy) -> Result<Tensor> {
         let (x, w, w_scale) = (arg(args, 0)?, arg(args, 1)?, arg(args, 2)?);
-        let ((_, k), (n, _)) = (x.rows_cols(), w.rows_cols());
+        let ((m, k), (n, _)) = (x.rows_cols(), w.rows_cols());
         let scheme = w.ty.elem.scheme().expect("inference has checked the operand");
         let grouping = scales::Grouping::new(scheme, &w.dims())?;
         let ws = scales::centred(w, args[3])?;
@@ -82,7 +82,7 @@ impl OpSpec for QMatMul {
             None => x.f32s()?,
         };
         let x_scale = args[4].map(|s| s.f32s()).transpose()?;
-        let mut sums = vec![0f64; xs.len() / k.max(1) * n];
+        let mut sums = vec![0f64; m * n];
         sums.par_chunks_mut(n.max(1)).zip(xs.par_chunks(k.max(1))).enumerate().for_each(|(i, (sums, x))| {
             for (row, sum) in sums.iter_mut().enumerate() {
                 let (w, group) = (&ws[row * k..][..k], &group[row * k..][..k]);

@@ -43,8 +43,9 @@ impl OpSpec for Slice {
         let axis = usize::from(self.axis);
         let inner: usize = dims[axis + 1..].iter().product();
         let (start, len) = (self.start as usize * inner, self.len as usize * inner);
-        let cut =
-            x.f32s()?.chunks(dims[axis] * inner).flat_map(|c| &c[start..start + len]).copied().collect();
+        // Without elements there is nothing to cut, and chunks have no size.
+        let whole = (dims[axis] * inner).max(1);
+        let cut = x.f32s()?.chunks(whole).flat_map(|c| &c[start..start + len]).copied().collect();
         Ok(Tensor { ty: out.clone(), data: Data::F32(cut) })
     }
 }
