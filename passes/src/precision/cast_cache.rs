@@ -36,6 +36,11 @@ impl Pass for CastCache {
                 continue;
             }
             let new = old.with_elem(to);
+            if let Some(layer) = cx.module.layers.values().find(|l| gives_away(&l.graph, state)) {
+                let text =
+                    format!("layer @{} yields the rows of @{}", layer.name, cx.module.states[state].name);
+                return Err(Diag::pipeline(text).help("callers of the layer would get another type"));
+            }
             for graph in cx.module.graphs_mut() {
                 convert(graph, state, &new, self.to)?;
             }
@@ -46,6 +51,13 @@ impl Pass for CastCache {
     }
 }
 
+/// Whether a result of `graph` is what an append to `state` yields.
+fn gives_away(graph: &Graph, state: StateId) -> bool {
+    graph.results.iter().filter_map(|&r| graph.def(r)).any(|(_, node)| {
+        node.op.is::<CacheAppend>().is_some() && graph.value(node.args[0]).def == Def::State(state)
+    })
+}
+
 /// Gives `state` the type `ty` in `graph`: a cast in front of each append, and new types behind it.
 fn convert(graph: &mut Graph, state: StateId, ty: &TensorTy, to: Float) -> Result<()> {
     let value = graph.values().find(|(_, v)| v.def == Def::State(state)).map(|(id, _)| id);
@@ -54,7 +66,10 @@ fn convert(graph: &mut Graph, state: StateId, ty: &TensorTy, to: Float) -> Resul
     for op in graph.users(value) {
         let node = graph.node(op);
         if node.op.is::<CacheAppend>().is_none() || node.args[0] != value {
-            return Err(Diag::pipeline(format!("`{}` reads a state, which only appends may do here", node.op.name())));
+            return Err(Diag::pipeline(format!(
+                "`{}` reads a state, which only appends may do here",
+                node.op.name()
+            )));
         }
         let at = graph.position(op).ok_or_else(|| Diag::bug("a user of a state is not in the program"))?;
         let x = node.args[1];
