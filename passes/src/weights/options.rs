@@ -111,7 +111,7 @@ pub enum ZeroPoints {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ScaleType {
-    /// `bf16` for groups smaller than a row, `f32` for larger ones.
+    /// `bf16` for groups smaller than a row, `f32` for larger ones and for integers of fewer than 4 bits.
     #[default]
     Auto,
     /// IEEE single.
@@ -139,7 +139,8 @@ pub fn scheme(format: FormatName, group: Grouping, zero: ZeroPoints, scale: Scal
     let refuse = |why: &str| Diag::pipeline(format!("weights cannot be stored as `{format}`: {why}"));
     let within_row = matches!(group, Grouping::Columns(_) | Grouping::Tile(_));
     let scale = match scale {
-        ScaleType::Auto if within_row => Float::Bf16,
+        // The largest number of a 2- or 3-bit group lies on the edge between two codes: a rounded scale moves it over.
+        ScaleType::Auto if within_row && format.bits >= 4 => Float::Bf16,
         ScaleType::Auto | ScaleType::F32 => Float::F32,
         ScaleType::F16 => Float::F16,
         ScaleType::Bf16 => Float::Bf16,
@@ -206,6 +207,7 @@ mod tests {
             "!q<uint4:bf16 block 64@1 zero uint4>"
         );
         assert_eq!(text("int3", Grouping::Tensor, Asymmetric).unwrap(), "!q<int3:f32 tensor zero int3>");
+        assert_eq!(text("int2", Grouping::Columns(32), Symmetric).unwrap(), "!q<int2:f32 block 32@1>");
         for (format, zero) in
             [("e4m3", Asymmetric), ("uint4", Symmetric), ("f16", Symmetric), ("e8m0", Symmetric)]
         {

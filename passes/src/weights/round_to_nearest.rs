@@ -33,7 +33,8 @@ pass! {
         group: Grouping = Grouping::Row,
         /// `asymmetric` gives each group a zero point; integers of 4 and 8 bits are then stored unsigned.
         zero: ZeroPoints = ZeroPoints::Symmetric,
-        /// The type of the scales; `auto` is `bf16` for groups smaller than a row and `f32` for others.
+        /// The type of the scales; `auto` is `bf16` for groups smaller than a row, `f32` for others and for integers
+        /// of fewer than 4 bits.
         scale: ScaleType = ScaleType::Auto,
         /// How a scale follows from the range: `real`, `power-of-two`, or `mx` as in OCP MX.
         scale_rule: ScaleRule = ScaleRule::Real,
