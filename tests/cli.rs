@@ -273,6 +273,41 @@ fn words(vocab: &[&str]) -> String {
 }
 
 #[test]
+fn encoders_neither_generate_nor_score_text() {
+    let encoder = Recipe::preset(models("tiny-bert"), "f32").built().path;
+    let decoder = decoder().path;
+    let (encoder, decoder, text) = (encoder.as_path(), decoder.as_path(), text());
+    let cases = [
+        args("run {} --prompt a", &[encoder]),
+        args("bench {}", &[encoder]),
+        args("eval {} --text {}", &[encoder, &text]),
+        args("eval {} --text {} --against {}", &[decoder, &text, encoder]),
+    ];
+    for case in cases {
+        let err = refused(case.clone(), 1);
+        assert!(err.contains("an encoder cannot be") && err.contains("quantc embed"), "{case:?}: {err}");
+    }
+}
+
+#[test]
+fn what_is_not_an_engine_is_not_replaced() {
+    let letters = folder().join("letters");
+    std::fs::create_dir_all(&letters).expect("the target folder is writable");
+    std::fs::write(letters.join("letter"), "dear").expect("the target folder is writable");
+    // Before anything is read: the model need not be there.
+    let missing = folder().join("missing");
+    let err = refused(
+        args(
+            "compile {} --target host --preset f32 --store {} -o {}",
+            &[&missing, &common::store(), &letters],
+        ),
+        1,
+    );
+    assert!(err.contains("it is not an engine") && err.contains("letters"), "{err}");
+    assert!(letters.join("letter").exists());
+}
+
+#[test]
 fn embed_tells_one_object() {
     let dir = folder().join("worded-bert");
     common::copy_folder(&models("tiny-bert"), &dir);
