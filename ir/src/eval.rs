@@ -225,13 +225,23 @@ impl EvalCx<'_> {
 /// Called with the function's name, a value and what it holds, each time an op was evaluated.
 pub type Tap<'a> = dyn Fn(&str, ValueId, &Tensor) + 'a;
 
+/// Called with the function's name and a value each time an op was evaluated; what it gives is used instead.
+pub type Replace<'a> = dyn Fn(&str, ValueId) -> Option<Tensor> + 'a;
+
+/// Who looks at an evaluation.
+#[derive(Clone, Copy, Default)]
+struct Watch<'a> {
+    tap: Option<&'a Tap<'a>>,
+    replace: Option<&'a Replace<'a>>,
+}
+
 /// Runs a module call by call, keeping its states.
 pub struct Evaluator<'m> {
     module: &'m Module,
     store: &'m Store,
     states: BTreeMap<StateId, Tensor>,
     past: u64,
-    tap: Option<&'m Tap<'m>>,
+    watch: Watch<'m>,
 }
 
 impl<'m> Evaluator<'m> {
@@ -250,12 +260,18 @@ impl<'m> Evaluator<'m> {
             };
             states.insert(id, Tensor { ty: state.ty.clone(), data });
         }
-        Ok(Evaluator { module, store, states, past: 0, tap: None })
+        Ok(Evaluator { module, store, states, past: 0, watch: Watch::default() })
     }
 
     /// Shows every op's result to `tap`.
     pub fn with_tap(mut self, tap: &'m Tap<'m>) -> Self {
-        self.tap = Some(tap);
+        self.watch.tap = Some(tap);
+        self
+    }
+
+    /// Goes on with what `replace` gives for a value, so that what follows is judged on another's inputs.
+    pub fn with_replacement(mut self, replace: &'m Replace<'m>) -> Self {
+        self.watch.replace = Some(replace);
         self
     }
 
@@ -268,8 +284,8 @@ impl<'m> Evaluator<'m> {
     /// that cut to the last rows. Returns the results of `main`.
     pub fn step(&mut self, inputs: &[Tensor], rows: u64) -> Result<Vec<Tensor>> {
         let tokens = inputs.first().and_then(|x| x.dims().first().copied()).unwrap_or(1) as u64;
-        let (module, store, tap) = (self.module, self.store, self.tap);
-        let layer = LayerRunner { module, store, tap };
+        let (module, store, watch) = (self.module, self.store, self.watch);
+        let layer = LayerRunner { module, store, watch };
         let run = |name: &str, args: &[&Tensor], cx: EvalCx<'_>| layer.run(name, args, cx);
         let cx = EvalCx {
             past: self.past,
@@ -280,7 +296,7 @@ impl<'m> Evaluator<'m> {
             layer: &run,
         };
         let args: Vec<&Tensor> = inputs.iter().collect();
-        let out = eval_graph("main", &module.main, &args, cx, module, store, tap)?;
+        let out = eval_graph("main", &module.main, &args, cx, module, store, watch)?;
         self.past += tokens;
         Ok(out)
     }
@@ -289,14 +305,14 @@ impl<'m> Evaluator<'m> {
 struct LayerRunner<'m> {
     module: &'m Module,
     store: &'m Store,
-    tap: Option<&'m Tap<'m>>,
+    watch: Watch<'m>,
 }
 
 impl LayerRunner<'_> {
     fn run(&self, name: &str, args: &[&Tensor], cx: EvalCx<'_>) -> Result<Tensor> {
         let id = self.module.layer(name).ok_or_else(|| Diag::input(format!("there is no layer @{name}")))?;
         let graph = &self.module.layers[id].graph;
-        let mut out = eval_graph(name, graph, args, cx, self.module, self.store, self.tap)?;
+        let mut out = eval_graph(name, graph, args, cx, self.module, self.store, self.watch)?;
         match out.len() {
             1 => Ok(out.remove(0)),
             n => Err(Diag::input(format!("layer @{name} has {n} results, expected one"))),
@@ -312,11 +328,11 @@ pub fn eval_pure(
     module: &Module,
     store: &Store,
 ) -> Result<Vec<Tensor>> {
-    let layer = LayerRunner { module, store, tap: None };
+    let layer = LayerRunner { module, store, watch: Watch::default() };
     let run = |name: &str, args: &[&Tensor], cx: EvalCx<'_>| layer.run(name, args, cx);
     let mut states = BTreeMap::new();
     let cx = EvalCx { past: 0, tokens, rows: tokens, states: &mut states, arg_states: vec![], layer: &run };
-    eval_graph("main", graph, args, cx, module, store, None)
+    eval_graph("main", graph, args, cx, module, store, Watch::default())
 }
 
 /// The tensor that a weight is, read as a whole.
@@ -341,7 +357,7 @@ fn eval_graph(
     mut cx: EvalCx<'_>,
     module: &Module,
     store: &Store,
-    tap: Option<&Tap<'_>>,
+    watch: Watch<'_>,
 ) -> Result<Vec<Tensor>> {
     if args.len() != graph.params.len() {
         return Err(Diag::input(format!(
@@ -389,9 +405,16 @@ fn eval_graph(
         if result.ty != out {
             return Err(Diag::bug(format!("`{}` made {}, declared {out}", node.op.name(), result.ty)));
         }
-        if let Some(tap) = tap {
+        if let Some(tap) = watch.tap {
             tap(function, node.result, &result);
         }
+        let result = match watch.replace.and_then(|replace| replace(function, node.result)) {
+            None => result,
+            Some(other) if other.ty == result.ty => other,
+            Some(other) => {
+                return Err(Diag::bug(format!("{} was to be replaced by {}", result.ty, other.ty)));
+            }
+        };
         live.insert(node.result, result);
         for &a in &node.args {
             uses[a] -= 1;
