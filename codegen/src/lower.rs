@@ -704,6 +704,12 @@ impl Lowering<'_> {
         groups.dedup();
         let at = extent(x.ty)?;
         let at = Extent { per: 1, cols: at.width(), ..at };
+        if let &[group] = &groups[..]
+            && reads_only_quantize(graph, node)
+            && let Some(val) = self.quantize_while_computing(name, x, at, group)
+        {
+            return Ok(val);
+        }
         let q = self.buffer_of(at.rows, u64::from(crate::spec::i8_row_stride(at.cols)));
         let scale = self.buffer_of(at.rows, 4);
         let mut sums = vec![];
@@ -722,6 +728,37 @@ impl Lowering<'_> {
             sums.push((group, place));
         }
         Ok(Val { place: q, sums, scale: Some(scale) })
+    }
+
+    /// Lets the row kernel that makes `x` store it quantized and nothing else, when there is such a kernel. The same f32
+    /// operations in the same order: the codes are those of two kernels.
+    fn quantize_while_computing(
+        &mut self,
+        name: &str,
+        x: Operand<'_>,
+        at: Extent,
+        group: u32,
+    ) -> Option<Val> {
+        let last = self.steps.last()?;
+        let KernelSpec::Row(row) = &last.spec else { return None };
+        let computes_x = last.writes == [x.val.place] && last.tap.is_none();
+        let &[store] = &row.body.stores[..] else { return None };
+        let f32_rows = row.body.outputs.first().is_some_and(|o| o.ty == MemTy::F32);
+        if !computes_x || !f32_rows || row.rows != at.count() || row.cols != at.cols {
+            return None;
+        }
+        let mut body = row.body.clone();
+        body.stores.clear();
+        body.outputs.clear();
+        crate::cpu::row::quantize_dynamic(&mut body, store.node, at.cols, Some(group));
+        let spec = RowSpec { name: format!("{}_quantize", row.name), body, ..row.clone() };
+        let reads = last.reads.clone();
+        self.steps.pop();
+        let q = self.buffer_of(at.rows, u64::from(crate::spec::i8_row_stride(at.cols)));
+        let scale = self.buffer_of(at.rows, 4);
+        let sums = self.buffer_of(at.rows, 4 * u64::from(at.cols.div_ceil(group)));
+        self.launch(name, KernelSpec::Row(spec), &reads, &[q, scale, sums], at.items());
+        Some(Val { place: q, sums: vec![(group, sums)], scale: Some(scale) })
     }
 
     #[expect(clippy::too_many_arguments, reason = "one call for each of the two matmul ops")]
@@ -793,8 +830,9 @@ impl Lowering<'_> {
         Ok(Val::plain(place))
     }
 
-    /// Plans the arena and gives every class its launches.
-    fn finish(self, out: usize, width: u32) -> Result<Lowered> {
+    /// Orders the steps, plans the arena and gives every class its launches.
+    fn finish(mut self, out: usize, width: u32) -> Result<Lowered> {
+        self.steps = in_waves(self.steps);
         let end = self.steps.len();
         let mut lives: Vec<Option<(usize, usize)>> = vec![None; self.buffers.len()];
         let touch = |lives: &mut Vec<Option<(usize, usize)>>, buffer: usize, step: usize| {
@@ -854,6 +892,35 @@ impl Lowering<'_> {
             states: self.states,
         })
     }
+}
+
+/// Whether nothing but a quantization, `node`, and the scale made for it read what it quantizes.
+fn reads_only_quantize(graph: &Graph, node: &Node) -> bool {
+    let x = node.args[0];
+    let reader = |op| {
+        let user = graph.node(op);
+        user.result == node.result || user.result == node.args[1]
+    };
+    !graph.is_result(x) && graph.users(x).into_iter().all(reader)
+}
+
+/// The steps in waves: each as early as what it waits for allows, so that as many as can be run between two barriers.
+/// Steps of one wave keep their order.
+fn in_waves(steps: Vec<Step>) -> Vec<Step> {
+    let clash = |a: &[Place], b: &[Place]| a.iter().any(|x| b.contains(x));
+    let mut wave: Vec<usize> = Vec::with_capacity(steps.len());
+    for (i, step) in steps.iter().enumerate() {
+        let waits = |j: &usize| {
+            let before = &steps[*j];
+            clash(&before.writes, &step.reads)
+                || clash(&before.writes, &step.writes)
+                || clash(&before.reads, &step.writes)
+        };
+        wave.push((0..i).filter(waits).map(|j| wave[j] + 1).max().unwrap_or(0));
+    }
+    let mut order: Vec<(usize, Step)> = wave.into_iter().zip(steps).collect();
+    order.sort_by_key(|(wave, _)| *wave);
+    order.into_iter().map(|(_, step)| step).collect()
 }
 
 /// Whether a node is a cast from f32 whose result is only appended to caches.

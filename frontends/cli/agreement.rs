@@ -48,9 +48,14 @@ impl Agreement {
         self.layers.iter().map(|l| l.relative).fold(0.0, f64::max)
     }
 
+    /// Whether engine and evaluator agree.
+    pub fn holds(&self) -> bool {
+        self.worst() <= self.limit
+    }
+
     /// One line.
     pub fn verdict(&self) -> String {
-        let word = if self.worst() <= self.limit { "with the reference" } else { "NOT with the reference" };
+        let word = if self.holds() { "with the reference" } else { "NOT with the reference" };
         format!("{word}: largest relative error of a layer {:.1e} on {} tokens", self.worst(), self.tokens)
     }
 

@@ -1,6 +1,6 @@
 //! `quantc compile`: from a model to an engine.
 
-use crate::failure::Outcome;
+use crate::failure::{Failure, Outcome};
 use crate::{agreement, opt, output, subject};
 use quantc_codegen::backend::CpuBackend;
 use quantc_codegen::engine::{self, Request};
@@ -136,7 +136,8 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
         eprint!("{}", agreement.table());
     }
     if args.json {
-        return output::json(&summary);
+        output::json(&summary)?;
+        return judge(agreement.as_ref());
     }
     output::line(&format!("engine   {}", args.output.display()))?;
     output::line(&format!("target   {}", target.name))?;
@@ -152,7 +153,17 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
     let rss =
         stats::peak_rss_bytes().map_or(String::new(), |b| format!(", peak memory {}", output::bytes(b)));
     output::line(&format!("time     {:.1} s{rss}", start.elapsed().as_secs_f64()))?;
-    Ok(())
+    judge(agreement.as_ref())
+}
+
+/// An engine that disagrees with the evaluator fails the gate; it is kept to be looked at.
+fn judge(agreement: Option<&agreement::Agreement>) -> Outcome {
+    match agreement {
+        Some(agreement) if !agreement.holds() => {
+            Err(Failure::Gate(format!("the engine agrees {}", agreement.verdict())))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The pipeline with the cache's format changed first.
@@ -274,7 +285,7 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
     progress.end();
     if job.show.stops() {
         output::piece(&quantc_ir::text::print(&module))?;
-        return Err(crate::failure::Failure::Closed);
+        return Err(Failure::Closed);
     }
     all_finite(&module, store)?;
     say("generating code");

@@ -10,7 +10,6 @@ pub enum Failure {
     /// What was given is refused, or the machine cannot do it.
     Refused(Diags),
     /// A gate failed; the text says which.
-    #[expect(dead_code, reason = "the exit code is part of the contract; gates come with the quality report")]
     Gate(String),
     /// The reader of stdout has gone.
     Closed,

@@ -68,8 +68,7 @@ fn read(path: &Path, store: &Store) -> Outcome<Module> {
 }
 
 fn engine(args: &Args) -> Outcome {
-    let engine = subject::open_engine(&args.subject, true)?;
-    let manifest = engine.manifest();
+    let manifest = subject::manifest(&args.subject)?;
     let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
     if args.json {
         let blobs: Vec<Value> = manifest

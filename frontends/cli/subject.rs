@@ -5,7 +5,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use quantc_frontends::tokenizer::Tokenizer;
 use quantc_ir::diag::Diag;
 use quantc_runtime::engine::{Engine, OpenOptions};
-use quantc_runtime::format::{Kind, MANIFEST_FILE};
+use quantc_runtime::format::{Kind, MANIFEST_FILE, Manifest};
 use std::io::IsTerminal;
 use std::path::Path;
 #[cfg(feature = "llvm")]
@@ -20,8 +20,20 @@ pub fn is_engine(path: &Path) -> bool {
     path.join(MANIFEST_FILE).is_file()
 }
 
+/// The manifest of an engine, which may be for another machine.
+pub fn manifest(path: &Path) -> Outcome<Manifest> {
+    check_engine(path)?;
+    Ok(quantc_runtime::engine::read_manifest(path)?)
+}
+
 /// Opens an engine.
 pub fn open_engine(path: &Path, verify_weights: bool) -> Outcome<Arc<Engine>> {
+    check_engine(path)?;
+    Ok(Arc::new(Engine::open(path, &OpenOptions { verify_weights })?))
+}
+
+/// Refuses folders that are no engines.
+fn check_engine(path: &Path) -> Outcome {
     if path.is_dir() && !is_engine(path) {
         let diag = Diag::input(format!("this folder has no `{MANIFEST_FILE}`, so it is not an engine"));
         let diag = diag.in_file(path.display().to_string());
@@ -29,7 +41,7 @@ pub fn open_engine(path: &Path, verify_weights: bool) -> Outcome<Arc<Engine>> {
             .help("make one with `quantc compile MODEL --target host --preset f32 -o ENGINE`")
             .into());
     }
-    Ok(Arc::new(Engine::open(path, &OpenOptions { verify_weights })?))
+    Ok(())
 }
 
 /// Opens an engine, or compiles a model to f32 for this machine and opens that.

@@ -99,11 +99,7 @@ impl Engine {
 
     /// The bytes of another listed file, compared with its digest; for example `tokenizer.json`.
     pub fn read_file(&self, name: &str) -> Result<Vec<u8>> {
-        let at = self.path.join(name);
-        match self.manifest.file(name) {
-            Some(file) => read_checked(&at, file),
-            None => Err(Error::input("the engine has no such file").at(at.display())),
-        }
+        read_file(&self.path, &self.manifest, name)
     }
 
     /// The kernel of a launch; both indices are the manifest's.
@@ -124,6 +120,15 @@ pub fn read_manifest(folder: &Path) -> Result<Manifest> {
     let manifest = Manifest::decode_file(&bytes).map_err(|e| e.at(at.display()))?;
     manifest.validate().map_err(|e| e.at(at.display()))?;
     Ok(manifest)
+}
+
+/// The bytes of a file that the manifest lists, compared with its digest. It needs no machine that runs the engine.
+pub fn read_file(folder: &Path, manifest: &Manifest, name: &str) -> Result<Vec<u8>> {
+    let at = folder.join(name);
+    match manifest.file(name) {
+        Some(file) => read_checked(&at, file),
+        None => Err(Error::input("the engine has no such file").at(at.display())),
+    }
 }
 
 /// Opens a plain file; anything else (a pipe would wait for ever) is refused.
