@@ -11,6 +11,7 @@ echo "== compile"
 "$quantc" compile "$model" --target host --preset w4a8-g32 -o "$out/w4a8-g32"
 echo
 echo "== run"
+printf 'Once upon a time'
 "$quantc" run "$out/w4a8-g32" --prompt "Once upon a time" --max-tokens 120
 echo
 echo "== presets"
