@@ -39,6 +39,10 @@ use crate::weights::{self, WeightSource};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write as _};
 
+/// Most elements of a weight that is one number repeated: what passes derive from it has as many, and no file of that
+/// size stands behind it.
+const MOST_SPLAT: u64 = 1 << 30;
+
 /// Something that does not hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VerifyError {
@@ -261,6 +265,9 @@ impl<'m> Verifier<'m> {
                         place,
                         format!("{ty} takes {stored} bytes, the inline data has {}", bytes.len()),
                     );
+                }
+                WeightSource::Splat(_) if ty.shape.elements().is_none_or(|n| n > MOST_SPLAT) => {
+                    self.error(place, format!("{ty} repeats one number more than {MOST_SPLAT} times"));
                 }
                 WeightSource::Splat(_) if !ty.elem.is_float() => {
                     self.error(place, format!("a splat fills plain float tensors only, not {ty}"));
