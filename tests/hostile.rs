@@ -195,7 +195,8 @@ fn import(dir: &Path) -> bool {
     true
 }
 
-/// Runs the tool on something damaged: it succeeds, or fails with an error that mentions `name`.
+/// Runs the tool on something damaged: it succeeds, fails with an error that mentions `name`, or says itself that what it
+/// made is not to be trusted.
 fn tool(args: Vec<OsString>, name: &str) {
     let start = Instant::now();
     let done = quantc(&args);
@@ -207,6 +208,8 @@ fn tool(args: Vec<OsString>, name: &str) {
             assert!(done.err.contains(name), "{args:?} does not mention {name}: {}", done.err);
             assert!(!done.err.contains("bug in quantc"), "{args:?}: {}", done.err);
         }
+        // Weights so large that sums overflow f32 make an engine that the evaluator, which sums in f64, disagrees with.
+        3 => assert!(done.err.contains("gate failed: "), "{args:?}: {}", done.err),
         code => panic!("{args:?}: exit code {code}\n{}", done.err),
     }
 }

@@ -79,7 +79,8 @@ pub fn run(args: Args) -> Outcome {
     let start = Instant::now();
     let mut next = sampler.sample(session.prefill(0, &prompt, 1)?)?;
     let prefill = start.elapsed();
-    let room = (context - prompt.len()).min(args.max_tokens);
+    // The last token is not fed back, so it needs no room in the state.
+    let room = (context - prompt.len() + 1).min(args.max_tokens);
     let mut ids = Vec::with_capacity(room);
     let mut stream = tokenizer.stream();
     let mut text = String::new();
