@@ -976,7 +976,7 @@ mod tests {
                 |m| m.programs[0].launches[0].args[1] = Ref { kind: None },
                 "buffer 1: the buffer is of no known kind",
             ),
-            (|m| m.programs[0].launches[0].args[1] = RefKind::Input(3).into(), "input 3"),
+            (|m| m.programs[0].launches[0].args[1] = RefKind::Input(9).into(), "input 9"),
             (|m| m.programs[0].launches[0].args = vec![Ref::null(); MAX_ARGS + 1], "257 buffers"),
             (|m| m.files[0].name = "../kernels.o".into(), "not a plain file name"),
             (|m| m.files[0].name = "other.o".into(), "kernels.o is not listed"),
