@@ -4,7 +4,7 @@
 //!
 //! ```no_run
 //! # use quantc::passes::pass::PassInfo;
-//! # fn my_pass() -> &'static PassInfo { unimplemented!() }
+//! # fn my_pass() -> &'static PassInfo { quantc::passes::canon::DropDead::INFO }
 //! fn main() -> std::process::ExitCode {
 //!     quantc::main_with(quantc::passes::Registry::builtin().with(my_pass()))
 //! }
