@@ -70,6 +70,9 @@ pub struct ProfileRow {
     pub calls: u64,
     /// Time from the end of the launch before, with all workers, in nanoseconds.
     pub nanos: u64,
+    /// Time inside kernels, the sum over all workers, in nanoseconds. Over launches that end at a barrier, what is
+    /// missing to `nanos` times the number of workers was spent waiting for other workers.
+    pub busy_nanos: u64,
 }
 
 /// What a tap sees: name, rows, width and `rows * width` values.
@@ -118,6 +121,7 @@ struct PreparedLaunch {
     barrier_after: bool,
     calls: AtomicU64,
     nanos: AtomicU64,
+    busy_nanos: AtomicU64,
 }
 
 // SAFETY: the tables point into mappings that the session or its engine owns; a session is used by one thread at a time
@@ -310,13 +314,15 @@ impl Session {
                     continue;
                 }
                 let nanos = prepared.nanos.load(Ordering::Relaxed);
+                let busy_nanos = prepared.busy_nanos.load(Ordering::Relaxed);
                 let index = *index_of.entry(launch.name.as_str()).or_insert(rows.len());
                 if index == rows.len() {
                     let (name, symbol) = (launch.name.clone(), launch.symbol.clone());
-                    rows.push(ProfileRow { name, symbol, calls: 0, nanos: 0 });
+                    rows.push(ProfileRow { name, symbol, calls: 0, nanos: 0, busy_nanos: 0 });
                 }
                 rows[index].calls += calls;
                 rows[index].nanos += nanos;
+                rows[index].busy_nanos += busy_nanos;
             }
         }
         rows
@@ -327,6 +333,7 @@ impl Session {
         for launch in self.programs.iter_mut().flat_map(|program| &mut program.launches) {
             *launch.calls.get_mut() = 0;
             *launch.nanos.get_mut() = 0;
+            *launch.busy_nanos.get_mut() = 0;
         }
     }
 
@@ -552,10 +559,14 @@ impl Session {
                 let begin = items * worker as u64 / workers;
                 let end = items * (worker as u64 + 1) / workers;
                 if begin < end {
+                    let entered = profile.then(Instant::now);
                     let args = table[launch.first_arg..].as_ptr();
                     // SAFETY: the engine's author vouches for its kernels; the table holds the launch's buffers in
                     // the manifest's order, each as large as the manifest says, and no two workers share an item.
                     unsafe { (launch.kernel)(args, dims.as_ptr(), begin as i64, end as i64) };
+                    if let Some(entered) = entered {
+                        launch.busy_nanos.fetch_add(nanos_since(entered, Instant::now()), Ordering::Relaxed);
+                    }
                 }
                 let last = index + 1 == launches.len();
                 if launch.barrier_after && (!last || profile) && barrier.wait().is_err() {
@@ -565,8 +576,7 @@ impl Session {
                     && let Some(start) = &mut start
                 {
                     let now = Instant::now();
-                    let nanos = u64::try_from((now - *start).as_nanos()).unwrap_or(u64::MAX);
-                    launch.nanos.fetch_add(nanos, Ordering::Relaxed);
+                    launch.nanos.fetch_add(nanos_since(*start, now), Ordering::Relaxed);
                     launch.calls.fetch_add(1, Ordering::Relaxed);
                     *start = now;
                 }
@@ -596,6 +606,10 @@ impl Tables<'_> {
     fn of(&self, worker: usize) -> &[*mut u8] {
         &self.0[worker]
     }
+}
+
+fn nanos_since(start: Instant, now: Instant) -> u64 {
+    u64::try_from((now - start).as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Bytes of one integer input.
@@ -682,6 +696,7 @@ impl Memory<'_> {
                 barrier_after: launch.flags & NO_BARRIER_AFTER == 0,
                 calls: AtomicU64::new(0),
                 nanos: AtomicU64::new(0),
+                busy_nanos: AtomicU64::new(0),
             };
             first_arg += launch.args.len();
             prepared

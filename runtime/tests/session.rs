@@ -199,6 +199,7 @@ fn taps_show_values_and_profiles_show_time() {
     assert_eq!(names, ["clock", "embed", "store", "mix", "head"]);
     assert!(profile.iter().all(|row| row.calls == 2 && row.symbol == format!("toy_{}", row.name)));
     assert!(profile.iter().map(|row| row.nanos).sum::<u64>() > 0);
+    assert!(profile.iter().map(|row| row.busy_nanos).sum::<u64>() > 0);
 }
 
 #[test]
