@@ -4,7 +4,7 @@ use crate::cpu::llvm::Unit;
 use crate::cpu::matmul::MatmulSchedule;
 use crate::cpu::matmul::schedule::Inner;
 use crate::cpu::{attention, gather, matmul, rope, row};
-use crate::spec::{Code, KernelSpec, MatmulSpec};
+use crate::spec::{Code, KernelSpec, MatmulSpec, Rows};
 use inkwell::context::Context;
 use quantc_ir::diag::Result;
 use quantc_ir::target::{Dot, TargetDesc};
@@ -24,6 +24,45 @@ pub struct KernelReport {
     pub refused: Vec<String>,
     /// The launches that use it.
     pub launches: Vec<String>,
+    /// The multiply-adds of a call, for kernels that are about them.
+    pub work: Option<Work>,
+}
+
+/// Multiply-adds of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Work {
+    /// How many for each `per`.
+    pub macs: u64,
+    /// What they are counted for.
+    pub per: Per,
+}
+
+/// What work grows with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Per {
+    /// Tokens of the call.
+    T,
+    /// Rows of results of the call.
+    R,
+    /// Pairs of a token and a position that it sees.
+    Pair,
+}
+
+impl Work {
+    /// The work of `spec`, where it is a matter of multiply-adds.
+    pub fn of(spec: &KernelSpec) -> Option<Work> {
+        match spec {
+            KernelSpec::Matmul(s) => {
+                let per = if s.rows == Rows::T { Per::T } else { Per::R };
+                Some(Work { macs: u64::from(s.n) * u64::from(s.k), per })
+            }
+            KernelSpec::Attention(s) => {
+                Some(Work { macs: 2 * u64::from(s.heads) * u64::from(s.head_dim), per: Per::Pair })
+            }
+            _ => None,
+        }
+    }
 }
 
 /// Compiles the kernels of `specs`, which map symbols to specs; returns the object and a report for each.
@@ -41,6 +80,7 @@ pub fn compile(
             choice: String::new(),
             refused: vec![],
             launches: vec![],
+            work: Work::of(spec),
         };
         match spec {
             KernelSpec::Matmul(spec) => {

@@ -2,12 +2,13 @@
 
 use crate::failure::Outcome;
 use crate::output;
+use crate::profile::{Facts, Phase};
 use crate::subject;
 use quantc_ir::diag::Diag;
 use quantc_runtime::sample;
 use quantc_runtime::session::{Session, SessionOptions};
 use quantc_runtime::stats;
-use serde_json::json;
+use serde_json::{Map, json};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -31,7 +32,7 @@ pub struct Args {
     /// Measured runs, after one that is not counted.
     #[arg(long, default_value_t = 5)]
     repeat: usize,
-    /// Also print where the time goes.
+    /// Also print where the time of a step goes, for prefill and decode; measuring it costs a little.
     #[arg(long)]
     profile: bool,
     /// Print one JSON object.
@@ -68,24 +69,42 @@ pub fn run(args: Args) -> Outcome {
     let prompt: Vec<u32> = (0..args.prompt_tokens as u64).map(|i| (i * 7919 % ids) as u32).collect();
     let slots: Vec<u32> = (0..session.slots()).collect();
     let (mut prefill, mut decode, mut runs) = (vec![], vec![], vec![]);
+    let (mut prefill_phase, mut decode_phase) = (Phase::default(), Phase::default());
+    let width = manifest.vocab as usize;
+    let nanos = |start: Instant| u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
     for n in 0..=args.repeat {
-        if n == 1 {
-            session.clear_profile();
-        }
+        // The first run warms up and is not counted.
+        let (mut first, mut then) = (Phase::default(), Phase::default());
         let mut next = vec![0; slots.len()];
+        session.clear_profile();
         let start = Instant::now();
         for (&slot, next) in slots.iter().zip(&mut next) {
             session.reset(slot)?;
-            *next = sample::greedy(session.prefill(slot, &prompt, 1)?).unwrap_or(0);
+            let began = Instant::now();
+            let logits = session.prefill(slot, &prompt, 1)?;
+            first.steps.nanos += nanos(began);
+            first.steps.count_prompt(prompt.len() as u64, manifest.max_tokens.into());
+            let began = Instant::now();
+            *next = sample::greedy(logits).unwrap_or(0);
+            first.steps.sampling_nanos += nanos(began);
         }
         let prefill_s = start.elapsed().as_secs_f64();
+        if args.profile {
+            first.add(session.profile());
+            session.clear_profile();
+        }
         let start = Instant::now();
-        let width = manifest.vocab as usize;
         for _ in 0..args.gen_tokens {
+            let began = Instant::now();
             let logits = session.decode_batch(&slots, &next)?;
+            then.steps.nanos += nanos(began);
+            let began = Instant::now();
             for (next, row) in next.iter_mut().zip(logits.chunks_exact(width)) {
                 *next = sample::greedy(row).unwrap_or(0);
             }
+            then.steps.sampling_nanos += nanos(began);
+            let held: u64 = slots.iter().map(|&slot| u64::from(session.position(slot))).sum();
+            then.steps.count(slots.len() as u64, slots.len() as u64, held, held);
         }
         let decode_s = start.elapsed().as_secs_f64();
         if n > 0 {
@@ -95,10 +114,17 @@ pub fn run(args: Args) -> Outcome {
             prefill.push(rates.0);
             decode.push(rates.1);
             runs.push(json!({ "prefill_tok_s": rates.0, "decode_tok_s": rates.1 }));
+            then.add(session.profile());
+            prefill_phase.append(first);
+            decode_phase.append(then);
         }
     }
     let (prefill, decode) = (median(prefill), median(decode));
-    let profile = session.profile();
+    let profile = args.profile.then(|| {
+        let facts = Facts::of(&args.engine, manifest);
+        [("prefill", prefill_phase), ("decode", decode_phase)]
+            .map(|(name, phase)| (name, facts.summary(&phase, session.threads())))
+    });
     if args.json {
         return output::json(&json!({
             "prefill_tok_s": prefill,
@@ -112,6 +138,9 @@ pub fn run(args: Args) -> Outcome {
             "prompt_tokens": args.prompt_tokens,
             "gen_tokens": args.gen_tokens,
             "runs": runs,
+            "profile": profile.map(|phases| {
+                phases.map(|(name, s)| (name.to_string(), s.json())).into_iter().collect::<Map<_, _>>()
+            }),
         }));
     }
     output::line(&format!("prefill  {prefill:.1} tokens/s ({} tokens)", args.prompt_tokens))?;
@@ -121,20 +150,8 @@ pub fn run(args: Args) -> Outcome {
         args.gen_tokens
     ))?;
     output::line(&format!("weights  {}, loaded in {load_ms:.0} ms", output::bytes(manifest.weight_bytes)))?;
-    if !profile.is_empty() {
-        let total: u64 = profile.iter().map(|p| p.nanos).sum();
-        let mut rows: Vec<_> = profile;
-        rows.sort_by_key(|p| std::cmp::Reverse(p.nanos));
-        let cells = rows.iter().take(24).map(|p| {
-            let share = 100.0 * p.nanos as f64 / total.max(1) as f64;
-            vec![
-                p.name.clone(),
-                p.calls.to_string(),
-                format!("{:.1}", p.nanos as f64 / 1e6),
-                format!("{share:.1}"),
-            ]
-        });
-        output::piece(&output::table(&["launch", "calls", "ms", "%"], &cells.collect::<Vec<_>>()))?;
+    for (name, summary) in profile.iter().flatten() {
+        output::piece(&summary.text(name))?;
     }
     Ok(())
 }

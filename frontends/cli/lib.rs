@@ -31,6 +31,7 @@ mod inspect;
 mod manual;
 mod opt;
 mod output;
+mod profile;
 mod run;
 mod score;
 mod subject;
