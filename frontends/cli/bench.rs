@@ -32,7 +32,7 @@ pub struct Args {
     /// Measured runs, after one that is not counted.
     #[arg(long, default_value_t = 5)]
     repeat: usize,
-    /// Also print where the time of a step goes, for prefill and decode; measuring it costs a little.
+    /// Also print where the time of a step goes.
     #[arg(long)]
     profile: bool,
     /// Print one JSON object.
