@@ -218,8 +218,8 @@ pub enum ReduceOp {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Node {
-    /// The accumulator of the matmul this is the epilogue of.
-    Acc,
+    /// An accumulator of the matmul this is the epilogue of: the sums of its first product, of its second, and so on.
+    Acc(u8),
     /// `input[row][col]`.
     Elem(InputId),
     /// `input[row][col + col_offset]`: the other half of a buffer that holds two things side by side.
@@ -354,9 +354,35 @@ impl EExpr {
         self.push(Node::Row(input))
     }
 
-    /// The matmul's accumulator.
+    /// The accumulator of a matmul's first product.
     pub fn acc(&mut self) -> NodeId {
-        self.push(Node::Acc)
+        self.push(Node::Acc(0))
+    }
+
+    /// Takes over the nodes and inputs of `other`, the epilogue of another product, which becomes product number `product`
+    /// here. Gives the node that `other` stores; its inputs follow those already declared.
+    pub fn absorb(&mut self, other: &EExpr, product: u8) -> Option<NodeId> {
+        let first = self.inputs.len() as u32;
+        self.inputs.extend(&other.inputs);
+        let input = |id: InputId| InputId(first + id.0);
+        let mut moved: Vec<NodeId> = Vec::with_capacity(other.nodes.len());
+        for node in &other.nodes {
+            let at = |id: NodeId| moved[id.0 as usize];
+            let node = match *node {
+                Node::Acc(i) => Node::Acc(product + i),
+                Node::Elem(id) => Node::Elem(input(id)),
+                Node::ElemAt { input: id, col_offset } => Node::ElemAt { input: input(id), col_offset },
+                Node::Col(id) => Node::Col(input(id)),
+                Node::Row(id) => Node::Row(input(id)),
+                Node::Const(value) => Node::Const(value),
+                Node::Unary(op, a) => Node::Unary(op, at(a)),
+                Node::Binary(op, a, b) => Node::Binary(op, at(a), at(b)),
+                Node::Fma(a, b, c) => Node::Fma(at(a), at(b), at(c)),
+                Node::Reduce(op, a) => Node::Reduce(op, at(a)),
+            };
+            moved.push(self.push(node));
+        }
+        other.stores.first().map(|store| moved[store.node.0 as usize])
     }
 
     /// Reads `input[row][col]`.
@@ -445,13 +471,20 @@ impl EExpr {
         self.nodes[id.0 as usize]
     }
 
+    /// Products whose sums the expression reads: accumulators `0..products()`.
+    pub fn products(&self) -> u32 {
+        let last =
+            self.nodes.iter().filter_map(|n| if let Node::Acc(i) = n { Some(u32::from(*i)) } else { None });
+        last.max().map_or(0, |i| i + 1)
+    }
+
     /// For each node whether its value is the same in all columns of a row.
     pub fn row_uniform(&self) -> Vec<bool> {
         let mut uniform: Vec<bool> = Vec::with_capacity(self.nodes.len());
         for node in &self.nodes {
             let is = match node {
                 Node::Row(_) | Node::Const(_) | Node::Reduce(..) => true,
-                Node::Acc | Node::Elem(_) | Node::ElemAt { .. } | Node::Col(_) => false,
+                Node::Acc(_) | Node::Elem(_) | Node::ElemAt { .. } | Node::Col(_) => false,
                 _ => node.operands().all(|id| uniform[id.0 as usize]),
             };
             uniform.push(is);
@@ -500,7 +533,7 @@ impl EExpr {
                 ));
             }
             match (place, node) {
-                (Place::Row { .. }, Node::Acc) => {
+                (Place::Row { .. }, Node::Acc(_)) => {
                     return err(format!("node {i}: no accumulator in a row kernel"));
                 }
                 (Place::Epilogue, Node::Reduce(..)) => {
@@ -508,6 +541,9 @@ impl EExpr {
                 }
                 _ => {}
             }
+        }
+        if let Some(i) = (0..self.products()).find(|&i| !self.nodes.contains(&Node::Acc(i as u8))) {
+            return err(format!("accumulator {i} is never read"));
         }
         if self.stores.is_empty() {
             return err("it stores nothing".to_owned());

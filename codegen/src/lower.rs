@@ -817,17 +817,70 @@ impl Lowering<'_> {
         };
         reads.push(w);
         let operands = &node.args[fixed_operands(&node.op)..];
-        let (epilogue, used) = epilogue(steps, operands, graph, out, n)?;
-        for i in used {
-            let extra = extras.get(i).and_then(Option::as_ref);
-            reads.push(extra.ok_or_else(|| Diag::bug("an operand of the epilogue is missing"))?.place);
+        let mut epilogue = Epilogue::new(n);
+        for step in steps {
+            let operand = match step.operand().map(usize::from) {
+                None => None,
+                Some(i) => {
+                    let extra = extras.get(i).and_then(Option::as_ref);
+                    let extra = extra.ok_or_else(|| Diag::bug("an operand of the epilogue is missing"))?;
+                    let known = epilogue.operand(i);
+                    Some(match known {
+                        Some(value) => value,
+                        None => match self.take_partner(graph, node, operands[i], extra.place, &weight)? {
+                            Some(partner) => {
+                                reads.extend(partner.weights);
+                                epilogue.absorb(i, &partner.epilogue, &partner.inputs)?
+                            }
+                            None => epilogue.read(i, graph.ty(operands[i]), out, extra.place)?,
+                        },
+                    })
+                }
+            };
+            epilogue.step(*step, operand)?;
         }
+        let (epilogue, inputs) = epilogue.finish();
+        reads.extend(inputs);
         let m = MRange { min: 0, max: 0 };
         let spec = MatmulSpec { n, k: layout.k, m, rows, w: layout.w, a, epilogue };
         let place = self.buffer(out)?;
         let items = Items::fixed(u64::from(spec.items()));
         self.launch(name, KernelSpec::Matmul(spec), &reads, &[place], items);
         Ok(Val::plain(place))
+    }
+
+    /// Takes back the launch that makes `operand`, an operand of the epilogue of the product `node`, when it is a product
+    /// of the same rows with weights of the same format that nothing else reads: one kernel then computes both, and
+    /// what would lie between them is never written. The same operations on the same numbers.
+    fn take_partner(
+        &mut self,
+        graph: &Graph,
+        node: &Node,
+        operand: ValueId,
+        place: Place,
+        weight: &MatmulWeight,
+    ) -> Result<Option<Partner>> {
+        let Some((_, other)) = graph.def(operand) else { return Ok(None) };
+        let rows = |n: &Node| (n.args[0], matches!(n.op, Op::QMatMul(_)).then(|| n.args[QMATMUL_EXTRAS - 1]));
+        let Some(layout) = MatmulWeight::of(self.module, graph, other)?.map(|w| w.layout) else {
+            return Ok(None);
+        };
+        let read_once = !graph.is_result(operand) && graph.users(operand).len() == 1;
+        let read_here = node.args.iter().filter(|&&a| a == operand).count() == 1;
+        if layout != weight.layout || rows(node) != rows(other) || !read_once || !read_here {
+            return Ok(None);
+        }
+        let made_by = |s: &Step| s.writes == [place] && s.tap.is_none();
+        let Some(at) = self.steps.iter().position(made_by) else { return Ok(None) };
+        let KernelSpec::Matmul(spec) = &self.steps[at].spec else { return Ok(None) };
+        let (first, last) = (spec.weights_arg() as usize, spec.fixed_args() as usize);
+        let epilogue = spec.epilogue.clone();
+        let step = self.steps.remove(at);
+        Ok(Some(Partner {
+            weights: step.reads[first..last].to_vec(),
+            inputs: step.reads[last..].to_vec(),
+            epilogue,
+        }))
     }
 
     /// Orders the steps, plans the arena and gives every class its launches.
@@ -1001,33 +1054,63 @@ fn norm_spec(
     Ok(RowSpec::new(if centred { "layer_norm" } else { "rms_norm" }, at.cols, e).with_rows(at.count()))
 }
 
-/// The epilogue as an expression, and the extra operands in the order of its inputs.
-fn epilogue(
-    steps: &[EpilogueStep],
-    operands: &[ValueId],
-    graph: &Graph,
-    out: &TensorTy,
+/// A product whose launch was taken back, to be computed by the kernel that reads it.
+struct Partner {
+    /// Packed weights of its products.
+    weights: Vec<Place>,
+    /// What its epilogue reads.
+    inputs: Vec<Place>,
+    epilogue: EExpr,
+}
+
+/// The epilogue of a product being written as an expression, with what it reads in the order of its inputs.
+struct Epilogue {
+    e: EExpr,
+    value: NodeId,
+    inputs: Vec<Place>,
+    /// Operands that have a node.
+    operands: Vec<(usize, NodeId)>,
+    /// Columns of the result.
     n: u32,
-) -> Result<(EExpr, Vec<usize>)> {
-    let mut e = EExpr::new();
-    let mut inputs: Vec<(usize, NodeId)> = vec![];
-    let mut value = e.acc();
-    for step in steps {
-        let operand = match step.operand().map(usize::from) {
-            None => None,
-            Some(i) => Some(match inputs.iter().find(|(known, _)| *known == i) {
-                Some(&(_, node)) => node,
-                None => {
-                    let ty = graph.ty(operands[i]);
-                    let node =
-                        if ty.shape == out.shape { e.elem_input(mem(ty)?, n) } else { e.col_input(mem(ty)?) };
-                    inputs.push((i, node));
-                    node
-                }
-            }),
-        };
+}
+
+impl Epilogue {
+    fn new(n: u32) -> Epilogue {
+        let mut e = EExpr::new();
+        let value = e.acc();
+        Epilogue { e, value, inputs: vec![], operands: vec![], n }
+    }
+
+    /// The node of operand `i`, when it has one.
+    fn operand(&self, i: usize) -> Option<NodeId> {
+        self.operands.iter().find(|(known, _)| *known == i).map(|&(_, node)| node)
+    }
+
+    /// Operand `i` from memory.
+    fn read(&mut self, i: usize, ty: &TensorTy, out: &TensorTy, place: Place) -> Result<NodeId> {
+        let mem = mem(ty)?;
+        let node = if ty.shape == out.shape { self.e.elem_input(mem, self.n) } else { self.e.col_input(mem) };
+        self.inputs.push(place);
+        self.operands.push((i, node));
+        Ok(node)
+    }
+
+    /// Operand `i` as what the epilogue of another product gives.
+    fn absorb(&mut self, i: usize, other: &EExpr, inputs: &[Place]) -> Result<NodeId> {
+        let many = || Diag::target("too many products meet in one epilogue");
+        let product = u8::try_from(self.e.products()).map_err(|_| many())?;
+        product.checked_add(other.products() as u8).ok_or_else(many)?;
+        let node =
+            self.e.absorb(other, product).ok_or_else(|| Diag::bug("an epilogue that stores nothing"))?;
+        self.inputs.extend(inputs);
+        self.operands.push((i, node));
+        Ok(node)
+    }
+
+    fn step(&mut self, step: EpilogueStep, operand: Option<NodeId>) -> Result<()> {
         let operand = || operand.ok_or_else(|| Diag::bug("a step without its operand"));
-        value = match step {
+        let (e, value) = (&mut self.e, self.value);
+        self.value = match step {
             EpilogueStep::Add(_) => e.add(value, operand()?),
             EpilogueStep::Mul(_) => e.mul(value, operand()?),
             EpilogueStep::Silu => e.unary(UnaryOp::Silu, value),
@@ -1036,9 +1119,13 @@ fn epilogue(
             EpilogueStep::Relu => e.unary(UnaryOp::Relu, value),
             EpilogueStep::Tanh => e.unary(UnaryOp::Tanh, value),
         };
+        Ok(())
     }
-    e.store(value, MemTy::F32, n);
-    Ok((e, inputs.into_iter().map(|(i, _)| i).collect()))
+
+    fn finish(mut self) -> (EExpr, Vec<Place>) {
+        self.e.store(self.value, MemTy::F32, self.n);
+        (self.e, self.inputs)
+    }
 }
 
 /// For each step, whether the next may begin while it still runs: nothing that runs since the last barrier writes what

@@ -218,9 +218,12 @@ pub fn i8_row_stride(k: u32) -> u32 {
     k.next_multiple_of(64) + 64
 }
 
-/// `out[m][n] = epilogue(sum over k of a[m][k] * w[n][k])`.
+/// `out[m][n] = epilogue(sum over k of a[m][k] * w[n][k])`, for one or more `w` of the same shape and format.
 ///
-/// Arguments: `a`; for [`AFmt::I8Token`] then `a_scale f32[m]` and `a_sums i32[m][groups]`; `w`, packed by
+/// There are as many products as the epilogue reads accumulators: the gate and the up projection of a gated MLP are two
+/// products of the same rows that meet in the epilogue.
+///
+/// Arguments: `a`; for [`AFmt::I8Token`] then `a_scale f32[m]` and `a_sums i32[m][groups]`; each `w`, packed by
 /// [`crate::layout::Layout`]; the inputs and then the outputs of the epilogue. An item is one panel of 64 columns, for all
 /// rows of the call.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -257,10 +260,20 @@ impl MatmulSpec {
 
     /// Arguments before those of the epilogue.
     pub fn fixed_args(&self) -> u32 {
+        self.weights_arg() + self.products()
+    }
+
+    /// The argument that is the first product's weights.
+    pub fn weights_arg(&self) -> u32 {
         match self.a {
-            AFmt::F32 => 2,
-            AFmt::I8Token => 4,
+            AFmt::F32 => 1,
+            AFmt::I8Token => 3,
         }
+    }
+
+    /// Products of the same rows.
+    pub fn products(&self) -> u32 {
+        self.epilogue.products()
     }
 
     /// Refuses combinations that mean nothing or that no kernel computes.
@@ -269,6 +282,9 @@ impl MatmulSpec {
         let refuse = |why: String| Err(Diag::bug(format!("matmul {}: {why}", self.facts())));
         if *n == 0 || *k == 0 || m.min == 0 || m.min > m.max {
             return refuse("an empty dimension".into());
+        }
+        if self.products() == 0 {
+            return refuse("an epilogue that reads no sums".into());
         }
         if w.group == 0 || w.group > *k {
             return refuse(format!("a scale group of {} columns", w.group));
@@ -308,6 +324,10 @@ impl MatmulSpec {
         } else {
             format!("m{}to{}", self.m.min, self.m.max)
         };
-        format!("matmul_{a}_{}_{group}_{zero}_n{}_k{}_{m}", w.code.name(), self.n, self.k)
+        let products = match self.products() {
+            0 | 1 => String::new(),
+            count => format!("{count}x"),
+        };
+        format!("matmul_{a}_{products}{}_{group}_{zero}_n{}_k{}_{m}", w.code.name(), self.n, self.k)
     }
 }

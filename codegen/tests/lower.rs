@@ -70,6 +70,25 @@ fn activations_are_quantized_once_for_all_their_products() {
 }
 
 #[test]
+fn a_product_that_only_another_product_of_its_rows_reads_is_computed_with_it() {
+    let quantized =
+        "%x.s = dynamic_scale %x\n%x.q = quantize %x, %x.s\n%u = qmatmul %x.q, @q, @s, none, %x.s\n";
+    let gated = "%y = qmatmul %x.q, @p, @s, none, %x.s, %u {epilogue=[silu, mul0]}";
+    let other = "weight @p : tensor<4x4x!q<int8:f32 axis 0>> = inline [[4, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]";
+    let names = |body: &str| -> Vec<String> {
+        lowered(&decoder(other, body)).programs[0].1.iter().map(|l| l.name.clone()).collect()
+    };
+    let one = names(&format!("{quantized}{gated}"));
+    assert_eq!(one, ["main.x", "main.x.q", "main.y", "main.last", "main.logits"]);
+    // Somebody else reads it, or it is a product of other rows: two launches.
+    let read_twice = names(&format!("{quantized}%a = {}\n%y = add %a, %u", &gated[5..]));
+    assert!(read_twice.contains(&"main.u".to_owned()), "{read_twice:?}");
+    let floats = "%u = matmul %x, @f\n%z = add %x, %x\n%y = matmul %z, @f, %u {epilogue=[mul0]}";
+    let rows = lowered(&decoder("weight @f : tensor<4x4xf32> = splat 1.0", floats));
+    assert!(rows.programs[0].1.iter().any(|l| l.name == "main.u"));
+}
+
+#[test]
 fn scales_that_are_not_those_of_the_codes_are_refused() {
     // The scale of other rows.
     let other = "%z = add %x, %x\n%z.s = dynamic_scale %z\n%z.q = quantize %z, %z.s\n%d = qmatmul %z.q, @q, @s, none, %z.s\n\

@@ -443,7 +443,7 @@ mod emit {
             let done = self.sweep(0, self.cols, &init, |at, lane, carried| {
                 let mut known = known.clone();
                 for (w, &(_, op, of)) in wanted.iter().enumerate() {
-                    let v = self.frame.value(of, at, None, &mut known);
+                    let v = self.frame.value(of, at, &[], &mut known);
                     // Columns that are not there must not count.
                     let v = match at.valid {
                         Valid::First(n) => {
@@ -513,7 +513,7 @@ mod emit {
             let mut known = known.clone();
             // All values first: a store may overwrite what a later expression reads at this place.
             let values: Vec<_> =
-                stores.iter().map(|s| self.frame.value(s.node, at, None, &mut known)).collect();
+                stores.iter().map(|s| self.frame.value(s.node, at, &[], &mut known)).collect();
             for (store, v) in stores.iter().zip(values) {
                 self.frame.store(store, at, v);
             }
@@ -535,9 +535,9 @@ mod emit {
             let done = self.sweep_from(start, width, &init, |at, _, carried| {
                 let mut known = known.clone();
                 let values: Vec<_> =
-                    vector.iter().map(|s| self.frame.value(s.node, at, None, &mut known)).collect();
+                    vector.iter().map(|s| self.frame.value(s.node, at, &[], &mut known)).collect();
                 for (slot, (store, ..)) in carried.iter_mut().zip(sums) {
-                    let q = to_i8_range(b, self.frame.value(store.node, at, None, &mut known));
+                    let q = to_i8_range(b, self.frame.value(store.node, at, &[], &mut known));
                     let q = match at.valid {
                         Valid::First(n) => b.select(first(b, self.lanes, n), q, b.i32(self.lanes, 0)),
                         _ => q,

@@ -24,7 +24,8 @@ pub struct Rows<'a> {
     pub cols: usize,
     /// The inputs, widened to f32, with the strides their descriptions give.
     pub inputs: &'a [&'a [f32]],
-    /// The matmul's result, `rows * cols` values, when the expression is an epilogue.
+    /// The sums of the matmul's products one after the other, `rows * cols` values each, when the expression is an
+    /// epilogue.
     pub acc: Option<&'a [f32]>,
 }
 
@@ -99,8 +100,8 @@ fn eval_row(e: &EExpr, mode: Mode, on: Rows<'_>, row: usize) -> Result<Vec<Vec<f
         };
         let of = |id: super::NodeId| &values[id.0 as usize];
         let value = match *node {
-            Node::Acc => {
-                let at = row * on.cols;
+            Node::Acc(product) => {
+                let at = (usize::from(product) * on.rows + row) * on.cols;
                 let acc = on.acc.and_then(|acc| acc.get(at..at + on.cols));
                 let acc = acc.ok_or_else(|| ExprError("the accumulator is too short".to_owned()))?;
                 acc.iter().map(|&v| v as f64).collect()

@@ -146,24 +146,24 @@ impl<'b, 'u, 'c, 'e> Frame<'b, 'u, 'c, 'e> {
         known
     }
 
-    /// Computes and writes all stores at `at`. `acc` is the accumulator's vector, in epilogues.
-    pub fn emit(&self, at: &At<'c>, acc: Option<Val<'c>>, known: &Known<'c>) {
+    /// Computes and writes all stores at `at`. `accs` are the vectors of the accumulators, in epilogues.
+    pub fn emit(&self, at: &At<'c>, accs: &[Val<'c>], known: &Known<'c>) {
         let mut known = known.clone();
         for store in &self.e.stores {
-            let v = self.value(store.node, at, acc, &mut known);
+            let v = self.value(store.node, at, accs, &mut known);
             self.store(store, at, v);
         }
     }
 
     /// The vector of a node, computing what is not known yet.
-    pub fn value(&self, id: NodeId, at: &At<'c>, acc: Option<Val<'c>>, known: &mut Known<'c>) -> Val<'c> {
-        self.compute(id, at, acc, known);
+    pub fn value(&self, id: NodeId, at: &At<'c>, accs: &[Val<'c>], known: &mut Known<'c>) -> Val<'c> {
+        self.compute(id, at, accs, known);
         self.spread(id, at.lanes, known)
     }
 
     /// The scalar of a node that is the same in all columns. Reductions it needs must be known.
     pub fn scalar(&self, id: NodeId, at: &At<'c>, known: &mut Known<'c>) -> Val<'c> {
-        self.compute(id, at, None, known);
+        self.compute(id, at, &[], known);
         known[id.0 as usize].expect("the node was just computed")
     }
 
@@ -172,20 +172,20 @@ impl<'b, 'u, 'c, 'e> Frame<'b, 'u, 'c, 'e> {
         if self.b.lanes(v) == lanes { v } else { self.b.splat(v, lanes) }
     }
 
-    fn compute(&self, id: NodeId, at: &At<'c>, acc: Option<Val<'c>>, known: &mut Known<'c>) {
+    fn compute(&self, id: NodeId, at: &At<'c>, accs: &[Val<'c>], known: &mut Known<'c>) {
         let i = id.0 as usize;
         if known[i].is_some() {
             return;
         }
         let node = self.e.nodes[i];
         for operand in node.operands() {
-            self.compute(operand, at, acc, known);
+            self.compute(operand, at, accs, known);
         }
         let lanes = if self.uniform[i] { 1 } else { at.lanes };
         let mut l = Vectors { b: self.b, lanes };
         let b = self.b;
         let v = match node {
-            Node::Acc => acc.expect("a checked expression has an accumulator only where there is one"),
+            Node::Acc(i) => accs[usize::from(i)],
             Node::Elem(input) => self.load_elem(input, 0, at),
             Node::ElemAt { input, col_offset } => self.load_elem(input, col_offset, at),
             Node::Col(input) => self.load(input, at.col, at),

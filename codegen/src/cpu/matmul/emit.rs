@@ -39,21 +39,22 @@ struct Matmul<'s, 'b, 'u, 'c> {
     a: PointerValue<'c>,
     /// Scale of a row and sums of its groups, for integer activations.
     a_int: Option<(PointerValue<'c>, PointerValue<'c>)>,
-    w: PointerValue<'c>,
+    /// Weights of each product.
+    w: Vec<PointerValue<'c>>,
     frame: Frame<'b, 'u, 'c, 's>,
 }
 
 /// Where a tile works.
 #[derive(Clone, Copy)]
-struct Spot<'c> {
+struct Spot<'p, 'c> {
     /// The panel.
     panel: Val<'c>,
     /// First row.
     row: Val<'c>,
     /// First column within the panel.
     col: Val<'c>,
-    /// The first byte of the panel's weights.
-    w: PointerValue<'c>,
+    /// The first byte of the panel's weights, for each product.
+    w: &'p [PointerValue<'c>],
     tile: CpuTile,
 }
 
@@ -82,7 +83,7 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
             unpack: Unpack::new(b, &spec.w),
             a: b.arg(0),
             a_int,
-            w: b.arg(spec.fixed_args() - 1),
+            w: (spec.weights_arg()..spec.fixed_args()).map(|i| b.arg(i)).collect(),
             frame: Frame::new(b, &spec.epilogue, spec.fixed_args()),
         }
     }
@@ -106,7 +107,8 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
     fn run(&self, b: &VecBuilder<'u, 'c>, schedule: &MatmulSchedule) {
         let m = b.dim(self.spec.rows.dim());
         b.for_items(|panel| {
-            let w = b.row(self.w, panel, self.layout.panel_bytes() as i64);
+            let panel_bytes = self.layout.panel_bytes() as i64;
+            let w: Vec<_> = self.w.iter().map(|&w| b.row(w, panel, panel_bytes)).collect();
             let mut row = b.i64(0);
             for &tile in &schedule.tiles {
                 let height = i64::from(tile.mr);
@@ -116,7 +118,7 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
                     // All columns of the panel for the rows of one tile.
                     let width = i64::from(tile.nr * b.width());
                     b.for_const(0, i64::from(PANEL), width, &[], |col, _| {
-                        self.tile(b, &Spot { panel, row, col, w, tile });
+                        self.tile(b, &Spot { panel, row, col, w: &w, tile });
                         vec![]
                     });
                     vec![b.add(row, b.i64(height))]
@@ -125,13 +127,20 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
         });
     }
 
-    /// One tile: all of k, then the epilogue.
-    fn tile(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'c>) {
+    /// One tile: all of k of each product, then the epilogue. Products follow each other, so that each streams its own
+    /// weights; the sums of those that are finished wait in memory.
+    fn tile(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'_, 'c>) {
+        let sums: Vec<_> = spot.w.iter().map(|&w| self.product(b, spot, w)).collect();
+        self.store(b, spot, &sums);
+    }
+
+    /// The sums of the tile over all of k, with the weights that begin at `panel`.
+    fn product(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'_, 'c>, panel: PointerValue<'c>) -> Vec<Val<'c>> {
         let (group, k) = (self.spec.w.group, self.spec.k);
         let full = k / group;
         let a_row = b.row(self.a, spot.row, self.a_stride());
         let turn = |index: Val<'c>, len: u32, sums: &[Val<'c>]| {
-            let w = b.row(spot.w, index, i64::from(self.layout.group_bytes()));
+            let w = b.row(panel, index, i64::from(self.layout.group_bytes()));
             let a = b.row(a_row, index, i64::from(group) * self.a_bytes());
             self.group(b, spot, &Group { index, len, w, a }, sums)
         };
@@ -149,14 +158,14 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
                 }
             }
         }
-        self.store(b, spot, &sums);
+        sums
     }
 
     /// Adds the scaled sums of one group to `sums`.
     fn group(
         &self,
         b: &VecBuilder<'u, 'c>,
-        spot: &Spot<'c>,
+        spot: &Spot<'_, 'c>,
         group: &Group<'c>,
         sums: &[Val<'c>],
     ) -> Vec<Val<'c>> {
@@ -178,7 +187,7 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
     }
 
     /// The column of vector `v` of the tile, times `bytes`.
-    fn col_bytes(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'c>, v: u32, bytes: u32) -> Val<'c> {
+    fn col_bytes(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'_, 'c>, v: u32, bytes: u32) -> Val<'c> {
         let col = b.add(spot.col, b.i64(i64::from(v * b.width())));
         b.mul(col, b.i64(i64::from(bytes)))
     }
@@ -186,7 +195,7 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
     fn load_scale(
         &self,
         b: &VecBuilder<'u, 'c>,
-        spot: &Spot<'c>,
+        spot: &Spot<'_, 'c>,
         group: &Group<'c>,
         v: u32,
     ) -> Option<Val<'c>> {
@@ -201,7 +210,13 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
     }
 
     /// The zero points of vector `v`.
-    fn zeros(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'c>, group: &Group<'c>, v: u32) -> PointerValue<'c> {
+    fn zeros(
+        &self,
+        b: &VecBuilder<'u, 'c>,
+        spot: &Spot<'_, 'c>,
+        group: &Group<'c>,
+        v: u32,
+    ) -> PointerValue<'c> {
         let at = self.layout.codes_bytes(group.len) + self.layout.scales_bytes();
         b.at(b.offset(group.w, i64::from(at)), self.col_bytes(b, spot, v, 1))
     }
@@ -210,7 +225,7 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
     fn codes(
         &self,
         b: &VecBuilder<'u, 'c>,
-        spot: &Spot<'c>,
+        spot: &Spot<'_, 'c>,
         group: &Group<'c>,
         step: Val<'c>,
         v: u32,
@@ -231,7 +246,7 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
         &self,
         b: &VecBuilder<'u, 'c>,
         dot: Dot,
-        spot: &Spot<'c>,
+        spot: &Spot<'_, 'c>,
         group: &Group<'c>,
     ) -> Vec<Val<'c>> {
         let CpuTile { mr, nr, ku } = spot.tile;
@@ -281,7 +296,7 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
     }
 
     /// What integer sums of a group start with: minus the zero point times the sum of the row's activations.
-    fn seeds(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'c>, group: &Group<'c>) -> Vec<Val<'c>> {
+    fn seeds(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'_, 'c>, group: &Group<'c>) -> Vec<Val<'c>> {
         let CpuTile { mr, nr, .. } = spot.tile;
         let lanes = b.width();
         let Some((_, a_sums)) = self.a_int.filter(|_| self.spec.w.zero != Zero::Sym(0)) else {
@@ -312,7 +327,7 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
     }
 
     /// The sums of one group in f32.
-    fn float_group(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'c>, group: &Group<'c>) -> Vec<Val<'c>> {
+    fn float_group(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'_, 'c>, group: &Group<'c>) -> Vec<Val<'c>> {
         let CpuTile { mr, nr, ku } = spot.tile;
         let lanes = b.width();
         let step_k = self.layout.step_k();
@@ -363,7 +378,7 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
     }
 
     /// The epilogue of a tile. Only the last panel of an n that is no multiple of 64 has columns that do not exist.
-    fn store(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'c>, sums: &[Val<'c>]) {
+    fn store(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'_, 'c>, sums: &[Vec<Val<'c>>]) {
         let tail = self.spec.n % PANEL;
         let whole = || {
             self.store_vectors(b, spot, sums, |_| Valid::All);
@@ -386,7 +401,7 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
     }
 
     /// The epilogue of a tile in the last panel, which has `tail` columns.
-    fn store_tail(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'c>, sums: &[Val<'c>], tail: u32) {
+    fn store_tail(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'_, 'c>, sums: &[Vec<Val<'c>>], tail: u32) {
         let lanes = b.width();
         if spot.tile.nr * lanes == PANEL {
             // The strip is the panel: which lanes exist is known now.
@@ -402,8 +417,8 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
     fn store_vectors(
         &self,
         b: &VecBuilder<'u, 'c>,
-        spot: &Spot<'c>,
-        sums: &[Val<'c>],
+        spot: &Spot<'_, 'c>,
+        sums: &[Vec<Val<'c>>],
         valid: impl Fn(u32) -> Valid<'c>,
     ) {
         let first = b.add(b.mul(spot.panel, b.i64(i64::from(PANEL))), spot.col);
@@ -417,7 +432,8 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
             let known = self.frame.columns(&at(spot.row));
             for r in 0..spot.tile.mr {
                 let row = b.add(spot.row, b.i64(i64::from(r)));
-                self.frame.emit(&at(row), Some(sums[(r * spot.tile.nr + v) as usize]), &known);
+                let accs: Vec<_> = sums.iter().map(|s| s[(r * spot.tile.nr + v) as usize]).collect();
+                self.frame.emit(&at(row), &accs, &known);
             }
         }
     }
