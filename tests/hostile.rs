@@ -370,7 +370,7 @@ fn damaged_modules_go_through_passes() {
 }
 
 fn open(dir: &Path) -> quantc_runtime::Result<Engine> {
-    Engine::open(dir, &OpenOptions { verify_weights: true })
+    Engine::open(dir, &OpenOptions::default())
 }
 
 #[test]

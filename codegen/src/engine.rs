@@ -243,7 +243,8 @@ fn write_weights(
                 "the folder of derived weights is damaged, or the module names a blob of something else",
             ));
         }
-        blobs.push(Blob { name: source.name.clone(), offset, len, digest });
+        let (name, streamed) = (source.name.clone(), source.streamed);
+        blobs.push(Blob { name, offset, len, digest, streamed });
     }
     Ok((blobs, out.finish(format::WEIGHTS_FILE)?))
 }

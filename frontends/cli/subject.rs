@@ -29,7 +29,7 @@ pub fn manifest(path: &Path) -> Outcome<Manifest> {
 /// Opens an engine.
 pub fn open_engine(path: &Path, verify_weights: bool) -> Outcome<Arc<Engine>> {
     check_engine(path)?;
-    Ok(Arc::new(Engine::open(path, &OpenOptions { verify_weights })?))
+    Ok(Arc::new(Engine::open(path, &OpenOptions { verify_weights, ..OpenOptions::default() })?))
 }
 
 /// Refuses folders that are no engines.

@@ -5,33 +5,44 @@
 //! - every listed file has the length and digest the manifest says (weights only when asked to verify them);
 //! - every launch's symbol is in the object.
 //!
-//! Weights are mapped, not read: pages come from the file as they are touched and are shared between processes. The
-//! file must not be changed while an engine is open.
+//! Weights are mapped, not read: pages come from the file as they are touched and are shared between processes. What
+//! every token reads then moves to huge pages, chunk by chunk between the steps of sessions, unless
+//! [`OpenOptions::pages`] says otherwise. The file must not be changed while an engine is open.
 
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use memmap2::Mmap;
-
 use crate::cpu;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{self, Blob, KERNELS_FILE, MANIFEST_FILE, Manifest, WEIGHTS_FILE};
 use crate::object::{KernelFn, MAX_OBJECT_BYTES, Object};
 use crate::stats;
+use crate::weights::{Moved, Weights};
 
 /// How to open an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OpenOptions {
-    /// Compare the weights with their digests. It reads all of them once.
+    /// Compare the weights with their digests. It reads all of them once. [`Engine::verify_weights`] does it later.
     pub verify_weights: bool,
+    /// Where weights lie.
+    pub pages: Pages,
 }
 
 impl Default for OpenOptions {
     fn default() -> OpenOptions {
-        OpenOptions { verify_weights: true }
+        OpenOptions { verify_weights: true, pages: Pages::Huge }
     }
+}
+
+/// Where an engine's weights lie in memory. It changes speed and who shares memory, never results.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pages {
+    /// In the file's pages: processes that run the same engine share them, and the system may drop them.
+    Mapped,
+    /// What every token reads moves to huge pages of this process while sessions run; the rest stays in the file's.
+    Huge,
 }
 
 /// An open engine; sessions share it.
@@ -40,7 +51,7 @@ pub struct Engine {
     path: PathBuf,
     manifest: Manifest,
     /// `None` when the engine has no weights.
-    weights: Option<Mmap>,
+    weights: Option<Weights>,
     object: Object,
     /// The kernel of each launch of each program.
     kernels: Vec<Vec<KernelFn>>,
@@ -61,18 +72,38 @@ impl Engine {
                     let bytes = read_checked(&at, file)?;
                     object = Some(Object::load(&bytes).map_err(|e| e.at(at.display()))?);
                 }
-                WEIGHTS_FILE => weights = map_weights(&at, file)?,
+                WEIGHTS_FILE => weights = map_weights(&at, file, &manifest.weights, options.pages)?,
                 _ => check_file(&at, file)?,
             }
         }
         let object = object.ok_or_else(|| Error::format(format!("{KERNELS_FILE} is not listed")))?;
-        if options.verify_weights {
-            let bytes = weights.as_deref().unwrap_or_default();
-            verify_weights(bytes, &manifest.weights).map_err(|e| e.at(path.join(WEIGHTS_FILE).display()))?;
-        }
         let kernels =
             resolve_kernels(&manifest, &object).map_err(|e| e.at(path.join(KERNELS_FILE).display()))?;
-        Ok(Engine { path: path.to_owned(), manifest, weights, object, kernels })
+        let engine = Engine { path: path.to_owned(), manifest, weights, object, kernels };
+        if options.verify_weights {
+            engine.verify_weights()?;
+        }
+        Ok(engine)
+    }
+
+    /// Compares the weights with their digests, on all CPUs. Sessions may run meanwhile.
+    pub fn verify_weights(&self) -> Result<()> {
+        verify_weights(self.weight_file(), &self.manifest.weights)
+            .map_err(|e| e.at(self.path.join(WEIGHTS_FILE).display()))
+    }
+
+    /// How far the weights have moved to huge pages.
+    pub fn moved(&self) -> Moved {
+        self.weights.as_ref().map_or(Moved { done: true, ..Moved::default() }, Weights::moved)
+    }
+
+    /// The weights, when some of them are yet to be moved.
+    pub(crate) fn moving(&self) -> Option<&Weights> {
+        self.weights.as_ref().filter(|weights| weights.moving())
+    }
+
+    fn weight_file(&self) -> &[u8] {
+        self.weights.as_ref().map_or(&[], Weights::bytes)
     }
 
     /// The engine's folder.
@@ -93,8 +124,7 @@ impl Engine {
     /// The bytes of weight `index`; `None` when there is no such weight.
     pub fn weight(&self, index: usize) -> Option<&[u8]> {
         let blob = self.manifest.weights.get(index)?;
-        let bytes = self.weights.as_deref().unwrap_or_default();
-        bytes.get(blob.offset as usize..)?.get(..blob.len as usize)
+        self.weight_file().get(blob.offset as usize..)?.get(..blob.len as usize)
     }
 
     /// The bytes of another listed file, compared with its digest; for example `tokenizer.json`.
@@ -184,19 +214,18 @@ fn compare(listed: &[u8], found: &blake3::Hash) -> Result<()> {
     Err(Error::new(ErrorKind::Digest, what))
 }
 
-fn map_weights(path: &Path, listed: &format::File) -> Result<Option<Mmap>> {
+fn map_weights(path: &Path, listed: &format::File, blobs: &[Blob], pages: Pages) -> Result<Option<Weights>> {
     let file = open_listed(path, listed)?;
-    if listed.len == 0 {
+    let len =
+        usize::try_from(listed.len).map_err(|_| Error::format("too large to map").at(path.display()))?;
+    if len == 0 {
         return Ok(None);
     }
-    // SAFETY: the mapping is read-only, and an engine's file must not change while it is open, as the module says.
-    let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, "map the file", &e))?;
+    let movable = pages == Pages::Huge;
+    let weights = Weights::map(file, len, blobs, movable).map_err(|e| e.at(path.display()))?;
     // The file may have changed between asking for its length and mapping it.
-    if map.len() as u64 != listed.len {
-        let what = format!("the file has {} bytes, the manifest says {}", map.len(), listed.len);
-        return Err(Error::new(ErrorKind::Digest, what).at(path.display()));
-    }
-    Ok(Some(map))
+    open_listed(path, listed)?;
+    Ok(Some(weights))
 }
 
 /// Compares every blob with its digest, and every byte between blobs with zero, so that no byte goes unchecked.

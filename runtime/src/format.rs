@@ -181,6 +181,9 @@ pub struct Blob {
     /// blake3 of the bytes.
     #[prost(bytes = "vec", tag = "4")]
     pub digest: Vec<u8>,
+    /// Whether every token reads all of it: such weights are worth moving to huge pages.
+    #[prost(bool, tag = "5")]
+    pub streamed: bool,
 }
 
 /// A table with `context * slots` rows that lives as long as the session.
@@ -757,7 +760,8 @@ impl Manifest {
         writeln!(out, "\nweights")?;
         for (index, blob) in self.weights.iter().enumerate() {
             let (name, offset, len) = (&blob.name, blob.offset, blob.len);
-            writeln!(out, "  {index} {name} {len} bytes at {offset} blake3 {}", hex(&blob.digest))?;
+            let streamed = if blob.streamed { " streamed" } else { "" };
+            writeln!(out, "  {index} {name} {len} bytes at {offset}{streamed} blake3 {}", hex(&blob.digest))?;
         }
         writeln!(out, "\nstates")?;
         for (index, state) in self.states.iter().enumerate() {
@@ -883,7 +887,13 @@ mod tests {
             token_limit: 10,
             arena_bytes: 128,
             scratch_bytes: 64,
-            weights: vec![Blob { name: "w".into(), offset: 4096, len: 100, digest: digest.clone() }],
+            weights: vec![Blob {
+                name: "w".into(),
+                offset: 4096,
+                len: 100,
+                digest: digest.clone(),
+                streamed: true,
+            }],
             states: vec![State { name: "kv".into(), row_bytes: 32 }],
             programs: vec![
                 Program { min_t: 1, max_t: 1, launches: vec![launch.clone()] },

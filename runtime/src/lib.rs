@@ -38,11 +38,13 @@ pub mod pool;
 pub mod sample;
 pub mod session;
 pub mod stats;
+mod weights;
 
 pub use cpu::host_features;
-pub use engine::{Engine, OpenOptions};
+pub use engine::{Engine, OpenOptions, Pages};
 pub use error::{Error, ErrorKind, Result};
 pub use format::Manifest;
 pub use object::{KernelFn, Object};
 pub use sample::{SampleOptions, Sampler};
 pub use session::{Session, SessionOptions, Step};
+pub use weights::Moved;

@@ -14,7 +14,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, Result};
@@ -100,11 +100,16 @@ pub struct Session {
     types: Vec<u32>,
     poison: bool,
     profile: bool,
+    /// How long weights may be moved before the next step; nothing moves before the first.
+    move_for: Option<Duration>,
     /// Kernels and weights the tables point to; dropped last.
     engine: Arc<Engine>,
 }
 
 const NOT_SEEN: u32 = u32::MAX;
+
+/// Longest that weights are moved before one step.
+const MOVE_AT_MOST: Duration = Duration::from_millis(40);
 
 /// A program with all addresses known.
 struct Prepared {
@@ -172,6 +177,7 @@ impl Session {
             types: Vec::with_capacity(max_tokens),
             poison: options.poison,
             profile: options.profile,
+            move_for: None,
             engine,
         })
     }
@@ -434,8 +440,11 @@ impl Session {
         let manifest = self.engine.manifest();
         let program = manifest.program_for(t).ok_or_else(|| self.too_many_tokens(t as usize))?;
         let count = self.programs[program].launches.len();
+        self.move_weights()?;
+        let start = Instant::now();
         let Some(tap) = &mut tap else {
             self.run_launches(program, 0..count, t, rows)?;
+            self.move_for = Some(start.elapsed().min(MOVE_AT_MOST));
             self.advance(step);
             return Ok(());
         };
@@ -541,6 +550,14 @@ impl Session {
         for (&slot, &position) in step.slots.iter().zip(step.positions) {
             self.positions[slot as usize] = position + 1;
         }
+    }
+
+    /// Moves some of the engine's weights to huge pages, for at most as long as the step before took: the first result
+    /// comes as soon as it can, and no step takes more than twice its time.
+    fn move_weights(&self) -> Result<()> {
+        let (Some(weights), Some(time)) = (self.engine.moving(), self.move_for) else { return Ok(()) };
+        let (workers, deadline) = (self.pool.workers(), Instant::now() + time);
+        self.pool.run(&|worker| weights.advance(worker, workers, deadline))
     }
 
     fn run_launches(&self, program: usize, range: std::ops::Range<usize>, t: u32, rows: u32) -> Result<()> {

@@ -91,7 +91,7 @@ fn damaged_weights_are_named_unless_not_verified() {
     write(folder.path(), WEIGHTS_FILE, &weights);
     let error = open(folder.path()).expect_err("weight 1 is damaged").to_string();
     assert!(error.contains("weights.bin: weight 1 \"head\": the contents have blake3"), "{error}");
-    let options = OpenOptions { verify_weights: false };
+    let options = OpenOptions { verify_weights: false, ..OpenOptions::default() };
     Engine::open(folder.path(), &options).expect("weights are not looked at");
     weights[4096 + 5] ^= 1;
     weights[4095] = 1;

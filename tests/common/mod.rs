@@ -178,7 +178,7 @@ pub struct Built {
 
 impl Built {
     pub fn open(&self) -> Arc<Engine> {
-        let engine = Engine::open(&self.path, &OpenOptions { verify_weights: true });
+        let engine = Engine::open(&self.path, &OpenOptions::default());
         Arc::new(engine.unwrap_or_else(|e| panic!("{}: {e}", self.path.display())))
     }
 

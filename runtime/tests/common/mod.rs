@@ -366,7 +366,7 @@ pub fn write_engine(folder: &Path, mut manifest: Manifest, object: &[u8]) -> Man
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         let digest = blake3::hash(&bytes).as_bytes().to_vec();
         let (offset, len) = (weights.len() as u64, bytes.len() as u64);
-        manifest.weights.push(Blob { name: name.into(), offset, len, digest });
+        manifest.weights.push(Blob { name: name.into(), offset, len, digest, streamed: name == "head" });
         weights.extend_from_slice(&bytes);
     }
     for (name, bytes) in
