@@ -2,7 +2,8 @@
 //!
 //! A preset is text and nothing more: what it does can be pasted into `-p`, looked at and changed. The embedding table
 //! is only ever looked up by row, so that all presets but `f32` and `bf16` leave it as the checkpoint has it. The head is
-//! the largest product and the one that decides between tokens: quantized presets keep it at 8 bits.
+//! the largest product and the one that decides between tokens: quantized presets keep it at 8 bits unless their name
+//! says otherwise.
 
 use quantc_ir::diag::{Diag, Result, near_misses};
 
@@ -103,6 +104,14 @@ presets! {
     "w4a8-g128", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
         "round-to-nearest{format=int4, group=128, skip-layers=[head]}",
         "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "quantize-activations{format=int8}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// As `w4a8-g128`, and the head int4 too: the fewest bytes a token.
+    "w4a8-g128-head4", embedding: "as in the checkpoint", head: "int4 in groups of 32, int8 activations", [
+        "round-to-nearest{format=int4, group=128, skip-layers=[head]}",
+        "round-to-nearest{format=int4, group=32, search=mse, layers=[head]}",
         "quantize-activations{format=int8}",
         "fuse-dequant-matmul",
     ];
