@@ -9,4 +9,4 @@ pub mod matmul;
 pub mod rope;
 pub mod row;
 #[cfg(all(test, feature = "llvm"))]
-mod testing;
+pub(crate) mod testing;

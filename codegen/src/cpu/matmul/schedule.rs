@@ -181,32 +181,55 @@ pub fn cost(spec: &MatmulSpec, tile: &CpuTile, cpu: &CpuDesc) -> Cost {
     }
 }
 
+/// Cycles per 1000 multiply-adds on a core that does nothing but the products of `spec`, at the target's best rate.
+pub fn ideal(spec: &MatmulSpec, cpu: &CpuDesc) -> f64 {
+    let rate = match inner(spec, cpu) {
+        Inner::Int(_) => cpu.int8_mac_per_cycle,
+        Inner::Float => cpu.f32_mac_per_cycle,
+    };
+    1000.0 / f64::from(rate).max(1.0)
+}
+
+/// Whether a call of `spec` has so few rows that they are one tile: then the weights come by once.
+fn few(spec: &MatmulSpec) -> bool {
+    spec.m.max <= 4
+}
+
+/// The tiles that may come first in a kernel for `spec`, the cheapest first.
+pub fn ranked(spec: &MatmulSpec, cpu: &CpuDesc) -> Vec<(Cost, CpuTile)> {
+    let height = few(spec).then_some(spec.m.max);
+    let first = by_cost(spec, cpu, &candidates(spec, cpu), height);
+    if first.is_empty() { vec![(cost(spec, &SMALLEST, cpu), SMALLEST)] } else { first }
+}
+
+/// Those of `tiles` that have `height` rows, the cheapest first.
+fn by_cost(spec: &MatmulSpec, cpu: &CpuDesc, tiles: &[CpuTile], height: Option<u32>) -> Vec<(Cost, CpuTile)> {
+    let fitting = tiles.iter().filter(|t| height.is_none_or(|h| t.mr == h));
+    let mut all: Vec<(Cost, CpuTile)> = fitting.map(|t| (cost(spec, t, cpu), *t)).collect();
+    all.sort_by_key(|(c, t)| {
+        // Differences below a hundredth say nothing; then more results per load win.
+        let ports = c.multiply.max(c.issue).max(c.cache);
+        ((ports.ln() * 100.0).round() as i64, Reverse(t.mr * t.nr), t.mr)
+    });
+    all
+}
+
 /// The tiles for `spec`: the cheapest first one, then lower ones for the rows left over.
 pub fn schedule(spec: &MatmulSpec, cpu: &CpuDesc) -> MatmulSchedule {
+    schedule_from(spec, cpu, ranked(spec, cpu)[0].1)
+}
+
+/// The tiles for `spec` with `first` as the first one.
+pub fn schedule_from(spec: &MatmulSpec, cpu: &CpuDesc, first: CpuTile) -> MatmulSchedule {
     let all = candidates(spec, cpu);
-    let best = |height: Option<u32>| {
-        all.iter()
-            .filter(|t| height.is_none_or(|h| t.mr == h))
-            .map(|t| (cost(spec, t, cpu), t))
-            .min_by_key(|(c, t)| {
-                // Differences below a hundredth say nothing; then more results per load win.
-                let ports = c.multiply.max(c.issue).max(c.cache);
-                ((ports.ln() * 100.0).round() as i64, Reverse(t.mr * t.nr), t.mr)
-            })
-            .map(|(c, t)| (c, *t))
-    };
-    let smallest = (cost(spec, &SMALLEST, cpu), SMALLEST);
-    // A handful of rows is one tile, so that the weights come by once.
-    let few = spec.m.max <= 4;
-    let (first_cost, first) = best(few.then_some(spec.m.max)).unwrap_or(smallest);
     let mut tiles = vec![first];
     let mut height = first.mr;
     while height > 1 {
         // Few rows get a tile for each count, what is left of many rows gets halves.
-        height = if few { height - 1 } else { (height / 2).next_power_of_two() };
-        tiles.push(best(Some(height)).unwrap_or(smallest).1);
+        height = if few(spec) { height - 1 } else { (height / 2).next_power_of_two() };
+        tiles.push(by_cost(spec, cpu, &all, Some(height)).first().map_or(SMALLEST, |(_, t)| *t));
     }
-    MatmulSchedule { inner: inner(spec, cpu), tiles, cost: first_cost, compared: all.len() }
+    MatmulSchedule { inner: inner(spec, cpu), tiles, cost: cost(spec, &first, cpu), compared: all.len() }
 }
 
 /// The tile that fits everywhere.

@@ -1,0 +1,184 @@
+//! What a core can do at most, as kernels: products on registers, and reading memory.
+//!
+//! A kernel's speed means something beside its limit only when both were measured on the same machine at the same
+//! time. These kernels are emitted like any other and take one buffer.
+
+use quantc_ir::diag::Result;
+use quantc_ir::target::{CpuDesc, Dot};
+
+use crate::cpu::llvm::{Elem, Unit, Val, VecBuilder};
+
+/// A limit to measure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Limit {
+    /// Products of bytes with the target's best integer dot.
+    Int8,
+    /// Multiply-adds in f32.
+    F32,
+    /// Reading memory from one end to the other.
+    Stream,
+}
+
+/// Independent sums: enough for any latency, and they fit in the registers of every target.
+const CHAINS: u32 = 12;
+/// Bytes that one item of [`Limit::Stream`] reads.
+pub const STREAM_ITEM: usize = 4096;
+
+impl Limit {
+    /// Short name; also the symbol that [`Limit::emit`] is usually given.
+    pub fn name(self) -> &'static str {
+        match self {
+            Limit::Int8 => "int8 dot",
+            Limit::F32 => "f32 fma",
+            Limit::Stream => "stream",
+        }
+    }
+
+    /// Bytes of the buffer that the kernel needs for `items` items.
+    pub fn buffer_bytes(self, items: u64) -> usize {
+        match self {
+            Limit::Stream => items as usize * STREAM_ITEM + 64,
+            _ => (CHAINS as usize + 3) * 64,
+        }
+    }
+
+    /// Multiply-adds of one item on `cpu`; 0 for those that are about memory.
+    pub fn macs(self, cpu: &CpuDesc) -> u64 {
+        let lanes = u64::from(cpu.vector_bits / 32);
+        let each = match self {
+            Limit::Int8 => match cpu.dots.first() {
+                Some(Dot::Vnni | Dot::Maddubs) => lanes * 4,
+                _ => lanes * 2,
+            },
+            Limit::F32 => lanes,
+            Limit::Stream => 0,
+        };
+        each * u64::from(CHAINS)
+    }
+
+    /// Adds the kernel `symbol` to `unit`.
+    pub fn emit(self, unit: &Unit<'_>, symbol: &str) -> Result<()> {
+        let cpu = &unit.target().cpu;
+        unit.kernel(symbol, |b| {
+            match self {
+                Limit::Int8 => {
+                    let dot = cpu.dots.first().copied().unwrap_or(Dot::Widening);
+                    int8(b, dot);
+                }
+                Limit::F32 => {
+                    let a = operand(b, 0, Elem::F32);
+                    let w = operand(b, 1, Elem::F32);
+                    chains(b, Elem::F32, |b, sum| b.fma(a, w, sum));
+                }
+                Limit::Stream => stream(b),
+            }
+            Ok(())
+        })
+    }
+}
+
+/// One vector of the buffer.
+fn operand<'c>(b: &VecBuilder<'_, 'c>, i: i64, elem: Elem) -> Val<'c> {
+    b.load(b.offset(b.arg(0), i * 64), elem, b.width() * 4 / elem.bytes())
+}
+
+/// Runs `turn` on every one of the sums for each item, and stores them.
+fn chains<'c>(b: &VecBuilder<'_, 'c>, elem: Elem, turn: impl Fn(&VecBuilder<'_, 'c>, Val<'c>) -> Val<'c>) {
+    let zero = vec![operand(b, 2, elem); CHAINS as usize];
+    let sums =
+        b.for_range(b.begin(), b.end(), 1, &zero, |_, sums| sums.iter().map(|&sum| turn(b, sum)).collect());
+    for (i, sum) in sums.into_iter().enumerate() {
+        b.store(b.offset(b.arg(0), (i as i64 + 3) * 64), sum, elem);
+    }
+}
+
+fn int8(b: &VecBuilder<'_, '_>, dot: Dot) {
+    let bits = b.target().cpu.vector_bits;
+    let as_bytes = |v, elem: Elem| b.bitcast(v, elem, bits / 8 / elem.bytes());
+    let (w, a) = (operand(b, 0, Elem::I32), operand(b, 1, Elem::I32));
+    match dot {
+        Dot::Vnni => {
+            let name = format!("llvm.x86.avx512.vpdpbusd.{bits}");
+            chains(b, Elem::I32, |b, sum| b.intrinsic(&name, &[], &[sum, w, a]));
+        }
+        // The product and the sum of its sixteen-bit halves: widening comes on top only now and then.
+        Dot::Maddubs => {
+            let name =
+                if bits == 256 { "llvm.x86.avx2.pmadd.ub.sw" } else { "llvm.x86.ssse3.pmadd.ub.sw.128" };
+            let a = as_bytes(a, Elem::I8);
+            // What goes into the product comes out of the sum, or it would be taken out of the loop.
+            chains(b, Elem::I16, |b, sum| {
+                b.add(
+                    sum,
+                    b.intrinsic(name, &[], &[as_bytes(b.xor(sum, as_bytes(w, Elem::I16)), Elem::I8), a]),
+                )
+            });
+        }
+        Dot::Widening => {
+            let name = match bits {
+                512 => "llvm.x86.avx512.pmaddw.d.512",
+                256 => "llvm.x86.avx2.pmadd.wd",
+                _ => "llvm.x86.sse2.pmadd.wd",
+            };
+            let a = as_bytes(a, Elem::I16);
+            chains(b, Elem::I32, |b, sum| {
+                b.add(sum, b.intrinsic(name, &[], &[as_bytes(b.xor(sum, w), Elem::I16), a]))
+            });
+        }
+    }
+}
+
+/// Reads item after item with plain loads. What was read is folded together, so that none of them can be left out, and
+/// the result goes to the first vector: nobody else's bytes are written when every worker has a buffer of its own.
+fn stream(b: &VecBuilder<'_, '_>) {
+    const AT_ONCE: i64 = 16;
+    let (elem, bytes) = (Elem::I32, i64::from(b.width()) * 4);
+    let data = b.offset(b.arg(0), 64);
+    let zero = vec![b.i32(b.width(), 0); 4];
+    let sums = b.for_range(b.begin(), b.end(), 1, &zero, |item, sums| {
+        let item = b.row(data, item, STREAM_ITEM as i64);
+        b.for_const(0, STREAM_ITEM as i64, AT_ONCE * bytes, sums, |at, sums| {
+            let mut sums = sums.to_vec();
+            for i in 0..AT_ONCE {
+                let v = b.load(b.offset(b.at(item, at), i * bytes), elem, b.width());
+                let sum = &mut sums[i as usize % 4];
+                *sum = b.xor(*sum, v);
+            }
+            sums
+        })
+    });
+    for (i, sum) in sums.into_iter().enumerate() {
+        // Four vectors of sixteen lanes do not fit side by side: one after the other into the same place.
+        if i == 0 {
+            b.store(b.arg(0), sum, elem);
+        } else {
+            let before = b.load(b.arg(0), elem, b.width());
+            b.store(b.arg(0), b.xor(before, sum), elem);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::testing::{Buf, build, call, runnable};
+    use crate::eexpr::MemTy;
+
+    #[test]
+    fn limits_run_and_touch_their_buffer_only() {
+        for target in runnable() {
+            for limit in [Limit::Int8, Limit::F32, Limit::Stream] {
+                let object = build(target, |unit| limit.emit(unit, "limit"));
+                let items = 3;
+                let mut buf = Buf::of(&vec![1.0; limit.buffer_bytes(items).div_ceil(4)], MemTy::F32);
+                call(&object, "limit", &mut [&mut buf], [0, 0], 0..items as i64);
+                buf.bytes();
+                assert_eq!(limit.macs(&target.cpu) == 0, limit == Limit::Stream);
+                if limit == Limit::F32 {
+                    // Sums start at one and gain one an item.
+                    assert_eq!(buf.read(MemTy::F32)[3 * 16], 4.0, "{}", target.name);
+                }
+            }
+        }
+    }
+}
