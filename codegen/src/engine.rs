@@ -16,11 +16,13 @@ use quantc_runtime::format::{
 };
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Bytes copied at a time.
 const CHUNK: usize = 1 << 20;
+/// Bytes written at a time, from a multiple of their number on.
+const BLOCK: usize = 8 << 20;
 /// Bytes that the rows of results of one call may take.
 const RESULT_BYTES: u64 = 32 << 20;
 /// Most tokens of one call unless asked otherwise.
@@ -264,8 +266,13 @@ fn copy_file(path: &Path, put: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()
 }
 
 /// A file that is hashed while it is written.
+///
+/// The file is written in whole blocks at multiples of their size: file systems that keep what is written in
+/// large pages then have huge ones for weights, and engines run from those at full speed without a copy.
 struct Sink {
-    file: BufWriter<File>,
+    file: File,
+    /// What is not yet a whole block.
+    block: Vec<u8>,
     path: PathBuf,
     hash: blake3::Hasher,
     len: u64,
@@ -274,19 +281,32 @@ struct Sink {
 impl Sink {
     fn create(path: PathBuf) -> Result<Sink> {
         let file = File::create(&path).map_err(|e| cannot_write(&path, &e))?;
-        Ok(Sink { file: BufWriter::with_capacity(CHUNK, file), path, hash: blake3::Hasher::new(), len: 0 })
+        Ok(Sink { file, block: Vec::with_capacity(BLOCK), path, hash: blake3::Hasher::new(), len: 0 })
     }
-    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+    fn put(&mut self, mut bytes: &[u8]) -> Result<()> {
         self.hash.update(bytes);
         self.len += bytes.len() as u64;
-        self.file.write_all(bytes).map_err(|e| cannot_write(&self.path, &e))
+        while !bytes.is_empty() {
+            let (now, rest) = bytes.split_at(bytes.len().min(BLOCK - self.block.len()));
+            self.block.extend_from_slice(now);
+            bytes = rest;
+            if self.block.len() == BLOCK {
+                self.flush()?;
+            }
+        }
+        Ok(())
+    }
+    fn flush(&mut self) -> Result<()> {
+        self.file.write_all(&self.block).map_err(|e| cannot_write(&self.path, &e))?;
+        self.block.clear();
+        Ok(())
     }
     fn pad(&mut self, align: u64) -> Result<()> {
         let missing = self.len.next_multiple_of(align) - self.len;
         self.put(&vec![0; missing as usize])
     }
     fn finish(mut self, name: &str) -> Result<FileEntry> {
-        self.file.flush().map_err(|e| cannot_write(&self.path, &e))?;
+        self.flush()?;
         Ok(FileEntry { name: name.into(), len: self.len, digest: self.hash.finalize().as_bytes().to_vec() })
     }
 }

@@ -109,7 +109,9 @@ pub struct Session {
 const NOT_SEEN: u32 = u32::MAX;
 
 /// Longest that weights are moved before one step.
-const MOVE_AT_MOST: Duration = Duration::from_millis(40);
+const MOVE_AT_MOST: Duration = Duration::from_millis(10);
+/// Weights are moved for this part of the time that steps take, so that short texts lose little by it.
+const MOVE_PART: u32 = 4;
 
 /// A program with all addresses known.
 struct Prepared {
@@ -444,7 +446,7 @@ impl Session {
         let start = Instant::now();
         let Some(tap) = &mut tap else {
             self.run_launches(program, 0..count, t, rows)?;
-            self.move_for = Some(start.elapsed().min(MOVE_AT_MOST));
+            self.move_for = Some((start.elapsed() / MOVE_PART).min(MOVE_AT_MOST));
             self.advance(step);
             return Ok(());
         };
@@ -552,8 +554,8 @@ impl Session {
         }
     }
 
-    /// Moves some of the engine's weights to huge pages, for at most as long as the step before took: the first result
-    /// comes as soon as it can, and no step takes more than twice its time.
+    /// Moves some of the engine's weights to huge pages, for a part of the time that the step before took: the first
+    /// result comes as soon as it can, and no later one is much delayed.
     fn move_weights(&self) -> Result<()> {
         let (Some(weights), Some(time)) = (self.engine.moving(), self.move_for) else { return Ok(()) };
         let (workers, deadline) = (self.pool.workers(), Instant::now() + time);
