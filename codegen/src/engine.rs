@@ -12,7 +12,7 @@ use quantc_ir::target::TargetDesc;
 use quantc_ir::weights::Store;
 use quantc_runtime::format::{
     self, Blob, Fact, File as FileEntry, Generation, Kind, Launch, Manifest, NO_BARRIER_AFTER, Program,
-    State, Tap,
+    REPLICATED, State, Tap,
 };
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -190,7 +190,7 @@ fn programs(lowered: &Lowered) -> Vec<Program> {
         args: l.args.clone(),
         items: l.items,
         tap: l.tap.as_ref().map(|(name, at, width)| Tap { name: name.clone(), at: *at, width: *width }),
-        flags: if l.overlaps_next { NO_BARRIER_AFTER } else { 0 },
+        flags: if l.overlaps_next { NO_BARRIER_AFTER } else { 0 } | if l.replicated { REPLICATED } else { 0 },
     };
     let program = |(range, launches): &(crate::spec::MRange, Vec<lower::Launch>)| Program {
         min_t: range.min,

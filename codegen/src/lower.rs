@@ -86,6 +86,15 @@ enum Place {
     Scratch,
 }
 
+impl Place {
+    fn buffer(&self) -> Option<usize> {
+        match self {
+            Place::Buffer(b) => Some(*b),
+            _ => None,
+        }
+    }
+}
+
 /// A launch before buffers have addresses.
 #[derive(Clone, Debug)]
 struct Step {
@@ -114,6 +123,8 @@ pub struct Launch {
     pub tap: Option<(String, Ref, u32)>,
     /// Whether the next launch may begin before all workers have finished this one.
     pub overlaps_next: bool,
+    /// Whether every worker runs all items, for itself.
+    pub replicated: bool,
 }
 
 /// A module as launches.
@@ -217,12 +228,26 @@ struct Lowering<'a> {
     store: &'a Store,
     limits: Limits,
     steps: Vec<Step>,
-    /// Bytes of each buffer.
-    buffers: Vec<u64>,
+    buffers: Vec<Size>,
     blobs: Vec<EngineBlob>,
     blob_index: BTreeMap<BlobSource, u32>,
     states: Vec<(String, u64)>,
     scratch_bytes: u64,
+}
+
+/// The size of a buffer.
+#[derive(Clone, Copy, Debug)]
+struct Size {
+    row_bytes: u64,
+    /// Rows of the largest call.
+    rows: u32,
+}
+
+impl Size {
+    /// Bytes in calls of at most `rows` rows.
+    fn bytes(self, rows: u32) -> u64 {
+        self.row_bytes * u64::from(self.rows.min(rows))
+    }
 }
 
 /// Rows and columns of a value: the symbol that counts rows, rows per symbol, columns.
@@ -334,7 +359,7 @@ impl Lowering<'_> {
             Rows::T => self.limits.max_tokens,
             Rows::R => self.limits.max_rows,
         };
-        self.buffers.push(row_bytes * u64::from(most));
+        self.buffers.push(Size { row_bytes, rows: most });
         Place::Buffer(self.buffers.len() - 1)
     }
 
@@ -883,6 +908,55 @@ impl Lowering<'_> {
         }))
     }
 
+    /// What each worker of a call of one token computes for itself, with memory of its own behind the kernels' scratch.
+    ///
+    /// A kernel that makes one short row has work for one worker, and the others would wait for it: to do it everywhere
+    /// costs nothing, and saves the barrier behind it.
+    fn private(&self, range: MRange, out: usize, buffers: &[Buffer]) -> Private {
+        let size = |b: usize| self.buffers[b].bytes(range.max);
+        let one_row = |step: &Step| {
+            let short = matches!(
+                step.spec,
+                KernelSpec::Row(_) | KernelSpec::Rope(_) | KernelSpec::RopeTable(_) | KernelSpec::Gather(_)
+            );
+            let bytes: u64 = step.args.iter().filter_map(Place::buffer).map(size).sum();
+            let own = |p: &Place| p.buffer().is_some_and(|b| b != out);
+            range.max == 1
+                && short
+                && bytes <= MOST_PRIVATE_BYTES
+                && step.tap.is_none()
+                && step.writes.iter().all(own)
+        };
+        let mut chosen: Vec<bool> = self.steps.iter().map(one_row).collect();
+        // A buffer that several launches write is private when all of them are.
+        let writes = |step: &Step, b: usize| step.writes.contains(&Place::Buffer(b));
+        let together = |step: &Step, chosen: &[bool]| {
+            let others =
+                |b| self.steps.iter().zip(chosen).all(|(other, &chosen)| chosen || !writes(other, b));
+            step.writes.iter().filter_map(Place::buffer).all(others)
+        };
+        loop {
+            let before = chosen.clone();
+            for (i, step) in self.steps.iter().enumerate() {
+                chosen[i] = before[i] && together(step, &before);
+            }
+            if chosen == before {
+                break;
+            }
+        }
+        let mut own: Vec<usize> = vec![];
+        for (step, _) in self.steps.iter().zip(&chosen).filter(|(_, chosen)| **chosen) {
+            own.extend(step.writes.iter().filter_map(Place::buffer));
+        }
+        own.sort_unstable();
+        own.dedup();
+        let lives = |&b: &usize| Buffer { bytes: size(b), live: buffers[b].live.clone() };
+        let plan = schedule::plan(&own.iter().map(lives).collect::<Vec<_>>());
+        let base = self.scratch_bytes.next_multiple_of(schedule::ALIGN);
+        let offsets = own.iter().zip(&plan.offsets).map(|(&b, &offset)| (b, base + offset)).collect();
+        Private { offsets, end: if own.is_empty() { 0 } else { base + plan.bytes } }
+    }
+
     /// Orders the steps, plans the arena and gives every class its launches.
     fn finish(mut self, out: usize, width: u32) -> Result<Lowered> {
         self.steps = in_waves(self.steps);
@@ -904,7 +978,10 @@ impl Lowering<'_> {
             .buffers
             .iter()
             .zip(&lives)
-            .map(|(&bytes, live)| Buffer { bytes, live: live.map_or(end..=end, |(a, b)| a..=b) })
+            .map(|(size, live)| Buffer {
+                bytes: size.bytes(u32::MAX),
+                live: live.map_or(end..=end, |(a, b)| a..=b),
+            })
             .collect();
         let arena = schedule::plan(&buffers);
         if arena.bytes > MAX_BUFFER_BYTES {
@@ -912,8 +989,11 @@ impl Lowering<'_> {
             return Err(Diag::target(format!("the values of a call of {tokens} tokens take {bytes} bytes"))
                 .help("let calls have fewer tokens, or encoders a shorter context"));
         }
-        let at = |place: Place| match place {
-            Place::Buffer(b) => Ref::arena(arena.offsets[b]),
+        let at = |place: Place, private: &Private| match place {
+            Place::Buffer(b) => match private.offsets.get(&b) {
+                Some(&offset) => Ref::scratch(offset),
+                None => Ref::arena(arena.offsets[b]),
+            },
             Place::Blob(i) => Ref::weight(i),
             Place::State(i) => Ref::state(i),
             Place::Input(i) => Ref::input(i),
@@ -923,24 +1003,30 @@ impl Lowering<'_> {
             Place::Buffer(b) => Some((arena.offsets[b], arena.offsets[b] + buffers[b].bytes)),
             _ => None,
         };
-        let overlaps = overlaps(&self.steps, bytes);
+        let mut scratch_bytes = self.scratch_bytes;
         let class = |range: MRange| {
+            let private = self.private(range, out, &buffers);
+            scratch_bytes = scratch_bytes.max(private.end);
+            let shared =
+                |place: &&Place| !matches!(place, Place::Buffer(b) if private.offsets.contains_key(b));
+            let overlaps = overlaps(&self.steps, shared, bytes);
             let launch = |(i, step): (usize, &Step)| Launch {
                 name: step.name.clone(),
                 spec: for_class(&step.spec, range, self.limits.max_rows),
-                args: step.args.iter().map(|&p| at(p)).collect(),
+                args: step.args.iter().map(|&p| at(p, &private)).collect(),
                 items: step.items,
-                tap: step.tap.as_ref().map(|(n, b, w)| (n.clone(), at(Place::Buffer(*b)), *w)),
+                tap: step.tap.as_ref().map(|(n, b, w)| (n.clone(), at(Place::Buffer(*b), &private), *w)),
                 overlaps_next: overlaps[i],
+                replicated: private.replicates(step),
             };
             (range, self.steps.iter().enumerate().map(launch).collect())
         };
         Ok(Lowered {
             programs: classes(self.limits.max_tokens).into_iter().map(class).collect(),
-            output: at(Place::Buffer(out)),
+            output: Ref::arena(arena.offsets[out]),
             width,
             arena_bytes: arena.bytes,
-            scratch_bytes: self.scratch_bytes,
+            scratch_bytes,
             blobs: self.blobs,
             states: self.states,
         })
@@ -1054,6 +1140,24 @@ fn norm_spec(
     Ok(RowSpec::new(if centred { "layer_norm" } else { "rms_norm" }, at.cols, e).with_rows(at.count()))
 }
 
+/// Most bytes that a launch touches which every worker runs for itself.
+const MOST_PRIVATE_BYTES: u64 = 64 << 10;
+
+/// Buffers of which each worker has its own.
+struct Private {
+    /// Buffer -> offset in the worker's scratch.
+    offsets: BTreeMap<usize, u64>,
+    /// End of the last one.
+    end: u64,
+}
+
+impl Private {
+    /// Whether every worker runs all of `step`.
+    fn replicates(&self, step: &Step) -> bool {
+        step.writes.iter().filter_map(Place::buffer).any(|b| self.offsets.contains_key(&b))
+    }
+}
+
 /// A product whose launch was taken back, to be computed by the kernel that reads it.
 struct Partner {
     /// Packed weights of its products.
@@ -1129,13 +1233,20 @@ impl Epilogue {
 }
 
 /// For each step, whether the next may begin while it still runs: nothing that runs since the last barrier writes what
-/// the next step touches, or touches what it writes.
-fn overlaps(steps: &[Step], bytes: impl Fn(&Place) -> Option<(u64, u64)>) -> Vec<bool> {
+/// the next step touches, or touches what it writes. Places that are not `shared` belong to one worker, which runs its part
+/// of the steps in their order.
+fn overlaps(
+    steps: &[Step],
+    shared: impl Fn(&&Place) -> bool,
+    bytes: impl Fn(&Place) -> Option<(u64, u64)>,
+) -> Vec<bool> {
     let meet = |a: &Place, b: &Place| match (bytes(a), bytes(b)) {
         (Some(a), Some(b)) => a.0 < b.1 && b.0 < a.1,
         _ => a == b,
     };
-    let clash = |a: &[Place], b: &[Place]| a.iter().any(|x| b.iter().any(|y| meet(x, y)));
+    let clash = |a: &[Place], b: &[Place]| {
+        a.iter().filter(&shared).any(|x| b.iter().filter(&shared).any(|y| meet(x, y)))
+    };
     let mut free = vec![false; steps.len()];
     let mut running = 0;
     for next in 1..steps.len() {

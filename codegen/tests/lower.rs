@@ -7,7 +7,7 @@ use quantc_ir::diag::Diag;
 use quantc_ir::weights::Store;
 use quantc_ir::{text, verify};
 use quantc_runtime::format::{Ref, RefKind};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write;
 
 const LIMITS: Limits = Limits { max_tokens: 32, max_rows: 8, context: 64 };
@@ -66,6 +66,13 @@ fn activations_are_quantized_once_for_all_their_products() {
     // Two products of one weight share its bytes and run side by side.
     assert_eq!(launches[2].args[3], launches[3].args[3]);
     let free: Vec<bool> = launches.iter().map(|l| l.overlaps_next).collect();
+    // What makes one short row is done by every worker for itself: the first barrier comes after both products.
+    assert_eq!(free, [true, true, true, false, true, true, false]);
+    let replicated: Vec<bool> = launches.iter().map(|l| l.replicated).collect();
+    assert_eq!(replicated, [true, true, false, false, true, true, false]);
+    let many = &module.programs.last().unwrap().1;
+    assert!(many.iter().all(|l| !l.replicated));
+    let free: Vec<bool> = many.iter().map(|l| l.overlaps_next).collect();
     assert_eq!(free, [false, false, true, false, false, false, false]);
 }
 
@@ -208,9 +215,12 @@ fn simulate(launches: &[Launch], ops: &[(usize, usize)], seed: u64) {
             (h ^ a).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(17)
         })
     };
-    let mut memory: BTreeMap<u64, u64> = BTreeMap::new();
-    let address = |at: &Ref| match at.kind {
-        Some(RefKind::Arena(at)) => at,
+    // The arena, then each worker's scratch.
+    const WORKERS: usize = 2;
+    let mut memory = vec![BTreeMap::<u64, u64>::new(); 1 + WORKERS];
+    let address = |at: &Ref, worker: usize| match at.kind {
+        Some(RefKind::Arena(at)) => (0, at),
+        Some(RefKind::Scratch(at)) => (1 + worker, at),
         other => panic!("{other:?}"),
     };
     // What the graph says.
@@ -224,16 +234,30 @@ fn simulate(launches: &[Launch], ops: &[(usize, usize)], seed: u64) {
         if launches[i].overlaps_next && i + 1 < launches.len() {
             continue;
         }
-        let mut group: Vec<usize> = (from..=i).collect();
-        for k in (1..group.len()).rev() {
+        let mut below = |n: usize| {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            group.swap(k, (random >> 33) as usize % (k + 1));
+            (random >> 33) as usize % n
+        };
+        // Each worker runs its part in order; how the workers' parts fall together is up to chance.
+        let mut left: Vec<VecDeque<usize>> = vec![VecDeque::new(); WORKERS];
+        for (k, launch) in launches.iter().enumerate().take(i + 1).skip(from) {
+            let one = below(WORKERS);
+            for (worker, left) in left.iter_mut().enumerate() {
+                if launch.replicated || worker == one {
+                    left.push_back(k);
+                }
+            }
         }
-        for k in group {
+        while left.iter().any(|l| !l.is_empty()) {
+            let worker = below(WORKERS);
+            let Some(k) = left[worker].pop_front() else { continue };
             let args = &launches[k].args;
             let (out, inputs) = args.split_last().expect("a launch has a result");
-            let values =
-                || inputs.iter().map(|at| memory.get(&address(at)).copied().unwrap_or(0)).collect::<Vec<_>>();
+            let read_one = |at: &Ref| {
+                let (space, at) = address(at, worker);
+                memory[space].get(&at).copied().unwrap_or(0)
+            };
+            let values = || inputs.iter().map(read_one).collect::<Vec<_>>();
             let values: Vec<u64> = match launches[k].name.as_str() {
                 "main.x" => vec![],
                 "main.last" => {
@@ -244,7 +268,8 @@ fn simulate(launches: &[Launch], ops: &[(usize, usize)], seed: u64) {
                 "main.logits" => continue,
                 _ => values(),
             };
-            memory.insert(address(out), mix(&launches[k].name, &values));
+            let (space, at) = address(out, worker);
+            memory[space].insert(at, mix(&launches[k].name, &values));
         }
         from = i + 1;
     }

@@ -53,6 +53,8 @@ pub const KERNELS_FILE: &str = "kernels.o";
 pub const BLOB_ALIGN: u64 = 4096;
 /// The launch flag that lets the next launch begin before all workers have finished this one.
 pub const NO_BARRIER_AFTER: u32 = 1;
+/// The launch flag that lets every worker run all items, each into its own scratch.
+pub const REPLICATED: u32 = 2;
 
 /// Largest `manifest.pb`, in bytes.
 pub const MAX_MANIFEST_BYTES: u64 = 16 << 20;
@@ -229,7 +231,7 @@ pub struct Launch {
     /// A value worth comparing once the launch is done.
     #[prost(message, optional, tag = "5")]
     pub tap: Option<Tap>,
-    /// [`NO_BARRIER_AFTER`] or 0.
+    /// Any of [`NO_BARRIER_AFTER`] and [`REPLICATED`].
     #[prost(uint32, tag = "6")]
     pub flags: u32,
 }
@@ -644,7 +646,7 @@ impl Manifest {
         if launch.args.len() > MAX_ARGS {
             return Err(Error::format(format!("{} buffers, more than {MAX_ARGS}", launch.args.len())));
         }
-        if launch.flags & !NO_BARRIER_AFTER != 0 {
+        if launch.flags & !(NO_BARRIER_AFTER | REPLICATED) != 0 {
             return Err(Error::format(format!("flags {:#x} are unknown", launch.flags)));
         }
         if launch.items.count(max_t, max_t).is_none() {
@@ -795,6 +797,9 @@ impl Manifest {
         }
         if launch.flags & NO_BARRIER_AFTER != 0 {
             write!(out, " no-barrier-after")?;
+        }
+        if launch.flags & REPLICATED != 0 {
+            write!(out, " by-every-worker")?;
         }
         if let Some(tap) = &launch.tap {
             write!(out, " tap {} {} x {}", tap.name, RefText(&tap.at, self), tap.width)?;
@@ -981,7 +986,7 @@ mod tests {
             (|m| m.programs.clear(), "no program serves 1"),
             (|m| m.programs[0].launches[0].items.div = 0, "not a sane number"),
             (|m| m.programs[0].launches[0].items.n = u64::MAX, "not a sane number"),
-            (|m| m.programs[0].launches[0].flags = 2, "flags 0x2"),
+            (|m| m.programs[0].launches[0].flags = 4, "flags 0x4"),
             (
                 |m| m.programs[0].launches[0].args[1] = Ref { kind: None },
                 "buffer 1: the buffer is of no known kind",

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{Input, Items, Kind, Launch, Manifest, NO_BARRIER_AFTER, RefKind};
+use crate::format::{Input, Items, Kind, Launch, Manifest, NO_BARRIER_AFTER, REPLICATED, RefKind};
 use crate::mem::{Mapping, PAGE};
 use crate::object::KernelFn;
 use crate::pool::{Pool, PoolOptions};
@@ -126,6 +126,8 @@ struct PreparedLaunch {
     first_arg: usize,
     items: Items,
     barrier_after: bool,
+    /// Every worker runs all items, into memory of its own.
+    replicated: bool,
     calls: AtomicU64,
     nanos: AtomicU64,
     busy_nanos: AtomicU64,
@@ -575,13 +577,16 @@ impl Session {
                 // The manifest was validated for every size of this program.
                 let items = launch.items.count(t, rows).unwrap_or(0);
                 // Items are at most 2^40 and workers 2^10.
-                let begin = items * worker as u64 / workers;
-                let end = items * (worker as u64 + 1) / workers;
+                let (begin, end) = match launch.replicated {
+                    true => (0, items),
+                    false => (items * worker as u64 / workers, items * (worker as u64 + 1) / workers),
+                };
                 if begin < end {
                     let entered = profile.then(Instant::now);
                     let args = table[launch.first_arg..].as_ptr();
                     // SAFETY: the engine's author vouches for its kernels; the table holds the launch's buffers in
-                    // the manifest's order, each as large as the manifest says, and no two workers share an item.
+                    // the manifest's order, each as large as the manifest says, and no two workers share an item unless
+                    // each writes to its own scratch.
                     unsafe { (launch.kernel)(args, dims.as_ptr(), begin as i64, end as i64) };
                     if let Some(entered) = entered {
                         launch.busy_nanos.fetch_add(nanos_since(entered, Instant::now()), Ordering::Relaxed);
@@ -713,6 +718,7 @@ impl Memory<'_> {
                 first_arg,
                 items: launch.items,
                 barrier_after: launch.flags & NO_BARRIER_AFTER == 0,
+                replicated: launch.flags & REPLICATED != 0,
                 calls: AtomicU64::new(0),
                 nanos: AtomicU64::new(0),
                 busy_nanos: AtomicU64::new(0),
