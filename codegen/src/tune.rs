@@ -130,20 +130,30 @@ pub struct Trials {
     pub workload: Workload,
 }
 
+/// The object with the kernels that `emit` adds.
+#[cfg(feature = "llvm")]
+pub fn object(target: &'static TargetDesc, emit: impl FnOnce(&Unit<'_>) -> Result<()>) -> Result<Vec<u8>> {
+    let cx = inkwell::context::Context::create();
+    let unit = Unit::new(&cx, target, "timed")?;
+    emit(&unit)?;
+    unit.finish()
+}
+
 /// Compiles the `count` tiles that the model ranks first for `spec`.
 #[cfg(feature = "llvm")]
 pub fn trials(spec: &MatmulSpec, target: &'static TargetDesc, count: usize) -> Result<Trials> {
     let spec = plain(spec);
-    let cx = inkwell::context::Context::create();
-    let unit = Unit::new(&cx, target, "trials")?;
     let mut trials = vec![];
-    for (cost, tile) in schedule::ranked(&spec, &target.cpu).into_iter().take(count.max(1)) {
-        let symbol = format!("tile_{}x{}x{}", tile.mr, tile.nr, tile.ku);
-        let schedule = schedule::schedule_from(&spec, &target.cpu, tile);
-        crate::cpu::matmul::emit(&unit, &symbol, &spec, &schedule)?;
-        trials.push(Trial { symbol, tile, cost });
-    }
-    Ok(Trials { key: key(&spec), object: unit.finish()?, trials, workload: Workload::of(&spec) })
+    let object = object(target, |unit| {
+        for (cost, tile) in schedule::ranked(&spec, &target.cpu).into_iter().take(count.max(1)) {
+            let symbol = format!("tile_{}x{}x{}", tile.mr, tile.nr, tile.ku);
+            let schedule = schedule::schedule_from(&spec, &target.cpu, tile);
+            crate::cpu::matmul::emit(unit, &symbol, &spec, &schedule)?;
+            trials.push(Trial { symbol, tile, cost });
+        }
+        Ok(())
+    })?;
+    Ok(Trials { key: key(&spec), object, trials, workload: Workload::of(&spec) })
 }
 
 /// The products that stand for `specs`: one for each entry of a table, in order of their names.

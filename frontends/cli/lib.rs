@@ -29,6 +29,7 @@ mod failure;
 mod import;
 mod inspect;
 mod manual;
+pub mod measure;
 mod opt;
 mod output;
 mod profile;

@@ -1,7 +1,8 @@
 //! What a core can do at most, as kernels: products on registers, and reading memory.
 //!
 //! A kernel's speed means something beside its limit only when both were measured on the same machine at the same
-//! time. These kernels are emitted like any other and take one buffer.
+//! time. These kernels are emitted like any other and take two buffers: what they read, and where the result goes, which
+//! is every worker's own.
 
 use quantc_ir::diag::Result;
 use quantc_ir::target::{CpuDesc, Dot};
@@ -34,12 +35,10 @@ impl Limit {
         }
     }
 
-    /// Bytes of the buffer that the kernel needs for `items` items.
-    pub fn buffer_bytes(self, items: u64) -> usize {
-        match self {
-            Limit::Stream => items as usize * STREAM_ITEM + 64,
-            _ => (CHAINS as usize + 3) * 64,
-        }
+    /// Bytes that `items` items read, and bytes of the result.
+    pub fn buffers(self, items: u64) -> [usize; 2] {
+        let read = if self == Limit::Stream { items as usize * STREAM_ITEM } else { 3 * 64 };
+        [read, CHAINS as usize * 64]
     }
 
     /// Multiply-adds of one item on `cpu`; 0 for those that are about memory.
@@ -88,7 +87,7 @@ fn chains<'c>(b: &VecBuilder<'_, 'c>, elem: Elem, turn: impl Fn(&VecBuilder<'_, 
     let sums =
         b.for_range(b.begin(), b.end(), 1, &zero, |_, sums| sums.iter().map(|&sum| turn(b, sum)).collect());
     for (i, sum) in sums.into_iter().enumerate() {
-        b.store(b.offset(b.arg(0), (i as i64 + 3) * 64), sum, elem);
+        b.store(b.offset(b.arg(1), i as i64 * 64), sum, elem);
     }
 }
 
@@ -128,15 +127,13 @@ fn int8(b: &VecBuilder<'_, '_>, dot: Dot) {
     }
 }
 
-/// Reads item after item with plain loads. What was read is folded together, so that none of them can be left out, and
-/// the result goes to the first vector: nobody else's bytes are written when every worker has a buffer of its own.
+/// Reads item after item with plain loads. What was read is folded together, so that no load can be left out.
 fn stream(b: &VecBuilder<'_, '_>) {
     const AT_ONCE: i64 = 16;
     let (elem, bytes) = (Elem::I32, i64::from(b.width()) * 4);
-    let data = b.offset(b.arg(0), 64);
     let zero = vec![b.i32(b.width(), 0); 4];
     let sums = b.for_range(b.begin(), b.end(), 1, &zero, |item, sums| {
-        let item = b.row(data, item, STREAM_ITEM as i64);
+        let item = b.row(b.arg(0), item, STREAM_ITEM as i64);
         b.for_const(0, STREAM_ITEM as i64, AT_ONCE * bytes, sums, |at, sums| {
             let mut sums = sums.to_vec();
             for i in 0..AT_ONCE {
@@ -148,13 +145,7 @@ fn stream(b: &VecBuilder<'_, '_>) {
         })
     });
     for (i, sum) in sums.into_iter().enumerate() {
-        // Four vectors of sixteen lanes do not fit side by side: one after the other into the same place.
-        if i == 0 {
-            b.store(b.arg(0), sum, elem);
-        } else {
-            let before = b.load(b.arg(0), elem, b.width());
-            b.store(b.arg(0), b.xor(before, sum), elem);
-        }
+        b.store(b.offset(b.arg(1), i as i64 * 64), sum, elem);
     }
 }
 
@@ -170,13 +161,16 @@ mod tests {
             for limit in [Limit::Int8, Limit::F32, Limit::Stream] {
                 let object = build(target, |unit| limit.emit(unit, "limit"));
                 let items = 3;
-                let mut buf = Buf::of(&vec![1.0; limit.buffer_bytes(items).div_ceil(4)], MemTy::F32);
-                call(&object, "limit", &mut [&mut buf], [0, 0], 0..items as i64);
-                buf.bytes();
+                let [read, result] = limit.buffers(items);
+                let mut data = Buf::of(&vec![1.0; read / 4], MemTy::F32);
+                let mut out = Buf::poisoned(result);
+                call(&object, "limit", &mut [&mut data, &mut out], [0, 0], 0..items as i64);
+                data.bytes();
+                out.bytes();
                 assert_eq!(limit.macs(&target.cpu) == 0, limit == Limit::Stream);
                 if limit == Limit::F32 {
                     // Sums start at one and gain one an item.
-                    assert_eq!(buf.read(MemTy::F32)[3 * 16], 4.0, "{}", target.name);
+                    assert_eq!(out.read(MemTy::F32)[0], 4.0, "{}", target.name);
                 }
             }
         }
