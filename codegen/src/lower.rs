@@ -108,6 +108,16 @@ struct Step {
     tap: Option<(String, usize, u32)>,
 }
 
+impl Step {
+    /// Whether the kernel makes rows from rows, one after the other, with little work for each.
+    fn is_short(&self) -> bool {
+        matches!(
+            self.spec,
+            KernelSpec::Row(_) | KernelSpec::Rope(_) | KernelSpec::RopeTable(_) | KernelSpec::Gather(_)
+        )
+    }
+}
+
 /// A launch of one token class.
 #[derive(Clone, Debug)]
 pub struct Launch {
@@ -915,14 +925,10 @@ impl Lowering<'_> {
     fn private(&self, range: MRange, out: usize, buffers: &[Buffer]) -> Private {
         let size = |b: usize| self.buffers[b].bytes(range.max);
         let one_row = |step: &Step| {
-            let short = matches!(
-                step.spec,
-                KernelSpec::Row(_) | KernelSpec::Rope(_) | KernelSpec::RopeTable(_) | KernelSpec::Gather(_)
-            );
             let bytes: u64 = step.args.iter().filter_map(Place::buffer).map(size).sum();
             let own = |p: &Place| p.buffer().is_some_and(|b| b != out);
             range.max == 1
-                && short
+                && step.is_short()
                 && bytes <= MOST_PRIVATE_BYTES
                 && step.tap.is_none()
                 && step.writes.iter().all(own)
@@ -967,10 +973,13 @@ impl Lowering<'_> {
             live.1 = live.1.max(step);
         };
         for (i, step) in self.steps.iter().enumerate() {
-            for &place in &step.args {
-                if let Place::Buffer(b) = place {
-                    touch(&mut lives, b, i);
-                }
+            // A worker that makes rows for itself may still read when another goes on to the next step.
+            let last = if step.is_short() { (i + 1).min(end) } else { i };
+            for b in step.args.iter().filter_map(Place::buffer) {
+                touch(&mut lives, b, i);
+            }
+            for b in step.reads.iter().filter_map(Place::buffer) {
+                touch(&mut lives, b, last);
             }
         }
         touch(&mut lives, out, end);
