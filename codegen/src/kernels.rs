@@ -55,7 +55,7 @@ impl Work {
         match spec {
             KernelSpec::Matmul(s) => {
                 let per = if s.rows == Rows::T { Per::T } else { Per::R };
-                Some(Work { macs: u64::from(s.n) * u64::from(s.k), per })
+                Some(Work { macs: u64::from(s.n) * u64::from(s.k) * u64::from(s.products()), per })
             }
             KernelSpec::Attention(s) => {
                 Some(Work { macs: 2 * u64::from(s.heads) * u64::from(s.head_dim), per: Per::Pair })
