@@ -7,8 +7,9 @@
 //!
 //! Every kernel is timed in turns with its limit, a kernel too, on the same threads: many rows beside products on
 //! registers (or plain loads, when memory is what bounds them), one row beside a plain read of the same memory. The
-//! weights of one row's product come from a pool far larger than any cache, on huge pages. Time is processor time of
-//! pinned threads; the table shows medians of the rounds, and the median of the rounds' shares. `--tile 8x2` puts
+//! weights of one row's product come from a pool far larger than any cache, on huge pages. One thread is timed by what it
+//! gets of its processor, several by the clock; the table shows medians of the rounds, and the median of the rounds'
+//! shares. `--tile 8x2` puts
 //! another first tile into the kernels of many rows. Other programs still cost memory bandwidth and cache: absolute
 //! figures want a quiet machine.
 
@@ -255,7 +256,9 @@ impl Bench<'_> {
             (false, _) => Limit::F32,
         };
         let (kernel, limit_kernel) = compile(target, limit, |unit| emit(unit, "kernel", &spec, &plan))?;
-        let mut args = self.parts(&work.args);
+        // Weights lie in the pool.
+        let size = |(i, &bytes)| if work.weights.contains(&i) { 0 } else { bytes };
+        let mut args = self.parts(&work.args.iter().enumerate().map(size).collect::<Vec<_>>());
         let matrix = work.weight_bytes as usize;
         let copies = if from_memory { (POOL / matrix.next_multiple_of(4096)).max(1) } else { 1 };
         let calls = (0..copies).map(|copy| {

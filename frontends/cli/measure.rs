@@ -1,13 +1,16 @@
 //! Timing of single kernels: pinned threads, huge pages, processor time.
 //!
 //! A [`Timer`] runs a kernel on some threads, each on a processor and an equal part of the items, and tells how long the
-//! slowest of them took. Time is what the thread got of its processor, so other programs disturb a figure only through
-//! the memory and caches that they share. Figures compare when they were taken in turns: see [`turns`].
+//! slowest of them took. One thread is timed by what it gets of its processor, so other programs disturb a figure only
+//! through the memory and caches that they share. Several threads are timed by the clock: those that take turns on a
+//! processor do not compete for memory, and would look faster than they are. Figures compare when they were taken in
+//! turns: see [`turns`].
 
 use quantc_ir::diag::{Diag, Result};
 use quantc_runtime::object::{KernelFn, Object};
 use std::hint::black_box;
 use std::sync::Barrier;
+use std::time::Instant;
 
 /// Zeroed memory on huge pages, which lives until it is dropped.
 pub struct Memory {
@@ -125,7 +128,7 @@ impl Timer {
         self.threads
     }
 
-    /// Seconds of processor time that the slowest thread took for its part of every one of `calls`.
+    /// Seconds that the slowest thread took for its part of every one of `calls`.
     ///
     /// # Safety
     /// `kernel` must be made for the arguments: buffers as large as its spec demands, none of them written by two
@@ -136,7 +139,7 @@ impl Timer {
         let work = |worker: usize| {
             pin(worker);
             barrier.wait();
-            let start = processor_seconds();
+            let (start, clock) = (processor_seconds(), Instant::now());
             for call in calls {
                 let (begin, end) =
                     (call.items * worker as i64 / threads, call.items * (worker as i64 + 1) / threads);
@@ -146,7 +149,7 @@ impl Timer {
                     unsafe { function(black_box(args), call.dims.as_ptr(), begin, end) };
                 }
             }
-            processor_seconds() - start
+            if threads == 1 { processor_seconds() - start } else { clock.elapsed().as_secs_f64() }
         };
         std::thread::scope(|scope| {
             let work = &work;
