@@ -1,6 +1,7 @@
 //! Kernels for CPUs: what each computes is in its spec, how it is emitted is here.
 
 pub mod attention;
+pub mod cache;
 pub mod gather;
 #[cfg(feature = "llvm")]
 pub mod llvm;

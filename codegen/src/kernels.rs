@@ -3,7 +3,7 @@
 use crate::cpu::llvm::Unit;
 use crate::cpu::matmul::MatmulSchedule;
 use crate::cpu::matmul::schedule::Inner;
-use crate::cpu::{attention, gather, matmul, rope, row};
+use crate::cpu::{attention, cache, gather, matmul, rope, row};
 use crate::spec::{Code, KernelSpec, MatmulSpec, Rows};
 use inkwell::context::Context;
 use quantc_ir::diag::Result;
@@ -92,7 +92,7 @@ pub fn compile(
             KernelSpec::Row(spec) => row::emit(&unit, spec, symbol)?,
             KernelSpec::Attention(spec) => attention::emit(&unit, spec, symbol)?,
             KernelSpec::Gather(spec) => gather::emit_gather(&unit, spec, symbol)?,
-            KernelSpec::CacheAppend(spec) => gather::emit_append(&unit, spec, symbol)?,
+            KernelSpec::CacheAppend(spec) => cache::emit_append(&unit, spec, symbol)?,
             KernelSpec::Rope(spec) => rope::emit_rope(&unit, spec, symbol)?,
             KernelSpec::RopeTable(spec) => rope::emit_table(&unit, spec, symbol)?,
         }

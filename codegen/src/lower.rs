@@ -10,7 +10,8 @@
 
 use crate::backend::MatmulWeight;
 use crate::cpu::attention::{AttentionSpec, KvSource};
-use crate::cpu::gather::{CacheAppendSpec, GatherSpec};
+use crate::cpu::cache::{CODE_COLUMNS, CacheAppendSpec, CacheTy, Role};
+use crate::cpu::gather::GatherSpec;
 use crate::cpu::rope::{RopeSpec, RopeStyle, RopeTableSpec};
 use crate::cpu::row::{RowCount, RowSpec};
 use crate::eexpr::{BinaryOp, EExpr, F32, MemTy, NodeId, UnaryOp};
@@ -18,12 +19,14 @@ use crate::schedule::{self, Buffer};
 use crate::spec::{AFmt, KernelSpec, MRange, MatmulSpec, Rows};
 use quantc_ir::diag::{Diag, Loc, Result};
 use quantc_ir::entity::{StateId, ValueId, WeightId};
+use quantc_ir::formats;
 use quantc_ir::graph::{Def, Graph, Node};
 use quantc_ir::module::Module;
 use quantc_ir::ops::{self, Op, QMATMUL_EXTRAS, Step as EpilogueStep};
+use quantc_ir::scheme::Scheme;
 use quantc_ir::ty::{Dim, ElemTy, TensorTy};
 use quantc_ir::weights::{Digest, Store};
-use quantc_runtime::format::{Input, Items, MAX_BUFFER_BYTES, Ref, Sym};
+use quantc_runtime::format::{Input, Items, MAX_BUFFER_BYTES, Ref, Sym, slot_rows};
 use std::collections::BTreeMap;
 
 /// Sizes of an engine that are not the model's.
@@ -211,7 +214,10 @@ pub fn lower(module: &Module, store: &Store, limits: Limits) -> Result<Lowered> 
 
 fn state_row_bytes(ty: &TensorTy) -> Result<u64> {
     let dims = ty.shape.dims().filter(|d| !d.is_empty());
-    let dims = dims.ok_or_else(|| Diag::target(format!("a state of type {ty} has no fixed rows")))?;
+    let mut dims = dims.ok_or_else(|| Diag::target(format!("a state of type {ty} has no fixed rows")))?;
+    if let (ElemTy::Q(_), [_, .., columns]) = (ty.elem, &mut dims[..]) {
+        *columns = columns.next_multiple_of(u64::from(CODE_COLUMNS));
+    }
     let row = dims[1..].iter().try_fold(1u64, |n, &d| n.checked_mul(d));
     let bytes = row.and_then(|n| n.checked_mul(u64::from(ty.elem.bits()))).map(|b| b.div_ceil(8));
     bytes.ok_or_else(|| Diag::target(format!("a state of type {ty} is too large")))
@@ -517,28 +523,11 @@ impl Lowering<'_> {
                 self.launch(&name, KernelSpec::Rope(spec), &[x.val.place, table.val.place], &[place], items);
                 Ok(Val::plain(place))
             }
-            Op::CacheAppend(_) => {
-                let (state, x) = (get(0)?, get(1)?);
-                let cast = graph.def(node.args[1]).is_some_and(|(_, n)| only_feeds_caches(graph, n));
-                if x.ty.elem != ElemTy::F32 && !cast {
-                    return Err(Diag::target(format!(
-                        "rows of type {} appended to a cache have no kernel",
-                        x.ty
-                    )));
-                }
-                let (rows, width) = matrix(x.ty)?;
-                if rows != Rows::T {
-                    let what = format!("rows of type {} appended to a cache have no kernel", x.ty);
-                    return Err(Diag::target(what).help("a cache takes a row for each token"));
-                }
-                let spec = CacheAppendSpec { width, x_stride: width, ty: mem(state.ty)? };
-                let positions = Place::Input(Input::Positions);
-                let base = Place::Input(Input::Base);
-                let (reads, writes) = ([x.val.place, positions, base], [state.val.place]);
-                self.launch(&name, KernelSpec::CacheAppend(spec), &reads, &writes, Items::per_token(1, 1));
-                Ok(state.val.clone())
+            Op::CacheAppend(_) => self.cache_append(&name, graph, node, get(0)?, get(1)?),
+            Op::Attention(attention) => {
+                let scales = [3, 4].map(|i| operands[i].as_ref().map(|scale| scale.place));
+                self.attention(&name, attention, [get(0)?, get(1)?, get(2)?], scales, out)
             }
-            Op::Attention(attention) => self.attention(&name, attention, [get(0)?, get(1)?, get(2)?], out),
             Op::LastRows(_) => {
                 let x = get(0)?;
                 let (from, to) = (extent(x.ty)?, extent(out)?);
@@ -581,7 +570,7 @@ impl Lowering<'_> {
                 self.unary(&name, op, get(0)?, out)
             }
             // Rows are rounded on their way into the cache.
-            Op::Cast(_) if only_feeds_caches(graph, node) => Ok(get(0)?.val.clone()),
+            Op::Cast(_) | Op::Quantize(_) if only_feeds_caches(graph, node) => Ok(get(0)?.val.clone()),
             Op::Cast(_) => {
                 let x = get(0)?;
                 let at = extent(x.ty)?;
@@ -627,6 +616,7 @@ impl Lowering<'_> {
         name: &str,
         attention: &ops::Attention,
         [q, k, v]: [Operand<'_>; 3],
+        scales: [Option<Place>; 2],
         out: &TensorTy,
     ) -> Result<Val> {
         let at = extent(q.ty)?;
@@ -646,9 +636,17 @@ impl Lowering<'_> {
             k.f32_of_tokens("keys")?;
             v.f32_of_tokens("values")?;
         }
+        let in_states = scales.iter().all(|s| matches!(s, Some(Place::State(_))));
+        if k.ty.elem.scheme().is_some() && !(cached && in_states) {
+            return Err(Diag::target(format!(
+                "keys of type {} that do not lie in a cache have no kernel",
+                k.ty
+            ))
+            .help("codes and their scales both come from caches"));
+        }
         let kv_heads = small(kv_heads, k.ty)?;
         let source = match cached {
-            true => KvSource::Cache { ty: mem(k.ty)? },
+            true => KvSource::Cache { ty: cache_ty(k.ty)?, slot_rows: self.slot_rows()? },
             false => KvSource::Direct { stride: kv_heads * at.cols },
         };
         let spec = AttentionSpec {
@@ -669,12 +667,87 @@ impl Lowering<'_> {
         let mut reads = vec![q.val.place, k.val.place, v.val.place];
         if cached {
             reads.extend([Place::Input(Input::Positions), Place::Input(Input::Base)]);
+            reads.extend(scales.into_iter().flatten());
         }
         let mut args = reads.clone();
         args.extend([place, Place::Scratch]);
         let spec = KernelSpec::Attention(spec);
         self.steps.push(Step { name: name.into(), spec, reads, writes: vec![place], args, items, tap: None });
         Ok(Val::plain(place))
+    }
+
+    /// Rows of a state for each sequence.
+    fn slot_rows(&self) -> Result<u32> {
+        u32::try_from(slot_rows(self.limits.context))
+            .map_err(|_| Diag::target("a context too long for states"))
+    }
+
+    /// Writes rows into a cache: numbers, or codes together with their scales.
+    fn cache_append(
+        &mut self,
+        name: &str,
+        graph: &Graph,
+        node: &Node,
+        state: Operand<'_>,
+        x: Operand<'_>,
+    ) -> Result<Val> {
+        let rounding = graph.def(node.args[1]).map(|(_, n)| n);
+        // Scales are written by the launch that writes the codes.
+        if rounding.is_some_and(|scale| codes_beside(graph, scale).is_some()) {
+            return Ok(state.val.clone());
+        }
+        let rounds = rounding.is_some_and(|n| only_feeds_caches(graph, n));
+        let at = extent(x.ty)?;
+        if at.rows != Rows::T || (x.ty.elem != ElemTy::F32 && !rounds) {
+            let what = format!("rows of type {} appended to a cache have no kernel", x.ty);
+            return Err(
+                Diag::target(what).help("a cache takes a row for each token, of f32 or rounded from it")
+            );
+        }
+        let readers: Vec<(&Node, usize)> = graph
+            .users(node.result)
+            .into_iter()
+            .map(|user| graph.node(user))
+            .flat_map(|user| (0..user.args.len()).map(move |i| (user, i)))
+            .filter(|(user, i)| user.args[*i] == node.result)
+            .collect();
+        let role = |&(user, i): &(&Node, usize)| match (&user.op, i) {
+            (Op::Attention(_), 1) => Some(Role::Keys),
+            (Op::Attention(_), 2) => Some(Role::Values),
+            _ => None,
+        };
+        let first = readers.first().map_or(Some(Role::Keys), role);
+        let role = first.filter(|_| readers.iter().all(|reader| role(reader) == first));
+        let role = role.ok_or_else(|| {
+            Diag::target("a state that is read by more than keys, or by more than values, has no kernel")
+        })?;
+        let spec = CacheAppendSpec {
+            heads: at.per,
+            head_dim: at.cols,
+            x_stride: at.width(),
+            ty: cache_ty(state.ty)?,
+            role,
+            slot_rows: self.slot_rows()?,
+        };
+        spec.check().map_err(|why| Diag::target(format!("there is no such kernel: {why}")))?;
+        let mut writes = vec![state.val.place];
+        if spec.ty.is_scaled() {
+            let states: Vec<Option<StateId>> =
+                readers.iter().map(|&(reader, i)| scale_state(graph, node, reader.args[i + 2])).collect();
+            let scale_state =
+                states.first().copied().flatten().filter(|&s| states.iter().all(|&o| o == Some(s)));
+            let scale_state = scale_state.ok_or_else(|| {
+                Diag::target(
+                    "codes are appended to a cache whose scales attention does not read from another",
+                )
+                .help("`quantize-cache` makes both")
+            })?;
+            writes.push(Place::State(self.state_index(scale_state)));
+        }
+        let reads = [x.val.place, Place::Input(Input::Positions), Place::Input(Input::Base)];
+        let items = Items::per_token(u64::from(spec.heads), 1);
+        self.launch(name, KernelSpec::CacheAppend(spec), &reads, &writes, items);
+        Ok(state.val.clone())
     }
 
     fn unary(&mut self, name: &str, op: UnaryOp, x: Operand<'_>, out: &TensorTy) -> Result<Val> {
@@ -1071,10 +1144,53 @@ fn in_waves(steps: Vec<Step>) -> Vec<Step> {
     order.into_iter().map(|(_, step)| step).collect()
 }
 
-/// Whether a node is a cast from f32 whose result is only appended to caches.
+/// What a cache of this type holds.
+fn cache_ty(ty: &TensorTy) -> Result<CacheTy> {
+    let ElemTy::Q(scheme) = ty.elem else {
+        return Ok(match mem(ty)? {
+            MemTy::F16 => CacheTy::F16,
+            MemTy::Bf16 => CacheTy::Bf16,
+            MemTy::F32 | MemTy::I8 | MemTy::I32 => CacheTy::F32,
+        });
+    };
+    let as_made = Scheme { format: scheme.format, ..ops::DYNAMIC_INT8 } == scheme;
+    match scheme.format {
+        f if as_made && *f == formats::INT8 => Ok(CacheTy::I8),
+        f if as_made && *f == formats::E4M3 => Ok(CacheTy::E4m3),
+        _ => Err(Diag::target(format!("a cache of type {ty} has no kernel"))
+            .help("kernels take int8 or e4m3, symmetric, with an f32 scale for each token and head")),
+    }
+}
+
+/// The codes that are made with the scales `scale`, when those and the codes go into caches.
+fn codes_beside<'a>(graph: &'a Graph, scale: &Node) -> Option<&'a Node> {
+    let dynamic = scale.op.is::<ops::DynamicScale>()?;
+    let users = |value| graph.users(value).into_iter().map(|op| graph.node(op));
+    users(scale.result).find(|user| matches!(user.op, Op::CacheAppend(_)))?;
+    users(scale.result).find(|user| {
+        user.op.is::<ops::Quantize>().is_some_and(|q| q.to == dynamic.to)
+            && user.args[..2] == [scale.args[0], scale.result]
+            && only_feeds_caches(graph, user)
+    })
+}
+
+/// The state whose rows `scales` are, when it is one that takes the scales of what `append` appends.
+fn scale_state(graph: &Graph, append: &Node, scales: ValueId) -> Option<StateId> {
+    let (_, codes) = graph.def(append.args[1])?;
+    codes.op.is::<ops::Quantize>()?;
+    let (_, dynamic) = graph.def(codes.args[1])?;
+    codes_beside(graph, dynamic)?;
+    let (_, beside) = graph.def(scales)?;
+    match (&beside.op, graph.value(beside.args[0]).def) {
+        (Op::CacheAppend(_), Def::State(state)) if beside.args[1] == dynamic.result => Some(state),
+        _ => None,
+    }
+}
+
+/// Whether a node is a cast or quantization of f32 whose result is only appended to caches.
 fn only_feeds_caches(graph: &Graph, node: &Node) -> bool {
     let appends = |op| matches!(graph.node(op).op, Op::CacheAppend(_));
-    matches!(node.op, Op::Cast(_))
+    matches!(node.op, Op::Cast(_) | Op::Quantize(_))
         && graph.ty(node.args[0]).elem == ElemTy::F32
         && !graph.is_result(node.result)
         && graph.users(node.result).into_iter().all(appends)
@@ -1088,6 +1204,7 @@ fn only_scales_codes(graph: &Graph, node: &Node) -> bool {
     let fits = |user: &Node| match user.op {
         Op::Quantize(_) => user.args[0] == node.args[0] && only_at(user, 1),
         Op::QMatMul(_) => only_at(user, QMATMUL_EXTRAS - 1),
+        Op::CacheAppend(_) => codes_beside(graph, node).is_some(),
         _ => false,
     };
     !graph.is_result(scale) && graph.users(scale).into_iter().all(|user| fits(graph.node(user)))

@@ -7,7 +7,8 @@ use quantc_ir::diag::{Diag, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::cpu::attention::AttentionSpec;
-use crate::cpu::gather::{CacheAppendSpec, GatherSpec};
+use crate::cpu::cache::CacheAppendSpec;
+use crate::cpu::gather::GatherSpec;
 use crate::cpu::rope::{RopeSpec, RopeTableSpec};
 use crate::cpu::row::RowSpec;
 use crate::eexpr::{EExpr, Place};
@@ -42,7 +43,9 @@ impl KernelSpec {
             KernelSpec::Row(spec) => format!("row_{}_c{}", spec.name, spec.cols),
             KernelSpec::Attention(s) => format!("attention_h{}_kv{}_d{}", s.heads, s.kv_heads, s.head_dim),
             KernelSpec::Gather(spec) => format!("gather_{}_w{}", spec.ty.name(), spec.width),
-            KernelSpec::CacheAppend(spec) => format!("cache_append_{}_w{}", spec.ty.name(), spec.width),
+            KernelSpec::CacheAppend(s) => {
+                format!("cache_append_{}_h{}_d{}", s.ty.name(), s.heads, s.head_dim)
+            }
             KernelSpec::Rope(spec) => format!("rope_h{}_d{}", spec.heads, spec.head_dim),
             KernelSpec::RopeTable(spec) => format!("rope_table_{}", spec.half),
         };

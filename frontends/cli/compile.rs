@@ -42,7 +42,8 @@ pub struct Args {
     /// A text for passes that need data.
     #[arg(long)]
     data: Option<PathBuf>,
-    /// Number format of the key/value cache: f32, f16 or bf16.
+    /// Number format of the key/value cache: f32, f16 or bf16, or codes of 8 bits with a scale for each token and head:
+    /// int8 or e4m3 (also called fp8).
     #[arg(long)]
     kv_cache: Option<String>,
     /// Tokens that a sequence may have, instead of the model's context.
@@ -168,11 +169,17 @@ fn judge(agreement: Option<&agreement::Agreement>) -> Outcome {
 
 /// The pipeline with the cache's format changed first.
 fn with_cache_format(text: &str, format: &str) -> Outcome<String> {
-    if !["f32", "f16", "bf16"].contains(&format) {
-        let diag = Diag::target(format!("a key/value cache of `{format}` has no kernels"));
-        return Err(diag.help("use f32, f16 or bf16").into());
-    }
-    Ok(if format == "f32" { text.to_string() } else { format!("cast-cache{{to={format}}}, {text}") })
+    let pass = match format {
+        "f32" => return Ok(text.to_string()),
+        "f16" | "bf16" => format!("cast-cache{{to={format}}}"),
+        "int8" | "e4m3" => format!("quantize-cache{{format={format}}}"),
+        "fp8" => "quantize-cache{format=e4m3}".into(),
+        _ => {
+            let diag = Diag::target(format!("a key/value cache of `{format}` has no kernels"));
+            return Err(diag.help("use f32, f16, bf16, int8 or fp8").into());
+        }
+    };
+    Ok(format!("{pass}, {text}"))
 }
 
 /// Where derived weights are kept when nothing else is said.

@@ -68,6 +68,8 @@ pub const MAX_VOCAB: u32 = 1 << 24;
 pub const MAX_BUFFER_BYTES: u64 = 1 << 40;
 /// Most work items of a launch.
 pub const MAX_ITEMS: u64 = 1 << 40;
+/// A slot's rows of states come in whole blocks of this many, so that kernels may lay out a block as they like.
+pub const STATE_BLOCK: u32 = 64;
 /// Most programs of an engine.
 pub const MAX_PROGRAMS: usize = 256;
 /// Most buffers of one launch.
@@ -188,7 +190,12 @@ pub struct Blob {
     pub streamed: bool,
 }
 
-/// A table with `context * slots` rows that lives as long as the session.
+/// Rows that a slot has in each state of an engine of this context: whole blocks.
+pub fn slot_rows(context: u32) -> u64 {
+    u64::from(context).next_multiple_of(u64::from(STATE_BLOCK))
+}
+
+/// A table with [`slot_rows`] rows for each slot that lives as long as the session.
 #[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
 pub struct State {
     /// What it is, for people.
@@ -495,7 +502,7 @@ impl Manifest {
 
     /// Bytes of all states for `slots` sequences; `None` when they exceed [`MAX_BUFFER_BYTES`].
     pub fn state_bytes(&self, slots: u32) -> Option<u64> {
-        let rows = u64::from(self.context).checked_mul(u64::from(slots))?;
+        let rows = slot_rows(self.context).checked_mul(u64::from(slots))?;
         let mut total = 0u64;
         for state in &self.states {
             total = total.checked_add(state.row_bytes.checked_mul(rows)?)?;

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{Input, Items, Kind, Launch, Manifest, NO_BARRIER_AFTER, REPLICATED, RefKind};
+use crate::format::{Input, Items, Kind, Launch, Manifest, NO_BARRIER_AFTER, REPLICATED, RefKind, slot_rows};
 use crate::mem::{Mapping, PAGE};
 use crate::object::KernelFn;
 use crate::pool::{Pool, PoolOptions};
@@ -519,7 +519,8 @@ impl Session {
 
     /// Writes tokens, positions and bases where kernels read them. The step has been checked.
     fn write_inputs(&mut self, step: Step<'_>) {
-        let context = self.engine.manifest().context;
+        // At most `i32::MAX` for all slots together, which `Sizes` has seen to.
+        let slot_rows = slot_rows(self.engine.manifest().context) as u32;
         let stride = input_bytes(self.engine.manifest());
         // SAFETY: inputs are never protected, and no kernel runs while `self` is borrowed here.
         let bytes = unsafe { self.inputs.bytes_mut() };
@@ -532,7 +533,7 @@ impl Session {
             let at = index * 4..index * 4 + 4;
             tokens[at.clone()].copy_from_slice(&token.to_le_bytes());
             positions[at.clone()].copy_from_slice(&position.to_le_bytes());
-            bases[at.clone()].copy_from_slice(&(slot * context).to_le_bytes());
+            bases[at.clone()].copy_from_slice(&(slot * slot_rows).to_le_bytes());
             let segment = self.types.get(index).copied().unwrap_or(0);
             types[at].copy_from_slice(&segment.to_le_bytes());
         }
@@ -653,10 +654,11 @@ struct Sizes {
 
 impl Sizes {
     fn of(manifest: &Manifest, slots: u32, threads: usize) -> Result<Sizes> {
-        let rows = u64::from(manifest.context) * u64::from(slots);
+        let slot_rows = slot_rows(manifest.context);
+        let rows = slot_rows * u64::from(slots);
         // Kernels hold row numbers as i32.
         if slots == 0 || rows > i32::MAX as u64 {
-            let most = i32::MAX as u32 / manifest.context;
+            let most = i32::MAX as u64 / slot_rows;
             return Err(Error::input(format!(
                 "{slots} slots are not in 1..={most}, what this engine's context allows"
             )));

@@ -1,4 +1,4 @@
-//! Rows picked by an index: embeddings out of tables, keys and values into caches.
+//! Rows picked by an index: embeddings out of tables.
 use serde::{Deserialize, Serialize};
 
 use crate::eexpr::MemTy;
@@ -20,19 +20,6 @@ pub struct GatherSpec {
     pub add: bool,
 }
 
-/// Copies row i of `x` to row `base[i] + positions[i]` of a state, rounded to its type.
-///
-/// Arguments: x `f32[t][x_stride]`, positions and base `i32[t]`, state. Items: tokens.
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
-pub struct CacheAppendSpec {
-    /// Columns of a row of the state.
-    pub width: u32,
-    /// Elements from one row of x to the next.
-    pub x_stride: u32,
-    /// Type of the state: `F32`, `F16` or `Bf16`.
-    pub ty: MemTy,
-}
-
 impl GatherSpec {
     /// Why no kernel can be emitted, if none can.
     pub fn check(&self) -> Result<(), String> {
@@ -46,27 +33,14 @@ impl GatherSpec {
     }
 }
 
-impl CacheAppendSpec {
-    /// Why no kernel can be emitted, if none can.
-    pub fn check(&self) -> Result<(), String> {
-        match self.ty {
-            _ if self.width == 0 || self.x_stride < self.width => {
-                Err(format!("rows of {} columns, {} apart", self.width, self.x_stride))
-            }
-            MemTy::F32 | MemTy::F16 | MemTy::Bf16 => Ok(()),
-            ty => Err(format!("a cache of {}", ty.name())),
-        }
-    }
-}
-
 #[cfg(feature = "llvm")]
-pub use emit::{emit_append, emit_gather};
+pub use emit::emit_gather;
 
 #[cfg(feature = "llvm")]
 mod emit {
     use quantc_ir::diag::{Diag, Result};
 
-    use super::{CacheAppendSpec, GatherSpec};
+    use super::GatherSpec;
     use crate::cpu::llvm::{Elem, Unit, Val, VecBuilder};
     use crate::eexpr::MemTy;
     use crate::eexpr::llvm::{Valid, load_mem, store_mem};
@@ -96,26 +70,6 @@ mod emit {
                         x = b.fadd(load_mem(b, to, MemTy::F32, lanes, valid), x);
                     }
                     store_mem(b, to, x, MemTy::F32, valid);
-                });
-            });
-            Ok(())
-        })
-    }
-
-    /// Emits the kernel of `spec` as `symbol`.
-    pub fn emit_append(unit: &Unit<'_>, spec: &CacheAppendSpec, symbol: &str) -> Result<()> {
-        spec.check().map_err(|e| Diag::bug(format!("no such cache kernel: {e}")))?;
-        let (width, size) = (i64::from(spec.width), spec.ty.bytes() as i64);
-        unit.kernel(symbol, |b| {
-            let (x, positions, base, state) = (b.arg(0), b.arg(1), b.arg(2), b.arg(3));
-            b.for_items(|i| {
-                let int = |array| b.sext(b.load(b.row(array, i, 4), Elem::I32, 1), Elem::I64);
-                let row = b.add(int(base), int(positions));
-                let from = b.row(x, i, i64::from(spec.x_stride) * 4);
-                let to = b.row(state, row, width * size);
-                vectors(b, width, |col, lanes, valid| {
-                    let v = load_mem(b, b.row(from, col, 4), MemTy::F32, lanes, valid);
-                    store_mem(b, b.row(to, col, size), v, spec.ty, valid);
                 });
             });
             Ok(())
@@ -180,43 +134,10 @@ mod tests {
     }
 
     #[test]
-    fn rows_into_a_cache() {
-        for target in runnable() {
-            for width in [1u32, 17, 64, 100] {
-                for ty in [MemTy::F32, MemTy::F16, MemTy::Bf16] {
-                    let spec = CacheAppendSpec { width, x_stride: width + 7, ty };
-                    let object = build(target, |unit| emit_append(unit, &spec, "k"));
-                    let (w, stride) = (width as usize, width as usize + 7);
-                    let x = random(&mut rng(width.into()), 4 * stride, 5.0);
-                    let (positions, base) = ([2, 3, 0, 5], [0, 0, 10, 10]);
-                    let mut state = Buf::poisoned(20 * w * ty.bytes());
-                    let (mut xb, mut p, mut bb) =
-                        (Buf::of(&x, MemTy::F32), Buf::ints(&positions), Buf::ints(&base));
-                    call(&object, "k", &mut [&mut xb, &mut p, &mut bb, &mut state], [4, 4], 0..4);
-                    let got = state.read(ty);
-                    for row in 0..20 {
-                        let from = [2, 3, 10, 15].iter().position(|&r| r == row);
-                        let line = &got[row * w..(row + 1) * w];
-                        match from {
-                            Some(i) => assert_eq!(line, through(&x[i * stride..i * stride + w], ty)),
-                            None => {
-                                assert!(line.iter().all(|v| v.is_nan()), "row {row} is not to be touched")
-                            }
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
     fn malformed_specs_are_refused() {
         let table = GatherSpec { width: 8, table_rows: 4, ty: MemTy::F32, add: false };
         assert!(GatherSpec { width: 0, ..table.clone() }.check().is_err());
         assert!(GatherSpec { table_rows: 0, ..table.clone() }.check().is_err());
         assert!(GatherSpec { ty: MemTy::I32, ..table }.check().is_err());
-        let cache = CacheAppendSpec { width: 8, x_stride: 8, ty: MemTy::F16 };
-        assert!(CacheAppendSpec { x_stride: 7, ..cache.clone() }.check().is_err());
-        assert!(CacheAppendSpec { ty: MemTy::I8, ..cache }.check().is_err());
     }
 }

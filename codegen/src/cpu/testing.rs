@@ -85,6 +85,12 @@ impl Buf {
         buf
     }
 
+    /// Overwrites bytes.
+    pub fn write(&mut self, at: usize, bytes: &[u8]) {
+        assert!(at + bytes.len() <= self.len);
+        self.bytes[self.start + at..][..bytes.len()].copy_from_slice(bytes);
+    }
+
     /// The address for a kernel.
     pub fn ptr(&mut self) -> *mut u8 {
         self.bytes[self.start..].as_mut_ptr()
