@@ -17,6 +17,7 @@ use quantc::ir::diag::{Diag, Result};
 use quantc::ir::target::TargetDesc;
 use quantc::measure::{Call, Kernel, Memory, Timer, median, processor, turns};
 use quantc_codegen::cpu::attention::{self, AttentionSpec};
+use quantc_codegen::cpu::cache::{BLOCK, BlockLayout, CacheTy, Role};
 use quantc_codegen::cpu::llvm::Unit;
 use quantc_codegen::cpu::matmul::schedule::{CpuTile, ideal, schedule, schedule_from};
 use quantc_codegen::cpu::matmul::{candidates, emit};
@@ -67,6 +68,11 @@ const KINDS: [Kind; 12] = [
     kind("bf16 x f32", Code::Bf16, K, Zero::Sym(0), ScaleTy::None, AFmt::F32),
     kind("f32 x f32", Code::F32, K, Zero::Sym(0), ScaleTy::None, AFmt::F32),
 ];
+
+/// Query heads, heads of keys and values, and their width.
+const ATTENTION_HEADS: [[u32; 3]; 3] = [[32, 8, 64], [32, 32, 64], [32, 8, 128]];
+/// What caches hold.
+const CACHES: [CacheTy; 5] = [CacheTy::F32, CacheTy::F16, CacheTy::Bf16, CacheTy::I8, CacheTy::E4m3];
 
 struct Options {
     targets: Vec<&'static TargetDesc>,
@@ -156,14 +162,20 @@ fn run(o: &Options) -> Result<()> {
                 }
             }
         }
-        for (name, tokens, held) in [("attention, prefill", 512, 0), ("attention, decode", 1, 4096)] {
-            if !name.contains(&o.only) {
-                continue;
-            }
-            for &threads in &o.threads {
-                let row = bench.attention(target, name, tokens, held, threads)?;
-                eprint!("{row}");
-                text += &row;
+        for heads in ATTENTION_HEADS {
+            for ty in CACHES {
+                for (name, tokens, held) in [("prefill", 512, 0), ("decode", 1, 4095)] {
+                    let [q, kv, d] = heads;
+                    let name = format!("attention, {name}, {q} heads on {kv} of {d}, {} cache", ty.name());
+                    if !name.contains(&o.only) {
+                        continue;
+                    }
+                    for &threads in &o.threads {
+                        let row = bench.attention(target, &name, heads, ty, (tokens, held), threads)?;
+                        eprint!("{row}");
+                        text += &row;
+                    }
+                }
             }
         }
     }
@@ -287,21 +299,24 @@ impl Bench<'_> {
         &self,
         target: &'static TargetDesc,
         name: &str,
-        tokens: u32,
-        held: u32,
+        [heads, kv_heads, head_dim]: [u32; 3],
+        ty: CacheTy,
+        (tokens, held): (u32, u32),
         threads: usize,
     ) -> Result<String> {
-        let ty = MemTy::F16;
-        let spec = AttentionSpec::cached(32, 8, 64, 0.125, ty);
+        let slot_rows = (held + tokens).next_multiple_of(BLOCK);
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let spec = AttentionSpec::cached(heads, kv_heads, head_dim, scale, ty, slot_rows);
         let decode = tokens == 1;
         let limit = if decode { Limit::Stream } else { Limit::F32 };
         let (kernel, limit_kernel) = compile(target, limit, |unit| attention::emit(unit, &spec, "kernel"))?;
         let width = (spec.heads * spec.head_dim) as usize;
-        let cache = (spec.kv_heads * spec.head_dim) as usize * ty.bytes() * (held + tokens) as usize;
-        let cache = cache.next_multiple_of(4096) + 4096;
+        let layout = BlockLayout::new(ty, Role::Keys, head_dim, target);
+        let cache = (kv_heads * (slot_rows / BLOCK) * layout.bytes()) as usize;
         let rows = width * 4 * tokens as usize;
         let scratch = spec.scratch_bytes() as usize;
-        let mut sizes = vec![rows, tokens as usize * 4, tokens as usize * 4, rows];
+        let scales = (kv_heads * slot_rows) as usize * 4;
+        let mut sizes = vec![rows, tokens as usize * 4, tokens as usize * 4, rows, scales];
         sizes.extend(std::iter::repeat_n(scratch, threads));
         let parts = self.parts(&sizes);
         for token in 0..tokens {
@@ -311,11 +326,20 @@ impl Bench<'_> {
                 parts[2].cast::<u32>().add(token as usize).write(0);
             }
         }
+        for scale in 0..scales / 4 {
+            // SAFETY: the part has room for so many scales, and no kernel runs.
+            unsafe { parts[4].cast::<f32>().add(scale).write(0.01) };
+        }
         let copies = if decode { POOL / (2 * cache) } else { 1 };
         let calls = (0..copies).map(|copy| {
             let k = self.pool.ptr().wrapping_add(2 * copy * cache);
             let v = k.wrapping_add(cache);
-            let args = |worker: usize| vec![parts[0], k, v, parts[1], parts[2], parts[3], parts[4 + worker]];
+            let args = |worker: usize| {
+                let mut args = vec![parts[0], k, v, parts[1], parts[2]];
+                args.extend([parts[4]; 2].into_iter().filter(|_| ty.is_scaled()));
+                args.extend([parts[3], parts[5 + worker]]);
+                args
+            };
             Call {
                 args: (0..threads).map(args).collect(),
                 dims: [i64::from(tokens); 2],
@@ -326,7 +350,7 @@ impl Bench<'_> {
         let (t, h) = (f64::from(tokens), f64::from(held));
         let pairs = t * h + t * (t + 1.0) / 2.0;
         self.line(Contest {
-            name: format!("{name}, 32 heads on 8 of 64, {} cache", ty.name()),
+            name: name.into(),
             rows: if decode { format!("1 at {held}") } else { tokens.to_string() },
             threads,
             kernel,
