@@ -278,8 +278,8 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
             let bytes = std::fs::read(path)
                 .map_err(|e| Diag::input(format!("cannot read it: {e}")).in_file(&place))?;
             // An engine must not carry a tokenizer that will not load.
-            quantc_frontends::Tokenizer::from_bytes(&bytes, &place)?;
-            Some(bytes)
+            let compact = quantc_frontends::Tokenizer::from_bytes(&bytes, &place)?.to_compact()?;
+            Some((bytes, compact))
         }
     };
     let backend = CpuBackend::new(job.target);
@@ -303,7 +303,7 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
             store,
             target: job.target,
             max_tokens: job.chunk,
-            files: tokenizer.into_iter().map(|bytes| ("tokenizer.json".to_string(), bytes)).collect(),
+            files: subject::tokenizer_files(tokenizer),
             facts: job.facts.clone(),
             report: report_json(&module, &report),
         },

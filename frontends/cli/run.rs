@@ -2,12 +2,15 @@
 
 use crate::failure::Outcome;
 use crate::output;
-use crate::subject;
+use crate::subject::{self, Weights};
 use quantc_ir::diag::Diag;
+use quantc_runtime::engine::OpenOptions;
 use quantc_runtime::sample::{SampleOptions, Sampler};
 use quantc_runtime::session::{Session, SessionOptions};
+use quantc_runtime::stats;
 use serde_json::json;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Arguments of `quantc run`.
@@ -36,12 +39,22 @@ pub struct Args {
     /// Worker threads; 0 means one for each CPU.
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    /// Worker threads once the prompt is read; 0 means as many as before.
+    #[arg(long, default_value_t = 0)]
+    decode_threads: usize,
+    /// Where weights lie.
+    #[arg(long, value_enum, default_value_t = Weights::Huge)]
+    weights: Weights,
     /// Go on after an end-of-text token.
     #[arg(long)]
     ignore_eos: bool,
-    /// Do not compare the weights with their digests when the engine is opened.
+    /// Do not compare the weights with their digests. It is done beside generating the text, and a difference is
+    /// reported at the latest after it.
     #[arg(long)]
     no_verify: bool,
+    /// Also print what the start took, peak memory, and how many weights have moved to huge pages.
+    #[arg(long)]
+    stats: bool,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -49,8 +62,14 @@ pub struct Args {
 
 /// Runs the subcommand.
 pub fn run(args: Args) -> Outcome {
-    let engine = subject::open_engine(&args.engine, !args.no_verify)?;
+    let begun = Instant::now();
+    // The first token does not wait until all weights have been read.
+    let options = OpenOptions { verify_weights: false, pages: args.weights.into() };
+    let engine = subject::open_engine_with(&args.engine, &options)?;
     let engine = subject::decoder(engine, &args.engine, "run to generate text")?;
+    let prefault = Arc::clone(&engine);
+    // It ends by itself, and nobody waits for it: when it is late, the first step touches the pages.
+    std::thread::spawn(move || prefault.prefault());
     let tokenizer = subject::tokenizer(&engine)?;
     let manifest = engine.manifest().clone();
     let generation = manifest.generation.clone().unwrap_or_default();
@@ -73,12 +92,19 @@ pub fn run(args: Args) -> Outcome {
         seed: args.seed,
     };
     let mut sampler = Sampler::new(options, manifest.vocab as usize)?;
-    let mut session =
-        Session::new(engine, &SessionOptions { threads: args.threads, ..SessionOptions::default() })?;
+    let options = SessionOptions {
+        threads: args.threads,
+        decode_threads: args.decode_threads,
+        ..SessionOptions::default()
+    };
+    let mut session = Session::new(Arc::clone(&engine), &options)?;
+    let load = begun.elapsed();
 
     let start = Instant::now();
     let mut next = sampler.sample(session.prefill(0, &prompt, 1)?)?;
     let prefill = start.elapsed();
+    let first = begun.elapsed();
+    let mut verifying = None;
     // The last token is not fed back, so it needs no room in the state.
     let room = (context - prompt.len() + 1).min(args.max_tokens);
     let mut ids = Vec::with_capacity(room);
@@ -97,6 +123,9 @@ pub fn run(args: Args) -> Outcome {
             output::piece(&piece)?;
         }
         text += &piece;
+        if verifying.is_none() && !args.no_verify {
+            verifying = Some(engine.verify_weights_beside()?);
+        }
         if ids.len() < room {
             next = sampler.sample(session.decode(0, next)?)?;
         }
@@ -104,6 +133,16 @@ pub fn run(args: Args) -> Outcome {
     let rest = stream.finish()?;
     text += &rest;
     let decode = start.elapsed();
+    if !args.json {
+        output::line(&rest)?;
+    }
+    match verifying {
+        Some(verifying) => verifying.wait()?,
+        None if args.no_verify => (),
+        None => engine.verify_weights()?,
+    }
+    let moved = engine.moved();
+    let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
     let rate = |n: usize, time: std::time::Duration| n as f64 / time.as_secs_f64().max(1e-9);
     let decoded = ids.len().saturating_sub(1);
     if args.json {
@@ -118,9 +157,13 @@ pub fn run(args: Args) -> Outcome {
             "prefill_tok_s": rate(prompt.len(), prefill),
             "decode_tok_s": rate(decoded, decode),
             "threads": session.threads(),
+            "decode_threads": session.decode_threads(),
+            "load_ms": ms(load),
+            "first_token_ms": ms(first),
+            "peak_rss_bytes": stats::peak_rss_bytes(),
+            "moved_bytes": moved.moved_bytes,
         }));
     }
-    output::line(&rest)?;
     eprintln!(
         "{} prompt tokens at {:.1}/s, {} tokens at {:.1}/s, {} threads, seed {}, ended by {finish}",
         prompt.len(),
@@ -130,5 +173,16 @@ pub fn run(args: Args) -> Outcome {
         session.threads(),
         args.seed,
     );
+    if args.stats {
+        let peak = stats::peak_rss_bytes().map_or("unknown".into(), output::bytes);
+        let moving = if moved.done { "" } else { ", and more to come" };
+        eprintln!(
+            "opened in {:.1} ms, first token after {:.1} ms, peak memory {peak}, {} moved to huge pages in {:.1} ms{moving}",
+            ms(load),
+            ms(first),
+            output::bytes(moved.moved_bytes),
+            moved.nanos as f64 / 1e6,
+        );
+    }
     Ok(())
 }

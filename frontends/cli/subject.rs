@@ -4,7 +4,7 @@ use crate::failure::Outcome;
 use indicatif::{ProgressBar, ProgressStyle};
 use quantc_frontends::tokenizer::Tokenizer;
 use quantc_ir::diag::Diag;
-use quantc_runtime::engine::{Engine, OpenOptions};
+use quantc_runtime::engine::{Engine, OpenOptions, Pages};
 use quantc_runtime::format::{Kind, MANIFEST_FILE, Manifest};
 use std::io::IsTerminal;
 use std::path::Path;
@@ -28,8 +28,31 @@ pub fn manifest(path: &Path) -> Outcome<Manifest> {
 
 /// Opens an engine.
 pub fn open_engine(path: &Path, verify_weights: bool) -> Outcome<Arc<Engine>> {
+    open_engine_with(path, &OpenOptions { verify_weights, ..OpenOptions::default() })
+}
+
+/// Opens an engine, as the options say.
+pub fn open_engine_with(path: &Path, options: &OpenOptions) -> Outcome<Arc<Engine>> {
     check_engine(path)?;
-    Ok(Arc::new(Engine::open(path, &OpenOptions { verify_weights, ..OpenOptions::default() })?))
+    Ok(Arc::new(Engine::open(path, options)?))
+}
+
+/// Where weights lie, as an option says it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Weights {
+    /// In the file's pages, which processes share.
+    Mapped,
+    /// What every token reads moves to huge pages while tokens are generated.
+    Huge,
+}
+
+impl From<Weights> for Pages {
+    fn from(weights: Weights) -> Pages {
+        match weights {
+            Weights::Mapped => Pages::Mapped,
+            Weights::Huge => Pages::Huge,
+        }
+    }
 }
 
 /// Refuses folders that are no engines.
@@ -114,18 +137,37 @@ impl Drop for Scratch {
     }
 }
 
+/// The file with a model's tokenizer.
+const TOKENIZER: &str = "tokenizer.json";
+/// The same in compact form, where it has one.
+const COMPACT_TOKENIZER: &str = "tokenizer.bin";
+
+/// The files that an engine carries of a tokenizer: itself, and its compact form.
+pub fn tokenizer_files(tokenizer: Option<(Vec<u8>, Option<Vec<u8>>)>) -> Vec<(String, Vec<u8>)> {
+    let Some((whole, compact)) = tokenizer else { return vec![] };
+    let compact = compact.map(|bytes| (COMPACT_TOKENIZER.to_string(), bytes));
+    std::iter::once((TOKENIZER.to_string(), whole)).chain(compact).collect()
+}
+
 /// The tokenizer of an engine.
-pub fn tokenizer(engine: &Engine) -> Outcome<Tokenizer> {
-    let missing = engine.manifest().file("tokenizer.json").is_none();
+pub fn tokenizer(engine: &Arc<Engine>) -> Outcome<Tokenizer> {
+    let missing = engine.manifest().file(TOKENIZER).is_none();
     if missing {
         let place = engine.path().display().to_string();
         return Err(Diag::input("the engine has no tokenizer, because its model had none")
             .in_file(place)
             .into());
     }
-    let bytes = engine.read_file("tokenizer.json")?;
-    let place = engine.path().join("tokenizer.json");
-    Ok(Tokenizer::from_bytes(&bytes, &place.display().to_string())?)
+    let place = |name: &str| engine.path().join(name).display().to_string();
+    if engine.manifest().file(COMPACT_TOKENIZER).is_some() {
+        let bytes = engine.read_file(COMPACT_TOKENIZER)?;
+        let whole = Arc::clone(engine);
+        let read =
+            move || whole.read_file(TOKENIZER).map_err(|e| Diag::input(e.message()).in_file(e.place()));
+        return Ok(Tokenizer::from_compact(&bytes, &place(COMPACT_TOKENIZER), Box::new(read))?);
+    }
+    let bytes = engine.read_file(TOKENIZER)?;
+    Ok(Tokenizer::from_bytes(&bytes, &place(TOKENIZER))?)
 }
 
 /// Reads a text file.

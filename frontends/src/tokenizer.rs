@@ -6,14 +6,18 @@
 //!   more padding than there is memory.
 //! - The ids of added tokens are those of the file, or the file is refused.
 //! - A panic inside the crate is an error that says so.
+//! - A tokenizer read from its compact form gives the ids and texts that its `tokenizer.json` gives.
+
+mod compact;
 
 use crate::json::{self, shown};
+use compact::Compact;
 use quantc_ir::diag::{Diag, Loc, Result};
 use serde::Deserialize;
 use std::cell::Cell;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
-use std::sync::Once;
+use std::sync::{Once, OnceLock};
 use tokenizers::{PostProcessor as _, TruncationDirection};
 
 /// The longest `tokenizer.json` that is read, in bytes.
@@ -21,9 +25,22 @@ const MAX_FILE: u64 = 256 << 20;
 
 /// A tokenizer.
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    inner: Inner,
     /// Where it was read from, for messages.
     place: String,
+}
+
+/// Reads the bytes of a `tokenizer.json` when they turn out to be needed.
+pub type ReadWhole = dyn Fn() -> Result<Vec<u8>> + Send + Sync;
+
+enum Inner {
+    Whole(Box<tokenizers::Tokenizer>),
+    /// The compact form, and the whole for what it lacks: what is put around a text.
+    Compact {
+        compact: Box<Compact>,
+        whole: OnceLock<Box<tokenizers::Tokenizer>>,
+        read: Box<ReadWhole>,
+    },
 }
 
 impl Tokenizer {
@@ -34,40 +51,29 @@ impl Tokenizer {
 
     /// Reads `bytes`, the content of the file called `place`.
     pub fn from_bytes(bytes: &[u8], place: &str) -> Result<Tokenizer> {
-        let declared: Declared = json::parse(place, bytes, std::marker::PhantomData)?;
-        let read = guard(place, "reading the tokenizer", || {
-            serde_json::from_slice::<tokenizers::Tokenizer>(bytes).map_err(|e| {
-                let text = e.to_string();
-                let place_of = format!(" at line {} column {}", e.line(), e.column());
-                let text = text.strip_suffix(&place_of).unwrap_or(&text);
-                let clip = |n: usize| u32::try_from(n.max(1)).unwrap_or(u32::MAX);
-                Diag::input(format!("the tokenizer is malformed: {}", shown(text)))
-                    .in_file(place)
-                    .at(Loc::Text { line: clip(e.line()), col: clip(e.column()) })
-            })
-        });
-        let mut inner = read?;
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(|e| refused(place, &e.to_string()))?;
-        for token in declared.added_tokens {
-            let got = inner.token_to_id(&token.content);
-            if got != Some(token.id) {
-                let is = got.map_or("no token".into(), |id| format!("token {id}"));
-                let text = format!(
-                    "the added token `{}` has id {}, but {is} among the others",
-                    shown(&token.content),
-                    token.id
-                );
-                return Err(Diag::input(text).in_file(place).at(Loc::Item("added_tokens".into())));
-            }
-        }
+        Ok(Tokenizer { inner: Inner::Whole(Box::new(read_whole(bytes, place)?)), place: place.into() })
+    }
+
+    /// Reads `bytes`, the compact form of a tokenizer; `read` gives its `tokenizer.json`, which is called `place`.
+    pub fn from_compact(bytes: &[u8], place: &str, read: Box<ReadWhole>) -> Result<Tokenizer> {
+        let compact = guard(place, "reading the tokenizer", || Compact::parse(bytes, place))?;
+        let inner = Inner::Compact { compact: Box::new(compact), whole: OnceLock::new(), read };
         Ok(Tokenizer { inner, place: place.into() })
+    }
+
+    /// The compact form, which is read much faster; `None` for a tokenizer that has none.
+    pub fn to_compact(&self) -> Result<Option<Vec<u8>>> {
+        self.guarded("making the tokenizer compact", || Ok(Compact::of(self.whole()?)))
     }
 
     /// The ids of `text`; with `special`, those that the file puts around a text are added.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         self.guarded("encoding a text", || {
-            let encoding = self.inner.encode_fast(text, special).map_err(|e| self.failed(&e.to_string()))?;
+            if let (Inner::Compact { compact, .. }, false) = (&self.inner, special) {
+                return compact.encode(text).map_err(|e| self.failed(&e.to_string()));
+            }
+            let encoding =
+                self.whole()?.encode_fast(text, special).map_err(|e| self.failed(&e.to_string()))?;
             Ok(encoding.get_ids().to_vec())
         })
     }
@@ -76,45 +82,71 @@ impl Tokenizer {
     /// what is put behind it.
     pub fn encode_at_most(&self, text: &str, most: usize) -> Result<Vec<u32>> {
         self.guarded("encoding a text", || {
-            let around = self.inner.get_post_processor().map_or(0, |p| p.added_tokens(false));
+            let whole = self.whole()?;
+            let around = whole.get_post_processor().map_or(0, |p| p.added_tokens(false));
             let Some(room) = most.checked_sub(around) else {
                 let text = format!("{most} ids have no room for the {around} that are put around a text");
                 return Err(Diag::input(text).in_file(&self.place));
             };
-            let mut encoding =
-                self.inner.encode_fast(text, false).map_err(|e| self.failed(&e.to_string()))?;
+            let mut encoding = whole.encode_fast(text, false).map_err(|e| self.failed(&e.to_string()))?;
             encoding.truncate(room, 0, TruncationDirection::Right);
-            let whole =
-                self.inner.post_process(encoding, None, true).map_err(|e| self.failed(&e.to_string()))?;
-            Ok(whole.get_ids().to_vec())
+            let all = whole.post_process(encoding, None, true).map_err(|e| self.failed(&e.to_string()))?;
+            Ok(all.get_ids().to_vec())
         })
     }
 
     /// The text of `ids`; special tokens are left out.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.guarded("decoding tokens", || {
-            self.inner.decode(ids, true).map_err(|e| self.failed(&e.to_string()))
+            let text = match &self.inner {
+                Inner::Whole(whole) => whole.decode(ids, true),
+                Inner::Compact { compact, .. } => compact.decode(ids),
+            };
+            text.map_err(|e| self.failed(&e.to_string()))
         })
     }
 
     /// The id of the token that is written so.
     pub fn token_id(&self, token: &str) -> Option<u32> {
-        self.inner.token_to_id(token)
+        match &self.inner {
+            Inner::Whole(whole) => whole.token_to_id(token),
+            Inner::Compact { compact, .. } => compact.token_id(token),
+        }
     }
 
     /// The token with this id as the file writes it.
     pub fn token(&self, id: u32) -> Option<String> {
-        self.inner.id_to_token(id)
+        match &self.inner {
+            Inner::Whole(whole) => whole.id_to_token(id),
+            Inner::Compact { compact, .. } => compact.token(id).map(String::from),
+        }
     }
 
     /// Number of tokens, added ones included.
     pub fn vocab_size(&self) -> usize {
-        self.inner.get_vocab_size(true)
+        match &self.inner {
+            Inner::Whole(whole) => whole.get_vocab_size(true),
+            Inner::Compact { compact, .. } => compact.vocab_size(),
+        }
     }
 
     /// A decoder of tokens that come one by one.
     pub fn stream(&self) -> Stream<'_> {
         Stream { tokenizer: self, ids: vec![], given: String::new() }
+    }
+
+    /// The library's tokenizer, read now if it has not been.
+    fn whole(&self) -> Result<&tokenizers::Tokenizer> {
+        match &self.inner {
+            Inner::Whole(whole) => Ok(whole),
+            Inner::Compact { whole, read, .. } => match whole.get() {
+                Some(whole) => Ok(whole),
+                None => {
+                    let new = read_whole(&read()?, &self.place)?;
+                    Ok(whole.get_or_init(|| Box::new(new)))
+                }
+            },
+        }
     }
 
     fn guarded<T>(&self, doing: &str, f: impl FnOnce() -> Result<T>) -> Result<T> {
@@ -186,6 +218,38 @@ impl Stream<'_> {
         }
         Ok(())
     }
+}
+
+/// Reads `bytes`, the content of a `tokenizer.json` called `place`.
+fn read_whole(bytes: &[u8], place: &str) -> Result<tokenizers::Tokenizer> {
+    let declared: Declared = json::parse(place, bytes, std::marker::PhantomData)?;
+    let read = guard(place, "reading the tokenizer", || {
+        serde_json::from_slice::<tokenizers::Tokenizer>(bytes).map_err(|e| {
+            let text = e.to_string();
+            let place_of = format!(" at line {} column {}", e.line(), e.column());
+            let text = text.strip_suffix(&place_of).unwrap_or(&text);
+            let clip = |n: usize| u32::try_from(n.max(1)).unwrap_or(u32::MAX);
+            Diag::input(format!("the tokenizer is malformed: {}", shown(text)))
+                .in_file(place)
+                .at(Loc::Text { line: clip(e.line()), col: clip(e.column()) })
+        })
+    });
+    let mut inner = read?;
+    inner.with_padding(None);
+    inner.with_truncation(None).map_err(|e| refused(place, &e.to_string()))?;
+    for token in declared.added_tokens {
+        let got = inner.token_to_id(&token.content);
+        if got != Some(token.id) {
+            let is = got.map_or("no token".into(), |id| format!("token {id}"));
+            let text = format!(
+                "the added token `{}` has id {}, but {is} among the others",
+                shown(&token.content),
+                token.id
+            );
+            return Err(Diag::input(text).in_file(place).at(Loc::Item("added_tokens".into())));
+        }
+    }
+    Ok(inner)
 }
 
 /// What a tokenizer file declares and is checked for.

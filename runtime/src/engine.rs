@@ -2,7 +2,8 @@
 //!
 //! What holds for an open engine:
 //! - the manifest is valid, and this machine has the instruction sets of the engine's target;
-//! - every listed file has the length and digest the manifest says (weights only when asked to verify them);
+//! - every listed file has the length the manifest says, and kernels its digest;
+//! - weights have their digests, when asked to verify them; other files are compared with theirs when they are read;
 //! - every launch's symbol is in the object.
 //!
 //! Weights are mapped, not read: pages come from the file as they are touched and are shared between processes. What
@@ -12,6 +13,7 @@
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::cpu;
@@ -33,6 +35,18 @@ pub struct OpenOptions {
 impl Default for OpenOptions {
     fn default() -> OpenOptions {
         OpenOptions { verify_weights: true, pages: Pages::Huge }
+    }
+}
+
+/// A comparison of weights with their digests that is under way.
+#[derive(Debug)]
+pub struct Verifying(std::thread::JoinHandle<Result<()>>);
+
+impl Verifying {
+    /// Waits for it; fails when a weight differs from its digest.
+    pub fn wait(self) -> Result<()> {
+        let panicked = |_| Err(Error::new(ErrorKind::Worker, "the thread that verifies weights panicked"));
+        self.0.join().unwrap_or_else(panicked)
     }
 }
 
@@ -73,7 +87,7 @@ impl Engine {
                     object = Some(Object::load(&bytes).map_err(|e| e.at(at.display()))?);
                 }
                 WEIGHTS_FILE => weights = map_weights(&at, file, &manifest.weights, options.pages)?,
-                _ => check_file(&at, file)?,
+                _ => drop(open_listed(&at, file)?),
             }
         }
         let object = object.ok_or_else(|| Error::format(format!("{KERNELS_FILE} is not listed")))?;
@@ -90,6 +104,28 @@ impl Engine {
     pub fn verify_weights(&self) -> Result<()> {
         verify_weights(self.weight_file(), &self.manifest.weights)
             .map_err(|e| e.at(self.path.join(WEIGHTS_FILE).display()))
+    }
+
+    /// Starts to compare the weights with their digests, on a thread that takes only time that others leave. Whoever
+    /// does not wait for what it returns may go on with damaged weights.
+    pub fn verify_weights_beside(self: &Arc<Engine>) -> Result<Verifying> {
+        let engine = Arc::clone(self);
+        let thread = std::thread::Builder::new().name("quantc-verify".into()).spawn(move || {
+            // SAFETY: the call changes this thread's priority and nothing else; a refusal is harmless. Threads it
+            // starts have the same.
+            unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
+            engine.verify_weights()
+        });
+        let failed = |e| Error::new(ErrorKind::Io, format!("cannot start a thread to verify weights: {e}"));
+        Ok(Verifying(thread.map_err(failed)?))
+    }
+
+    /// Maps the pages of what every token reads, as far as the system does that at once. The first step then does not
+    /// stop at each of them; to be called beside what else precedes it.
+    pub fn prefault(&self) {
+        if let Some(weights) = &self.weights {
+            weights.prefault(&self.manifest.weights);
+        }
     }
 
     /// How far the weights have moved to huge pages.
@@ -197,13 +233,6 @@ fn read_checked(path: &Path, listed: &format::File) -> Result<Vec<u8>> {
     let bytes = read_exactly(file, listed.len, path)?;
     compare(&listed.digest, &blake3::hash(&bytes)).map_err(|e| e.at(path.display()))?;
     Ok(bytes)
-}
-
-fn check_file(path: &Path, listed: &format::File) -> Result<()> {
-    let file = open_listed(path, listed)?;
-    let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(file).map_err(|e| Error::io(path, "read the file", &e))?;
-    compare(&listed.digest, &hasher.finalize()).map_err(|e| e.at(path.display()))
 }
 
 fn compare(listed: &[u8], found: &blake3::Hash) -> Result<()> {

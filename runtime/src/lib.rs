@@ -37,11 +37,12 @@ pub mod object;
 pub mod pool;
 pub mod sample;
 pub mod session;
+mod share;
 pub mod stats;
 mod weights;
 
 pub use cpu::host_features;
-pub use engine::{Engine, OpenOptions, Pages};
+pub use engine::{Engine, OpenOptions, Pages, Verifying};
 pub use error::{Error, ErrorKind, Result};
 pub use format::Manifest;
 pub use object::{KernelFn, Object};

@@ -4,12 +4,14 @@
 //! pool. Whoever waits spins for about 50 microseconds and then sleeps on a futex, so that work which comes in quick
 //! succession finds everyone awake and an idle pool costs nothing. With more workers than CPUs nobody spins.
 //!
+//! Work may be for the first few workers only ([`Pool::run_on`]); the others then look and go back to waiting.
+//!
 //! A worker that panics makes [`Pool::run`] fail; it does not leave the others waiting, because a panic also breaks the
 //! barrier they wait at ([`Barrier::wait`] tells them so). Running work allocates nothing.
 
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -46,6 +48,8 @@ struct Shared {
     /// Threads that have finished the current piece.
     finished: Event,
     barrier: Barrier,
+    /// How many workers the current piece is for; written and read as `work`.
+    active: AtomicUsize,
     stop: AtomicBool,
     panicked: AtomicBool,
     /// The current piece; written by `run` before `epoch` changes, read by threads after.
@@ -69,6 +73,7 @@ impl Pool {
             epoch: Event::new(spin),
             finished: Event::new(spin),
             barrier: Barrier::new(workers, spin),
+            active: AtomicUsize::new(workers),
             stop: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
             work: UnsafeCell::new(None),
@@ -96,7 +101,7 @@ impl Pool {
         self.threads.len() + 1
     }
 
-    /// The barrier of all workers; only for use inside [`Pool::run`].
+    /// The barrier of all workers that run the current work; only for use inside [`Pool::run`].
     pub fn barrier(&self) -> &Barrier {
         &self.shared.barrier
     }
@@ -105,6 +110,15 @@ impl Pool {
     ///
     /// Fails when a worker panicked, and when the pool is already running something.
     pub fn run(&self, f: &(dyn Fn(usize) + Sync)) -> Result<()> {
+        self.run_on(self.workers(), f)
+    }
+
+    /// Like [`Pool::run`], on the first `active` workers, of which there is at least one.
+    pub fn run_on(&self, active: usize, f: &(dyn Fn(usize) + Sync)) -> Result<()> {
+        if !(1..=self.workers()).contains(&active) {
+            let what = format!("{active} of the pool's {} workers", self.workers());
+            return Err(Error::input(format!("work cannot run on {what}")));
+        }
         let _running = match self.running.try_lock() {
             Ok(guard) => guard,
             // The lock guards no data, so a panic while it was held breaks nothing.
@@ -115,7 +129,8 @@ impl Pool {
         };
         let shared = &*self.shared;
         shared.panicked.store(false, Ordering::Relaxed);
-        shared.barrier.mend();
+        shared.barrier.mend(active);
+        shared.active.store(active, Ordering::Relaxed);
         shared.finished.value.store(0, Ordering::Relaxed);
         // SAFETY: only the lifetime changes; `run` does not return before all threads are done with the pointer.
         let work = unsafe { std::mem::transmute::<*const Work<'_>, *const Work<'static>>(f) };
@@ -156,7 +171,7 @@ impl Shared {
             }
             // SAFETY: the epoch's change ordered the write of `work` before this read.
             let work = unsafe { *self.work.get() };
-            if let Some(work) = work {
+            if let Some(work) = work.filter(|_| worker < self.active.load(Ordering::Relaxed)) {
                 // SAFETY: `run` keeps the closure alive until every thread has reported below.
                 self.call(unsafe { &*work }, worker);
             }
@@ -180,7 +195,8 @@ pub struct Broken;
 ///
 /// The sense of a round is the parity of a counter that the last worker to arrive moves on.
 pub struct Barrier {
-    workers: u32,
+    /// Changes only while nobody waits.
+    workers: AtomicU32,
     arrived: AtomicU32,
     round: Event,
     broken: AtomicBool,
@@ -189,7 +205,7 @@ pub struct Barrier {
 impl Barrier {
     fn new(workers: usize, spin: bool) -> Barrier {
         Barrier {
-            workers: workers as u32,
+            workers: AtomicU32::new(workers as u32),
             arrived: AtomicU32::new(0),
             round: Event::new(spin),
             broken: AtomicBool::new(false),
@@ -199,11 +215,12 @@ impl Barrier {
     /// Waits until every worker has come here.
     #[inline]
     pub fn wait(&self) -> Result<(), Broken> {
-        if self.workers == 1 {
+        let workers = self.workers.load(Ordering::Relaxed);
+        if workers == 1 {
             return Ok(());
         }
         let round = self.round.value.load(Ordering::Acquire);
-        if self.arrived.fetch_add(1, Ordering::AcqRel) + 1 == self.workers {
+        if self.arrived.fetch_add(1, Ordering::AcqRel) + 1 == workers {
             self.arrived.store(0, Ordering::Relaxed);
             self.round.advance();
         } else {
@@ -218,8 +235,9 @@ impl Barrier {
         self.round.advance();
     }
 
-    /// Makes the barrier whole again; nobody may be waiting.
-    fn mend(&self) {
+    /// Makes the barrier whole again, for so many workers; nobody may be waiting.
+    fn mend(&self, workers: usize) {
+        self.workers.store(workers as u32, Ordering::Relaxed);
         self.broken.store(false, Ordering::Relaxed);
         self.arrived.store(0, Ordering::Relaxed);
     }
@@ -316,7 +334,24 @@ fn pin_to(cpu: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::AtomicUsize;
+
+    #[test]
+    fn work_may_be_for_the_first_few() {
+        let pool = Pool::new(3, PoolOptions::default()).expect("threads start");
+        for active in [3, 1, 2, 3, 1] {
+            let counts: [AtomicUsize; 3] = Default::default();
+            pool.run_on(active, &|worker| {
+                for _ in 0..100 {
+                    counts[worker].fetch_add(1, Ordering::Relaxed);
+                    pool.barrier().wait().expect("nobody panics");
+                }
+            })
+            .expect("nobody panics");
+            let counts = counts.map(AtomicUsize::into_inner);
+            assert_eq!(counts, [0, 1, 2].map(|worker| if worker < active { 100 } else { 0 }));
+        }
+        assert!(pool.run_on(0, &|_| ()).is_err() && pool.run_on(4, &|_| ()).is_err());
+    }
 
     #[test]
     fn every_worker_runs_once_and_barriers_separate() {

@@ -35,14 +35,31 @@ impl Default for SampleOptions {
 
 /// Index of the largest logit, the lowest one among equals; NaN is never chosen. `None` when no logit is a number.
 pub fn greedy(logits: &[f32]) -> Option<u32> {
-    let mut best: Option<(usize, f32)> = None;
-    for (index, &logit) in logits.iter().enumerate() {
-        if !logit.is_nan() && best.is_none_or(|(_, top)| logit > top) {
-            best = Some((index, logit));
+    let top = largest(logits);
+    // NaN equals nothing. Parts are looked at as a whole, which is faster than stopping inside of them.
+    let has_top = |part: &[f32]| part.iter().fold(false, |found, &logit| found | (logit == top));
+    let start = logits.chunks(BLOCK).position(has_top)? * BLOCK;
+    let within = logits[start..].iter().position(|&logit| logit == top)?;
+    Some((start + within) as u32)
+}
+
+/// The largest number, or minus infinity where there is none. Many at a time, so that it takes vector instructions.
+fn largest(logits: &[f32]) -> f32 {
+    let mut tops = [f32::NEG_INFINITY; LANES];
+    let (chunks, rest) = logits.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (top, &logit) in tops.iter_mut().zip(chunk) {
+            // False for NaN, which therefore never becomes the largest.
+            *top = if logit > *top { logit } else { *top };
         }
     }
-    best.map(|(index, _)| index as u32)
+    tops.iter().chain(rest).fold(f32::NEG_INFINITY, |top, &logit| if logit > top { logit } else { top })
 }
+
+/// Numbers compared at once.
+const LANES: usize = 16;
+/// Numbers looked at as one part.
+const BLOCK: usize = 64;
 
 /// Draws tokens; see the module.
 #[derive(Debug)]
@@ -51,6 +68,9 @@ pub struct Sampler {
     random: ChaCha12Rng,
     /// Logits with their indices; capacity for `vocab` of them.
     ranked: Vec<(f32, u32)>,
+    /// Their weights, and the largest logit of each part; both with capacity for whatever a row may need.
+    weights: Vec<f64>,
+    tops: Vec<f32>,
 }
 
 impl Sampler {
@@ -65,8 +85,10 @@ impl Sampler {
         if !(options.top_p > 0.0 && options.top_p <= 1.0) {
             return Err(Error::input(format!("top-p {} is not above 0 and up to 1", options.top_p)));
         }
-        let ranked = Vec::with_capacity(if options.temperature > 0.0 { vocab } else { 0 });
-        Ok(Sampler { options, random: ChaCha12Rng::seed_from_u64(options.seed), ranked })
+        let room = if options.temperature > 0.0 { vocab } else { 0 };
+        let (ranked, weights) = (Vec::with_capacity(room), Vec::with_capacity(room));
+        let tops = Vec::with_capacity(room.div_ceil(BLOCK));
+        Ok(Sampler { options, random: ChaCha12Rng::seed_from_u64(options.seed), ranked, weights, tops })
     }
 
     /// The next token. Fails when no logit is a number.
@@ -79,7 +101,9 @@ impl Sampler {
             return Ok(best);
         }
         self.ranked.clear();
-        let numbers = logits.iter().enumerate().filter(|(_, logit)| !logit.is_nan());
+        let least = self.least_of_interest(logits);
+        // NaN is not as large as anything.
+        let numbers = logits.iter().enumerate().filter(|(_, logit)| **logit >= least);
         self.ranked.extend(numbers.map(|(index, &logit)| (logit, index as u32)));
         if (1..self.ranked.len()).contains(&self.options.top_k) {
             self.ranked.select_nth_unstable_by(self.options.top_k - 1, rank);
@@ -89,21 +113,37 @@ impl Sampler {
         self.ranked.sort_unstable_by_key(|&(_, index)| index);
         let temperature = f64::from(self.options.temperature);
         let weigh = |logit: f32| libm::exp((f64::from(logit) - f64::from(top)) / temperature);
-        let mut total: f64 = self.ranked.iter().map(|&(logit, _)| weigh(logit)).sum();
+        self.weights.clear();
+        self.weights.extend(self.ranked.iter().map(|&(logit, _)| weigh(logit)));
+        let mut total: f64 = self.weights.iter().sum();
         if self.options.top_p < 1.0 {
             total = self.keep_nucleus(total * f64::from(self.options.top_p), weigh);
+            self.weights.clear();
+            self.weights.extend(self.ranked.iter().map(|&(logit, _)| weigh(logit)));
         }
         // 53 random bits make a number in 0..1.
         let uniform = (self.random.next_u64() >> 11) as f64 * (1.0 / (1u64 << 53) as f64);
         let mut left = uniform * total;
-        for &(logit, index) in &self.ranked {
-            left -= weigh(logit);
+        for (&(_, index), weight) in self.ranked.iter().zip(&self.weights) {
+            left -= weight;
             if left < 0.0 {
                 return Ok(index);
             }
         }
         // Rounding may leave a rest after the last one.
         Ok(best)
+    }
+
+    /// A number that none of the `top_k` largest logits is below.
+    fn least_of_interest(&mut self, logits: &[f32]) -> f32 {
+        let k = self.options.top_k;
+        self.tops.clear();
+        if k == 0 || k > logits.len().div_ceil(BLOCK) {
+            return f32::NEG_INFINITY;
+        }
+        self.tops.extend(logits.chunks(BLOCK).map(largest));
+        // As many parts have a logit as large as the k-th of their largest.
+        *self.tops.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
     }
 
     /// Keeps the largest logits until their weights reach `wanted`; returns the weight kept.
@@ -197,6 +237,46 @@ mod tests {
         assert!(seen[501..].iter().all(|&s| s == 0.0));
         let seen = histogram(sampler(1.0, 2, 0.1, 5), &[0.0, 4.0, 3.9], 100);
         assert!(seen[1] > 0.999, "{seen:?}");
+    }
+
+    #[test]
+    fn the_largest_are_found_wherever_they_are() {
+        let mut x = 5u64;
+        let mut below = |n: u64| {
+            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (x >> 33) % n
+        };
+        for round in 0..300 {
+            let len = below(700) as usize + 1;
+            let numbers = [f32::NAN, f32::NEG_INFINITY, -0.0, 0.0, 1.0, 2.0, -3.5];
+            let logits: Vec<f32> =
+                (0..len)
+                    .map(|_| {
+                        if below(3) == 0 {
+                            numbers[below(7) as usize]
+                        } else {
+                            below(1000) as f32 * 0.01 - 5.0
+                        }
+                    })
+                    .collect();
+            let mut want: Vec<(f32, u32)> =
+                logits.iter().copied().zip(0..).filter(|(l, _)| !l.is_nan()).collect();
+            let first = |best: Option<(f32, u32)>, &(l, i): &(f32, u32)| match best {
+                Some((top, _)) if l <= top => best,
+                _ => Some((l, i)),
+            };
+            assert_eq!(greedy(&logits), want.iter().fold(None, first).map(|(_, i)| i), "round {round}");
+            want.sort_by(rank);
+            let k = below(20) as usize + 1;
+            want.truncate(k);
+            let mut sampler = sampler(1e6, k, 1.0, round);
+            if sampler.sample(&logits).is_ok() {
+                let mut got = sampler.ranked.clone();
+                got.sort_by(rank);
+                let bits = |row: &[(f32, u32)]| row.iter().map(|r| (r.0.to_bits(), r.1)).collect::<Vec<_>>();
+                assert_eq!(bits(&got), bits(&want), "round {round}, the {k} largest of {len}");
+            }
+        }
     }
 
     #[test]

@@ -22,6 +22,7 @@ use crate::format::{Input, Items, Kind, Launch, Manifest, NO_BARRIER_AFTER, REPL
 use crate::mem::{Mapping, PAGE};
 use crate::object::KernelFn;
 use crate::pool::{Pool, PoolOptions};
+use crate::share::Shares;
 use crate::stats;
 
 /// How to make a session.
@@ -29,6 +30,8 @@ use crate::stats;
 pub struct SessionOptions {
     /// Workers, the caller included; 0 means one for each CPU this process may use.
     pub threads: usize,
+    /// Workers of steps with one token, which mostly wait for memory; at most `threads`, 0 means all of them.
+    pub decode_threads: usize,
     /// Sequences side by side.
     pub slots: u32,
     /// Tie the workers to CPUs.
@@ -41,7 +44,7 @@ pub struct SessionOptions {
 
 impl Default for SessionOptions {
     fn default() -> SessionOptions {
-        SessionOptions { threads: 0, slots: 1, pin: false, poison: false, profile: false }
+        SessionOptions { threads: 0, decode_threads: 0, slots: 1, pin: false, poison: false, profile: false }
     }
 }
 
@@ -81,6 +84,8 @@ pub type TapFn<'a> = dyn FnMut(&str, usize, usize, &[f32]) + 'a;
 /// Memory and threads to run an engine with; see the module.
 pub struct Session {
     pool: Pool,
+    /// Workers of steps with one token.
+    decode_threads: usize,
     programs: Vec<Prepared>,
     arena: Mapping,
     scratch: Mapping,
@@ -128,6 +133,8 @@ struct PreparedLaunch {
     barrier_after: bool,
     /// Every worker runs all items, into memory of its own.
     replicated: bool,
+    /// Who does which items.
+    shares: Shares,
     calls: AtomicU64,
     nanos: AtomicU64,
     busy_nanos: AtomicU64,
@@ -143,6 +150,13 @@ impl Session {
     /// Allocates memory and starts threads.
     pub fn new(engine: Arc<Engine>, options: &SessionOptions) -> Result<Session> {
         let threads = if options.threads == 0 { stats::available_cpus() } else { options.threads };
+        let decode_threads = if options.decode_threads == 0 { threads } else { options.decode_threads };
+        if decode_threads > threads {
+            let what = format!(
+                "{decode_threads} threads for single tokens are more than the {threads} of the session"
+            );
+            return Err(Error::input(what));
+        }
         let manifest = engine.manifest();
         let sizes = Sizes::of(manifest, options.slots, threads)?;
         sizes.check_available(manifest, options.slots, threads)?;
@@ -168,6 +182,7 @@ impl Session {
         let max_tokens = manifest.max_tokens as usize;
         Ok(Session {
             pool,
+            decode_threads,
             programs,
             arena,
             scratch,
@@ -194,6 +209,11 @@ impl Session {
     /// How many workers there are.
     pub fn threads(&self) -> usize {
         self.pool.workers()
+    }
+
+    /// How many of them run steps with one token.
+    pub fn decode_threads(&self) -> usize {
+        self.decode_threads
     }
 
     /// How many sequences there are.
@@ -561,8 +581,9 @@ impl Session {
     /// result comes as soon as it can, and no later one is much delayed.
     fn move_weights(&self) -> Result<()> {
         let (Some(weights), Some(time)) = (self.engine.moving(), self.move_for) else { return Ok(()) };
-        let (workers, deadline) = (self.pool.workers(), Instant::now() + time);
-        self.pool.run(&|worker| weights.advance(worker, workers, deadline))
+        // Each worker moves what it reads in a step of one token: those are bound by memory.
+        let (workers, deadline) = (self.decode_threads, Instant::now() + time);
+        self.pool.run_on(workers, &|worker| weights.advance(worker, workers, deadline))
     }
 
     fn run_launches(&self, program: usize, range: std::ops::Range<usize>, t: u32, rows: u32) -> Result<()> {
@@ -570,32 +591,39 @@ impl Session {
         let launches = &program.launches[range];
         let tables = Tables(&program.tables);
         let dims = [i64::from(t), i64::from(rows)];
-        let (workers, barrier, profile) = (self.pool.workers() as u64, self.pool.barrier(), self.profile);
+        let active = if t == 1 { self.decode_threads } else { self.pool.workers() };
+        let (barrier, profile) = (self.pool.barrier(), self.profile);
         let work = |worker: usize| {
             let table = tables.of(worker);
             let mut start = profile.then(Instant::now);
+            let mut since = 0;
             for (index, launch) in launches.iter().enumerate() {
                 // The manifest was validated for every size of this program.
                 let items = launch.items.count(t, rows).unwrap_or(0);
-                // Items are at most 2^40 and workers 2^10.
-                let (begin, end) = match launch.replicated {
-                    true => (0, items),
-                    false => (items * worker as u64 / workers, items * (worker as u64 + 1) / workers),
-                };
-                if begin < end {
-                    let entered = profile.then(Instant::now);
-                    let args = table[launch.first_arg..].as_ptr();
+                let entered = profile.then(Instant::now);
+                let args = table[launch.first_arg..].as_ptr();
+                let run = |begin: u64, end: u64| {
                     // SAFETY: the engine's author vouches for its kernels; the table holds the launch's buffers in
                     // the manifest's order, each as large as the manifest says, and no two workers share an item unless
                     // each writes to its own scratch.
                     unsafe { (launch.kernel)(args, dims.as_ptr(), begin as i64, end as i64) };
-                    if let Some(entered) = entered {
-                        launch.busy_nanos.fetch_add(nanos_since(entered, Instant::now()), Ordering::Relaxed);
-                    }
+                };
+                match launch.replicated {
+                    true if items > 0 => run(0, items),
+                    true => {}
+                    false => launch.shares.run(items, worker, active, run),
+                }
+                if let Some(entered) = entered {
+                    launch.busy_nanos.fetch_add(nanos_since(entered, Instant::now()), Ordering::Relaxed);
                 }
                 let last = index + 1 == launches.len();
-                if launch.barrier_after && (!last || profile) && barrier.wait().is_err() {
-                    return;
+                if launch.barrier_after && (!last || profile) {
+                    if barrier.wait().is_err() {
+                        return;
+                    }
+                    // Nobody is inside a launch before the barrier any more.
+                    launches[since..=index].iter().for_each(|launch| launch.shares.reset(worker));
+                    since = index + 1;
                 }
                 if worker == 0
                     && let Some(start) = &mut start
@@ -607,8 +635,18 @@ impl Session {
                 }
             }
         };
-        self.pool.run(&work)
+        let done = self.pool.run_on(active, &work);
+        // Those since the last barrier, or all when a worker did not get there.
+        let reset = if done.is_ok() { trailing(launches, profile) } else { 0 };
+        launches[reset..].iter().for_each(|launch| launch.shares.reset_all());
+        done
     }
+}
+
+/// The first launch that no barrier follows.
+fn trailing(launches: &[PreparedLaunch], profile: bool) -> usize {
+    let inner = if profile { launches.len() } else { launches.len().saturating_sub(1) };
+    launches[..inner].iter().rposition(|launch| launch.barrier_after).map_or(0, |last| last + 1)
 }
 
 impl std::fmt::Debug for Session {
@@ -721,6 +759,7 @@ impl Memory<'_> {
                 items: launch.items,
                 barrier_after: launch.flags & NO_BARRIER_AFTER == 0,
                 replicated: launch.flags & REPLICATED != 0,
+                shares: Shares::new(threads),
                 calls: AtomicU64::new(0),
                 nanos: AtomicU64::new(0),
                 busy_nanos: AtomicU64::new(0),

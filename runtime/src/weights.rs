@@ -84,7 +84,10 @@ unsafe impl Sync for Weights {}
 
 impl std::fmt::Debug for Weights {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Weights").field("len", &self.len).field("moved", &self.moved()).finish_non_exhaustive()
+        f.debug_struct("Weights")
+            .field("len", &self.len)
+            .field("moved", &self.moved())
+            .finish_non_exhaustive()
     }
 }
 
@@ -102,6 +105,15 @@ impl Weights {
     pub(crate) fn bytes(&self) -> &[u8] {
         // SAFETY: `len` bytes at `base` are mapped and readable as long as `self` lives, and never change.
         unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.len) }
+    }
+
+    /// Maps the pages of streamed `blobs`; where the system cannot do that, they are mapped as they are touched.
+    pub(crate) fn prefault(&self, blobs: &[Blob]) {
+        for chunk in chunks(self.len, blobs) {
+            let at = self.base.as_ptr().wrapping_add(chunk.start);
+            // SAFETY: the range is mapped; the advice changes no bytes.
+            unsafe { libc::madvise(at.cast(), CHUNK.min(self.len - chunk.start), libc::MADV_POPULATE_READ) };
+        }
     }
 
     /// Whether something is left to move.

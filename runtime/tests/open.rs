@@ -57,7 +57,12 @@ fn each_file_is_checked_and_named() {
         let mut flipped = good.clone();
         flipped[1] ^= 4;
         write(folder.path(), name, &flipped);
-        let error = open(folder.path()).expect_err("a bit was flipped");
+        // Files that the runtime itself does not need are compared when they are read.
+        let error = match name {
+            "pipeline.txt" => open(folder.path()).and_then(|engine| engine.read_file(name).map(drop)),
+            _ => open(folder.path()).map(drop),
+        };
+        let error = error.expect_err("a bit was flipped");
         assert_eq!(error.kind(), ErrorKind::Digest, "{error}");
         assert!(
             error.to_string().contains(name) && error.to_string().contains("the contents have blake3"),
