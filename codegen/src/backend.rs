@@ -4,7 +4,7 @@
 //! check, the cost model, the packer and the lowering all ask it.
 
 use crate::layout::{Layout, WeightRows};
-use crate::spec::{Code, ScaleTy, WFmt, Zero};
+use crate::spec::{AFmt, Code, ScaleTy, WFmt, Zero};
 use quantc_ir::diag::{Diag, Result};
 use quantc_ir::entity::{ValueId, WeightId};
 use quantc_ir::formats;
@@ -89,7 +89,7 @@ impl Backend for CpuBackend {
     fn supports_matmul(&self, x: ElemTy, w: ElemTy) -> Result<()> {
         let fmt = weight_format(w, 1 << 12)?;
         match x {
-            ElemTy::F32 => Ok(()),
+            ElemTy::F32 | ElemTy::Bf16 => Ok(()),
             ElemTy::Q(s)
                 if *s.format == formats::INT8
                     && s.group == Group::Token
@@ -107,7 +107,7 @@ impl Backend for CpuBackend {
                 "activations of type {x} have no matmul kernel on {}",
                 self.target.name
             ))
-            .help("kernels take f32 or symmetric int8 with one scale per token")),
+            .help("kernels take f32, bf16, or symmetric int8 with one scale per token")),
         }
     }
 
@@ -117,8 +117,11 @@ impl Backend for CpuBackend {
         let work = op.cost(args, out, &bind);
         let static_bytes = |ty: &&TensorTy| ty.stored_bytes().unwrap_or(0) as f64;
         let weights: f64 = args.iter().flatten().map(static_bytes).sum();
-        let int = args.first().copied().flatten().is_some_and(|x| x.elem.scheme().is_some());
-        let rate = if int { cpu.int8_mac_per_cycle } else { cpu.f32_mac_per_cycle };
+        let rate = match args.first().copied().flatten().map(|x| x.elem) {
+            Some(ElemTy::Q(_)) => cpu.int8_mac_per_cycle,
+            Some(ElemTy::Bf16) => cpu.bf16_mac_per_cycle.max(cpu.f32_mac_per_cycle),
+            _ => cpu.f32_mac_per_cycle,
+        };
         // Cycles to nanoseconds at 1 GHz: only ratios matter.
         let traffic = weights / f64::from(cpu.stream_bytes_per_cycle);
         let compute = work.macs as f64 / f64::from(rate);
@@ -168,7 +171,13 @@ impl MatmulWeight {
         let (Some(n), Some(k)) = (extent(0), extent(1)) else {
             return Err(Diag::target(format!("a weight of type {ty} is too large for a kernel")));
         };
-        let layout = Layout { n, k, w: weight_format(ty.elem, k)? };
+        // How codes lie depends on what they meet, and is the same on all targets.
+        let a = match graph.ty(node.args[0]).elem {
+            ElemTy::Bf16 => AFmt::Bf16,
+            ElemTy::Q(_) => AFmt::I8Token,
+            ElemTy::F32 | ElemTy::F16 | ElemTy::I32 => AFmt::F32,
+        };
+        let layout = Layout::new(n, k, weight_format(ty.elem, k)?, a);
         let scale = optional(2, "scale")?;
         let zero = optional(3, "zero point")?;
         Ok(Some(MatmulWeight { w, scale, zero, layout }))

@@ -10,7 +10,18 @@
 //! step of wider codes   1 k: 64 columns
 //! ```
 //!
-//! A vector of any width is thus some columns with four k side by side, which is what integer dot products take.
+//! A vector of any width is thus some columns with four k side by side, which is what integer dot products take. Where
+//! rows are bf16, dot products take two k side by side, each of 16 bits ([`Order::Pairs`]):
+//!
+//! ```text
+//! step of 4-bit codes   8 k: 64 columns x 2 halves; half j holds k+j, k+2+j, k+4+j, k+6+j from its lowest bit up
+//! step of 8-bit codes   4 k: 16 runs of 4 columns; k and k+1 of each column of the run, then k+2 and k+3 of each
+//! step of bf16 codes    2 k: 64 columns x k and k+1
+//! step of wider codes   1 k: 64 columns
+//! ```
+//!
+//! Signed bytes in that order are stored as sign and size, where a sign and no size is -128.
+//!
 //! Every part is a multiple of 64 bytes. Columns past n have scale 0, k past the end of a group has code 0.
 //!
 //! The packer, its inverse and the emitters all ask [`Layout`]; nobody else knows positions.
@@ -19,10 +30,30 @@ use half::bf16;
 use quantc_ir::diag::{Diag, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::spec::{Code, MatmulSpec, ScaleTy, WFmt, Zero};
+use crate::spec::{AFmt, Code, MatmulSpec, ScaleTy, WFmt, Zero};
 
 /// Columns of a panel.
 pub const PANEL: u32 = 64;
+
+/// Which k lie side by side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Order {
+    /// Four, as bytes.
+    Quads,
+    /// Two, as halves of 32 bits.
+    Pairs,
+}
+
+impl Order {
+    /// The order for codes that meet such activations. Wide codes are converted one at a time, for all activations.
+    pub fn of(code: Code, a: AFmt) -> Order {
+        match (a, code) {
+            (AFmt::F32 | AFmt::I8Token, _) | (AFmt::Bf16, Code::F32 | Code::F16) => Order::Quads,
+            (AFmt::Bf16, _) => Order::Pairs,
+        }
+    }
+}
 
 /// The layout of one weight matrix of `n` rows (output columns) and `k` columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -33,6 +64,8 @@ pub struct Layout {
     pub k: u32,
     /// What is stored for a weight and for a group.
     pub w: WFmt,
+    /// Which k lie side by side.
+    pub order: Order,
 }
 
 /// Where a code lies.
@@ -75,7 +108,17 @@ pub struct Unpacked {
 impl Layout {
     /// The layout of the weights of `spec`.
     pub fn of(spec: &MatmulSpec) -> Layout {
-        Layout { n: spec.n, k: spec.k, w: spec.w }
+        Layout::new(spec.n, spec.k, spec.w, spec.a)
+    }
+
+    /// The layout of `n` rows of `k` weights that meet such activations.
+    pub fn new(n: u32, k: u32, w: WFmt, a: AFmt) -> Layout {
+        Layout { n, k, w, order: Order::of(w.code, a) }
+    }
+
+    /// Whether codes are stored as sign and size.
+    pub fn sign_and_size(&self) -> bool {
+        self.order == Order::Pairs && self.w.code == Code::U8 && self.w.zero == Zero::Sym(128)
     }
 
     /// Values of k in one step.
@@ -83,6 +126,7 @@ impl Layout {
         match self.w.code.bits() {
             4 => 8,
             8 => 4,
+            16 if self.order == Order::Pairs => 2,
             _ => 1,
         }
     }
@@ -152,10 +196,12 @@ impl Layout {
         let (group, inner) = (k / self.w.group, k % self.w.group);
         let (step, i) = (inner / self.step_k(), inner % self.step_k());
         let at = self.group_start(panel, group) + u64::from(step) * u64::from(self.step_bytes());
-        let (byte, shift) = match self.w.code.bits() {
-            4 => (col * 4 + i % 4, i / 4 * 4),
-            8 => (col * 4 + i, 0),
-            bits => (col * bits / 8, 0),
+        let (byte, shift) = match (self.w.code.bits(), self.order) {
+            (4, Order::Quads) => (col * 4 + i % 4, i / 4 * 4),
+            (4, Order::Pairs) => (col * 4 + i % 2 * 2 + i / 4, i / 2 % 2 * 4),
+            (8, Order::Quads) => (col * 4 + i, 0),
+            (8, Order::Pairs) => (col / 4 * 16 + i / 2 * 8 + col % 4 * 2 + i % 2, 0),
+            (bits, _) => ((col * self.step_k() + i) * bits / 8, 0),
         };
         Place { byte: at + u64::from(byte), shift }
     }
@@ -181,12 +227,17 @@ impl Layout {
             ScaleTy::Bf16 => ".bf16",
         };
         let group = if self.w.group == self.k { "row".into() } else { format!("g{}", self.w.group) };
-        format!("panel{PANEL}.k{}.{}.{group}{scale}{zero}", self.step_k(), self.w.code.name())
+        let order = match self.order {
+            Order::Quads => "",
+            Order::Pairs if self.sign_and_size() => ".pairs.signed",
+            Order::Pairs => ".pairs",
+        };
+        format!("panel{PANEL}.k{}.{}.{group}{scale}{zero}{order}", self.step_k(), self.w.code.name())
     }
 
     /// The digest of everything that decides positions. Kernels and blobs with different digests do not fit.
     pub fn hash(&self) -> blake3::Hash {
-        let Layout { n, k, w } = self;
+        let Layout { n, k, w, .. } = self;
         blake3::hash(format!("{} n{n} k{k} group{}", self.name(), w.group).as_bytes())
     }
 
@@ -244,10 +295,24 @@ impl Layout {
                 let at = self.code(col, first + step).byte as usize;
                 let len = self.step_k().min(self.group_len(group) - step) as usize;
                 let from = &row[(first + step) as usize * bytes..][..len * bytes];
-                match self.w.code.bits() {
-                    4 => {
+                match (self.w.code.bits(), self.order) {
+                    (4, Order::Quads) => {
                         for (i, &code) in from.iter().enumerate() {
                             blob[at + i % 4] |= code << (i / 4 * 4);
+                        }
+                    }
+                    (4, Order::Pairs) => {
+                        for (i, &code) in from.iter().enumerate() {
+                            blob[at + i % 2 * 2 + i / 4] |= code << (i / 2 % 2 * 4);
+                        }
+                    }
+                    (8, Order::Pairs) => {
+                        for (i, pair) in from.chunks(2).enumerate() {
+                            let to = &mut blob[at + i * 8..][..pair.len()];
+                            to.copy_from_slice(pair);
+                            if self.sign_and_size() {
+                                to.iter_mut().for_each(|c| *c = sign_and_size(*c));
+                            }
                         }
                     }
                     _ => blob[at..at + from.len()].copy_from_slice(from),
@@ -318,6 +383,7 @@ impl Layout {
                 let at = place.byte as usize;
                 match self.w.code.bits() {
                     4 => out.codes.push(blob[at] >> place.shift & 15),
+                    _ if self.sign_and_size() => out.codes.push(sign_and_size(blob[at] ^ 0x80) ^ 0x80),
                     _ => out.codes.extend_from_slice(&blob[at..at + bytes]),
                 }
             }
@@ -338,6 +404,12 @@ impl Layout {
         }
         Ok(out)
     }
+}
+
+/// A signed byte, given with an offset of 128, as sign and size; undone by itself between two offsets.
+fn sign_and_size(code: u8) -> u8 {
+    let signed = code ^ 0x80;
+    if signed < 0x80 { signed } else { signed.wrapping_neg() | 0x80 }
 }
 
 impl WeightRows for (&Layout, &Unpacked) {
@@ -385,14 +457,19 @@ mod tests {
             Code::E5m2,
         ]);
         let scale = prop::sample::select(vec![ScaleTy::F32, ScaleTy::Bf16]);
-        (code, 1u32..150, 1u32..200, 1u32..200, scale, any::<bool>()).prop_map(
-            |(code, n, k, group, scale, asym)| {
+        let a = prop::sample::select(vec![AFmt::F32, AFmt::Bf16]);
+        (code, 1u32..150, 1u32..200, 1u32..200, scale, any::<bool>(), a).prop_map(
+            |(code, n, k, group, scale, asym, a)| {
                 let group = group.min(k);
-                let zero = if asym && code.is_int() { Zero::Asym } else { Zero::Sym(0) };
+                let zero = match (asym, code) {
+                    (true, Code::U4 | Code::U8) => Zero::Asym,
+                    (false, Code::U8) => Zero::Sym(128),
+                    _ => Zero::Sym(0),
+                };
                 let plain = !code.is_int() && code.bits() >= 16;
                 let scale = if plain { ScaleTy::None } else { scale };
                 let group = if plain { k } else { group };
-                Layout { n, k, w: WFmt { code, group, zero, scale } }
+                Layout::new(n, k, WFmt { code, group, zero, scale }, a)
             },
         )
     }
@@ -476,9 +553,9 @@ mod tests {
     #[test]
     fn padding_is_neutral() {
         let w = WFmt { code: Code::U4, group: 12, zero: Zero::Asym, scale: ScaleTy::F32 };
-        let layout = Layout { n: 3, k: 29, w };
+        let layout = Layout::new(3, 29, w, AFmt::I8Token);
         let blob = pack(&layout, &fill(&layout, 7)).unwrap();
-        let padded = Layout { n: 64, k: 29, w }.unpack(&blob).unwrap();
+        let padded = Layout::new(64, 29, w, AFmt::I8Token).unpack(&blob).unwrap();
         assert!(padded.scales[3 * 3..].iter().all(|&s| s == 0.0));
         assert!(padded.codes[3 * 29..].iter().all(|&c| c == 0));
         // The second group ends after four of its second step's eight columns.
@@ -489,7 +566,8 @@ mod tests {
     #[test]
     fn what_cannot_be_stored_is_refused() {
         let of = |code, scale| {
-            let layout = Layout { n: 2, k: 3, w: WFmt { code, group: 3, zero: Zero::Sym(0), scale } };
+            let w = WFmt { code, group: 3, zero: Zero::Sym(0), scale };
+            let layout = Layout::new(2, 3, w, AFmt::F32);
             (layout, fill(&layout, 1))
         };
         let (layout, mut matrix) = of(Code::U4, ScaleTy::Bf16);
@@ -519,8 +597,9 @@ mod tests {
     #[test]
     fn the_hash_tells_layouts_apart() {
         let w = WFmt { code: Code::U4, group: 32, zero: Zero::Sym(8), scale: ScaleTy::Bf16 };
-        let base = Layout { n: 64, k: 128, w };
+        let base = Layout::new(64, 128, w, AFmt::F32);
         let others = [
+            Layout::new(64, 128, w, AFmt::Bf16),
             Layout { n: 65, ..base },
             Layout { k: 120, ..base },
             Layout { w: WFmt { code: Code::U8, ..w }, ..base },

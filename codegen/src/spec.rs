@@ -209,6 +209,8 @@ pub struct WFmt {
 pub enum AFmt {
     /// Rows of k f32.
     F32,
+    /// Rows of k bf16, [`bf16_row_stride`] apart.
+    Bf16,
     /// Rows of k signed bytes, [`i8_row_stride`] apart and zero up to there, with one f32 scale a row and the sum of
     /// each group of the row.
     I8Token,
@@ -219,6 +221,11 @@ pub enum AFmt {
 /// Whole cache lines, plus one: rows a power of two apart would compete for the same few cache sets.
 pub fn i8_row_stride(k: u32) -> u32 {
     k.next_multiple_of(64) + 64
+}
+
+/// Elements from one row of [`AFmt::Bf16`] to the next: whole cache lines plus one, as for bytes.
+pub fn bf16_row_stride(k: u32) -> u32 {
+    k.next_multiple_of(32) + 32
 }
 
 /// `out[m][n] = epilogue(sum over k of a[m][k] * w[n][k])`, for one or more `w` of the same shape and format.
@@ -269,7 +276,7 @@ impl MatmulSpec {
     /// The argument that is the first product's weights.
     pub fn weights_arg(&self) -> u32 {
         match self.a {
-            AFmt::F32 => 1,
+            AFmt::F32 | AFmt::Bf16 => 1,
             AFmt::I8Token => 3,
         }
     }
@@ -319,6 +326,7 @@ impl MatmulSpec {
         };
         let a = match self.a {
             AFmt::F32 => "f32",
+            AFmt::Bf16 => "bf16",
             AFmt::I8Token => "i8",
         };
         let group = if w.group == self.k { "row".into() } else { format!("g{}", w.group) };

@@ -2,6 +2,7 @@
 
 use quantc_ir::diag::{Diag, Result, near_misses};
 use quantc_ir::target::TargetDesc;
+use quantc_runtime::has_feature;
 
 /// Declares the targets in order of preference, the least demanding first.
 macro_rules! targets {
@@ -13,7 +14,7 @@ macro_rules! targets {
     };
 }
 
-targets![cpu_generic, cpu_avx2, cpu_avx512vnni];
+targets![cpu_generic, cpu_avx2, cpu_avx512vnni, cpu_avx512bf16];
 
 /// The target called `name`; `host` is the best one that this machine runs.
 pub fn lookup(name: &str) -> Result<&'static TargetDesc> {
@@ -43,35 +44,6 @@ pub fn runs_here(target: &TargetDesc) -> bool {
     target.cpu.features.iter().all(|f| has_feature(f) == Some(true))
 }
 
-/// Whether this machine has a feature, in LLVM's spelling; nothing for one that cannot be asked for.
-#[cfg(target_arch = "x86_64")]
-fn has_feature(feature: &str) -> Option<bool> {
-    Some(match feature {
-        "sse2" => is_x86_feature_detected!("sse2"),
-        "avx" => is_x86_feature_detected!("avx"),
-        "avx2" => is_x86_feature_detected!("avx2"),
-        "fma" => is_x86_feature_detected!("fma"),
-        "f16c" => is_x86_feature_detected!("f16c"),
-        "bmi" => is_x86_feature_detected!("bmi1"),
-        "bmi2" => is_x86_feature_detected!("bmi2"),
-        "lzcnt" => is_x86_feature_detected!("lzcnt"),
-        "popcnt" => is_x86_feature_detected!("popcnt"),
-        "movbe" => is_x86_feature_detected!("movbe"),
-        "avx512f" => is_x86_feature_detected!("avx512f"),
-        "avx512bw" => is_x86_feature_detected!("avx512bw"),
-        "avx512cd" => is_x86_feature_detected!("avx512cd"),
-        "avx512dq" => is_x86_feature_detected!("avx512dq"),
-        "avx512vl" => is_x86_feature_detected!("avx512vl"),
-        "avx512vnni" => is_x86_feature_detected!("avx512vnni"),
-        _ => return None,
-    })
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn has_feature(_: &str) -> Option<bool> {
-    None
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -91,12 +63,12 @@ mod tests {
     fn each_target_demands_more_than_the_one_before() {
         for pair in TARGETS.windows(2) {
             assert!(pair[0].cpu.features.iter().all(|f| pair[1].cpu.features.contains(f)));
-            assert!(pair[0].cpu.vector_bits < pair[1].cpu.vector_bits);
+            assert!(pair[0].cpu.features.len() < pair[1].cpu.features.len());
+            assert!(pair[0].cpu.vector_bits <= pair[1].cpu.vector_bits);
         }
     }
 
     #[test]
-    #[cfg(target_arch = "x86_64")]
     fn every_feature_can_be_asked_for() {
         for feature in TARGETS.iter().flat_map(|t| t.cpu.features) {
             assert!(has_feature(feature).is_some(), "{feature}");

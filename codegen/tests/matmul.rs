@@ -7,7 +7,9 @@ use quantc_codegen::cpu::llvm::Unit;
 use quantc_codegen::cpu::matmul::{emit, schedule};
 use quantc_codegen::eexpr::{BinaryOp, EExpr, MemTy, UnaryOp};
 use quantc_codegen::layout::{Layout, Unpacked};
-use quantc_codegen::spec::{AFmt, Code, E2M1, MRange, MatmulSpec, Rows, ScaleTy, WFmt, Zero, i8_row_stride};
+use quantc_codegen::spec::{
+    AFmt, Code, E2M1, MRange, MatmulSpec, Rows, ScaleTy, WFmt, Zero, bf16_row_stride, i8_row_stride,
+};
 use quantc_codegen::targets::{TARGETS, runs_here};
 use quantc_ir::target::TargetDesc;
 use quantc_runtime::object::Object;
@@ -157,6 +159,9 @@ impl Case {
         let mut a_f32 = vec![];
         let stride = i8_row_stride(spec.k) as usize;
         let mut a_i8 = vec![0i8; m * stride];
+        // Padding is not part of a row.
+        let bf16_stride = bf16_row_stride(spec.k) as usize;
+        let mut a_bf16 = vec![bf16::NAN; m * bf16_stride];
         let (mut a_scale, mut a_sums) = (vec![], vec![0i32; m * groups]);
         for row in 0..m {
             let scale = if self.unit_scales { 1.0 } else { rng.random_range(0.001f32..0.1) };
@@ -171,6 +176,15 @@ impl Case {
                         };
                         a_f32.push(v);
                         f64::from(v)
+                    }
+                    AFmt::Bf16 => {
+                        let v = if self.unit_scales {
+                            rng.random_range(-127i32..=127) as f32
+                        } else {
+                            rng.random_range(-3f32..3.0)
+                        };
+                        a_bf16[row * bf16_stride + col] = bf16::from_f32(v);
+                        bf16::from_f32(v).to_f64()
                     }
                     AFmt::I8Token => {
                         let v: i8 = rng.random();
@@ -192,6 +206,7 @@ impl Case {
 
         let mut args: Vec<*mut u8> = match spec.a {
             AFmt::F32 => vec![a_f32.as_mut_ptr().cast()],
+            AFmt::Bf16 => vec![a_bf16.as_mut_ptr().cast()],
             AFmt::I8Token => {
                 vec![a_i8.as_mut_ptr().cast(), a_scale.as_mut_ptr().cast(), a_sums.as_mut_ptr().cast()]
             }
@@ -232,7 +247,7 @@ impl Case {
                 }
                 let mut slack = size * f64::from(f32::EPSILON) * (2.0 + (k as f64).sqrt()) + 1e-30;
                 // Of centred integers the products grow larger than what is left of them.
-                if spec.a == AFmt::F32 && spec.w.code.is_int() {
+                if spec.a != AFmt::I8Token && spec.w.code.is_int() {
                     slack *= 2.0;
                 }
                 if self.tail == Tail::BiasSiluResidual {
@@ -365,6 +380,26 @@ fn wide_floats_meet_floats() {
     sweep(AFmt::F32, &[Code::F32, Code::F16, Code::Bf16], false, 16);
 }
 
+#[test]
+fn integers_in_bf16_arithmetic_are_exact() {
+    sweep(AFmt::Bf16, &[Code::U4, Code::U8], true, 17);
+}
+
+#[test]
+fn integers_meet_bf16() {
+    sweep(AFmt::Bf16, &[Code::U4, Code::U8], false, 18);
+}
+
+#[test]
+fn small_floats_meet_bf16() {
+    sweep(AFmt::Bf16, &[Code::Lut4, Code::E4m3, Code::E5m2], false, 19);
+}
+
+#[test]
+fn wide_floats_meet_bf16() {
+    sweep(AFmt::Bf16, &[Code::F32, Code::F16, Code::Bf16], false, 20);
+}
+
 /// One row of ones picks single weights: their conversion is exact, subnormals included.
 #[test]
 fn every_code_converts_exactly() {
@@ -376,11 +411,12 @@ fn every_code_converts_exactly() {
         (Code::E5m2, (0..256).filter(|c| c & 0x7c != 0x7c).collect()),
         (Code::F16, (0..0x7c00).step_by(37).chain((0x8000..0x8400).step_by(5)).collect()),
     ];
+    let all_of = |a| codes.iter().map(move |(code, all)| (a, code, all));
     for target in targets() {
-        for (code, all) in &codes {
+        for (a, code, all) in all_of(AFmt::F32).chain(all_of(AFmt::Bf16)) {
             // k = 1, so that column n gives weight n itself.
             let n = all.len() as u32;
-            let mut spec = spec(n, 1, MRange { min: 1, max: 1 }, *code, None, AFmt::F32);
+            let mut spec = spec(n, 1, MRange { min: 1, max: 1 }, *code, None, a);
             spec.epilogue = EExpr::store_acc(MemTy::F32, n);
             let layout = Layout::of(&spec);
             let bytes = code.source_bytes();
@@ -400,7 +436,8 @@ fn every_code_converts_exactly() {
             let unit = Unit::new(&cx, target, "test").unwrap();
             emit(&unit, "kernel", &spec, &schedule(&spec, &target.cpu)).unwrap();
             let object = Object::load(&unit.finish().unwrap()).unwrap();
-            let mut one = [1f32];
+            // A row of f32, or of bf16 and what follows.
+            let mut one = [if a == AFmt::F32 { 1f32 } else { f32::from_bits(0x7fc0_3f80) }];
             let mut out = vec![POISON; all.len()];
             let args: [*mut u8; 3] = [one.as_mut_ptr().cast(), blob.as_mut_ptr(), out.as_mut_ptr().cast()];
             let zero = if let Zero::Sym(z) = spec.w.zero { f64::from(z) } else { 0.0 };
@@ -409,7 +446,7 @@ fn every_code_converts_exactly() {
             unsafe { kernel(args.as_ptr(), [1i64, 1].as_ptr(), 0, i64::from(spec.items())) };
             for (c, got) in all.iter().zip(&out) {
                 let want = value(*code, &c.to_le_bytes()[..bytes]) - zero;
-                assert_eq!(f64::from(*got), want, "{} {code:?} {c:#x}", target.name);
+                assert_eq!(f64::from(*got), want, "{} {code:?} {a:?} {c:#x}", target.name);
             }
         }
     }
@@ -424,6 +461,10 @@ fn a_row_does_not_depend_on_the_rows_beside_it() {
             (Code::U8, AFmt::I8Token),
             (Code::U4, AFmt::F32),
             (Code::Bf16, AFmt::F32),
+            (Code::U4, AFmt::Bf16),
+            (Code::U8, AFmt::Bf16),
+            (Code::E4m3, AFmt::Bf16),
+            (Code::Bf16, AFmt::Bf16),
         ] {
             let cx = Context::create();
             let unit = Unit::new(&cx, target, "test").unwrap();

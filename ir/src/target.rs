@@ -45,6 +45,8 @@ pub struct CpuDesc {
     pub int8_mac_per_cycle: f32,
     /// Multiply-adds per cycle in f32.
     pub f32_mac_per_cycle: f32,
+    /// Multiply-adds per cycle of the dot product of bf16 pairs (`vdpbf16ps`); 0 without one.
+    pub bf16_mac_per_cycle: f32,
     /// Bytes per cycle that one core can stream from memory.
     pub stream_bytes_per_cycle: f32,
 }

@@ -161,6 +161,7 @@ mod tests {
             l2_kib: 256,
             int8_mac_per_cycle: 1.0,
             f32_mac_per_cycle: 1.0,
+            bf16_mac_per_cycle: 0.0,
             stream_bytes_per_cycle: 1.0,
         };
         let target = TargetDesc { name: "cpu", doc: "", cpu };

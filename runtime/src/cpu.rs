@@ -7,7 +7,7 @@ use crate::format::Target;
 macro_rules! features {
     ($($llvm:literal $std:tt),* $(,)?) => {
         /// Whether this machine has the instruction set LLVM calls `name`; `None` when the name is unknown.
-        fn detect(name: &str) -> Option<bool> {
+        pub fn has_feature(name: &str) -> Option<bool> {
             match name {
                 $($llvm => Some(std::is_x86_feature_detected!($std)),)*
                 // What every 64-bit machine has, or what is no instruction set of its own.
@@ -40,14 +40,14 @@ features! {
 
 /// The instruction sets this machine has, in LLVM's spelling and a fixed order.
 pub fn host_features() -> Vec<&'static str> {
-    KNOWN.iter().copied().filter(|name| detect(name) == Some(true)).collect()
+    KNOWN.iter().copied().filter(|name| has_feature(name) == Some(true)).collect()
 }
 
 /// Checks that this machine has every instruction set of `target`.
 pub(crate) fn check(target: &Target) -> Result<()> {
     let names = || target.features.iter().map(|name| name.strip_prefix('+').unwrap_or(name));
-    let unknown: Vec<&str> = names().filter(|name| detect(name).is_none()).collect();
-    let missing: Vec<&str> = names().filter(|name| detect(name) == Some(false)).collect();
+    let unknown: Vec<&str> = names().filter(|name| has_feature(name).is_none()).collect();
+    let missing: Vec<&str> = names().filter(|name| has_feature(name) == Some(false)).collect();
     let problem = match (missing.is_empty(), unknown.is_empty()) {
         (true, true) => return Ok(()),
         (false, _) => format!("this machine lacks {}", missing.join(", ")),

@@ -49,6 +49,8 @@ pub enum Elem {
     I64,
     /// IEEE half precision.
     F16,
+    /// The upper half of an IEEE single, for instructions that take it.
+    Bf16,
     /// IEEE single precision.
     F32,
     /// IEEE double precision.
@@ -62,7 +64,7 @@ impl Elem {
     pub fn bytes(self) -> u32 {
         match self {
             Elem::I1 | Elem::I8 => 1,
-            Elem::I16 | Elem::F16 => 2,
+            Elem::I16 | Elem::F16 | Elem::Bf16 => 2,
             Elem::I32 | Elem::F32 => 4,
             Elem::I64 | Elem::F64 | Elem::Ptr => 8,
         }
@@ -332,6 +334,7 @@ impl<'u, 'c> VecBuilder<'u, 'c> {
             Elem::I32 => cx.i32_type().into(),
             Elem::I64 => cx.i64_type().into(),
             Elem::F16 => cx.f16_type().into(),
+            Elem::Bf16 => cx.bf16_type().into(),
             Elem::F32 => cx.f32_type().into(),
             Elem::F64 => cx.f64_type().into(),
             Elem::Ptr => cx.ptr_type(AddressSpace::default()).into(),
@@ -375,6 +378,11 @@ impl<'u, 'c> VecBuilder<'u, 'c> {
     /// A 32-bit integer in every lane.
     pub fn i32(&self, lanes: u32, value: i32) -> Val<'c> {
         self.int(Elem::I32, lanes, i64::from(value))
+    }
+
+    /// A truth value.
+    pub fn bit(&self, value: bool) -> Val<'c> {
+        self.int(Elem::I1, 1, i64::from(value))
     }
 
     /// A single-precision float in every lane.

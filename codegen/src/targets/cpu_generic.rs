@@ -16,6 +16,7 @@ pub(super) static TARGET: TargetDesc = TargetDesc {
         l2_kib: 256,
         int8_mac_per_cycle: 16.0,
         f32_mac_per_cycle: 4.0,
+        bf16_mac_per_cycle: 0.0,
         stream_bytes_per_cycle: 6.0,
     },
 };

@@ -5,12 +5,13 @@ use quantc_ir::diag::{Diag, Result};
 use quantc_ir::target::Dot;
 
 use super::dot::{Act, Quad, accumulate, activations, quads};
+use super::pairs::{self, Pairs};
 use super::schedule::{CpuTile, Inner, MatmulSchedule, panel_vectors};
 use super::unpack::{Unpack, check_width, load_zeros};
 use crate::cpu::llvm::{Elem, IntCmp, Unit, Val, VecBuilder};
 use crate::eexpr::llvm::{At, Frame, Valid};
 use crate::layout::{Layout, PANEL};
-use crate::spec::{AFmt, MatmulSpec, ScaleTy, Zero, i8_row_stride};
+use crate::spec::{AFmt, MatmulSpec, ScaleTy, Zero, bf16_row_stride, i8_row_stride};
 
 /// Emits the kernel of `spec` as `symbol`, made of the tiles of `schedule`.
 pub fn emit(unit: &Unit<'_>, symbol: &str, spec: &MatmulSpec, schedule: &MatmulSchedule) -> Result<()> {
@@ -35,7 +36,6 @@ struct Matmul<'s, 'b, 'u, 'c> {
     spec: &'s MatmulSpec,
     layout: Layout,
     inner: Inner,
-    unpack: Unpack<'c>,
     a: PointerValue<'c>,
     /// Scale of a row and sums of its groups, for integer activations.
     a_int: Option<(PointerValue<'c>, PointerValue<'c>)>,
@@ -73,14 +73,13 @@ struct Group<'c> {
 impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
     fn new(b: &'b VecBuilder<'u, 'c>, spec: &'s MatmulSpec, inner: Inner) -> Self {
         let a_int = match spec.a {
-            AFmt::F32 => None,
+            AFmt::F32 | AFmt::Bf16 => None,
             AFmt::I8Token => Some((b.arg(1), b.arg(2))),
         };
         Matmul {
             spec,
             layout: Layout::of(spec),
             inner,
-            unpack: Unpack::new(b, &spec.w),
             a: b.arg(0),
             a_int,
             w: (spec.weights_arg()..spec.fixed_args()).map(|i| b.arg(i)).collect(),
@@ -92,6 +91,7 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
     fn a_stride(&self) -> i64 {
         match self.spec.a {
             AFmt::F32 => i64::from(self.spec.k) * 4,
+            AFmt::Bf16 => i64::from(bf16_row_stride(self.spec.k)) * 2,
             AFmt::I8Token => i64::from(i8_row_stride(self.spec.k)),
         }
     }
@@ -100,6 +100,7 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
     fn a_bytes(&self) -> i64 {
         match self.spec.a {
             AFmt::F32 => 4,
+            AFmt::Bf16 => 2,
             AFmt::I8Token => 1,
         }
     }
@@ -171,6 +172,7 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
     ) -> Vec<Val<'c>> {
         let inner = match self.inner {
             Inner::Int(dot) => self.int_group(b, dot, spot, group),
+            Inner::Bf16 => self.pair_group(b, spot, group),
             Inner::Float => self.float_group(b, spot, group),
         };
         let nr = spot.tile.nr as usize;
@@ -326,45 +328,87 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
         seeds
     }
 
+    /// The sums of one group by products of bf16 pairs.
+    fn pair_group(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'_, 'c>, group: &Group<'c>) -> Vec<Val<'c>> {
+        let CpuTile { mr, nr, .. } = spot.tile;
+        let unpack = Pairs::new(b, &self.spec.w);
+        let zeros: Vec<_> = (0..nr).map(|v| unpack.group(b, self.zeros(b, spot, group, v))).collect();
+        self.steps(b, spot, group, |step, valid, sums| {
+            let weights: Vec<_> = (0..nr)
+                .map(|v| unpack.load(b, self.codes(b, spot, group, step, v), zeros[v as usize]))
+                .collect();
+            let k = b.mul(step, b.i64(i64::from(self.layout.step_k())));
+            for first in (0..valid).step_by(2) {
+                let k = b.add(k, b.i64(i64::from(first)));
+                for r in 0..mr {
+                    let acts = pairs::activations(b, self.act(b, group, r, k), first + 1 < valid);
+                    for v in 0..nr {
+                        let sum = &mut sums[(r * nr + v) as usize];
+                        *sum = pairs::accumulate(b, *sum, weights[v as usize][first as usize / 2], acts);
+                    }
+                }
+            }
+        })
+    }
+
     /// The sums of one group in f32.
     fn float_group(&self, b: &VecBuilder<'u, 'c>, spot: &Spot<'_, 'c>, group: &Group<'c>) -> Vec<Val<'c>> {
-        let CpuTile { mr, nr, ku } = spot.tile;
-        let lanes = b.width();
-        let step_k = self.layout.step_k();
+        let CpuTile { mr, nr, .. } = spot.tile;
+        let unpack = Unpack::new(b, &self.layout);
         let zeros: Vec<_> = (0..nr)
             .map(|v| match self.spec.w.zero {
                 Zero::Sym(_) => None,
-                Zero::Asym => self.unpack.group(b, self.zeros(b, spot, group, v)),
+                Zero::Asym => unpack.group(b, self.zeros(b, spot, group, v)),
             })
             .collect();
+        self.steps(b, spot, group, |step, valid, sums| {
+            let codes: Vec<_> =
+                (0..nr).map(|v| unpack.load(b, self.codes(b, spot, group, step, v))).collect();
+            let k = b.mul(step, b.i64(i64::from(self.layout.step_k())));
+            for i in 0..valid {
+                let k = b.add(k, b.i64(i64::from(i)));
+                let acts: Vec<_> = (0..mr).map(|r| self.float_act(b, self.act(b, group, r, k))).collect();
+                for v in 0..nr {
+                    let w = unpack.value(b, &codes[v as usize], i, zeros[v as usize]);
+                    for r in 0..mr {
+                        let sum = &mut sums[(r * nr + v) as usize];
+                        *sum = b.fma(acts[r as usize], w, *sum);
+                    }
+                }
+            }
+        })
+    }
+
+    /// The activation at `ptr` as f32, in every lane.
+    fn float_act(&self, b: &VecBuilder<'u, 'c>, ptr: PointerValue<'c>) -> Val<'c> {
+        match self.spec.a {
+            AFmt::Bf16 => b.bf16_to_f32(b.splat(b.load(ptr, Elem::I16, 1), b.width())),
+            AFmt::F32 | AFmt::I8Token => b.splat(b.load(ptr, Elem::F32, 1), b.width()),
+        }
+    }
+
+    /// Runs `body` for each step of a group, with the sums from zero on. `body` gets the step and how many k it has.
+    fn steps(
+        &self,
+        b: &VecBuilder<'u, 'c>,
+        spot: &Spot<'_, 'c>,
+        group: &Group<'c>,
+        body: impl Fn(Val<'c>, u32, &mut [Val<'c>]),
+    ) -> Vec<Val<'c>> {
+        let CpuTile { mr, nr, ku } = spot.tile;
+        let step_k = self.layout.step_k();
         // `valid` k of each of `count` steps from `first` on.
         let body = |first: Val<'c>, count: u32, valid: u32, sums: &[Val<'c>]| {
             let mut sums = sums.to_vec();
             for s in 0..count {
-                let step = b.add(first, b.i64(i64::from(s)));
-                let codes: Vec<_> =
-                    (0..nr).map(|v| self.unpack.load(b, self.codes(b, spot, group, step, v))).collect();
-                let k = b.mul(step, b.i64(i64::from(step_k)));
-                for i in 0..valid {
-                    let k = b.add(k, b.i64(i64::from(i)));
-                    let acts: Vec<_> = (0..mr)
-                        .map(|r| b.splat(b.load(self.act(b, group, r, k), Elem::F32, 1), lanes))
-                        .collect();
-                    for v in 0..nr {
-                        let w = self.unpack.value(b, codes[v as usize], i, zeros[v as usize]);
-                        for r in 0..mr {
-                            let sum = &mut sums[(r * nr + v) as usize];
-                            *sum = b.fma(acts[r as usize], w, *sum);
-                        }
-                    }
-                }
+                body(b.add(first, b.i64(i64::from(s))), valid, &mut sums);
             }
             sums
         };
         let steps = group.len / step_k;
         let ku = ku.clamp(1, steps.max(1));
         let whole = steps / ku * ku;
-        let zero = vec![b.f32(lanes, 0.0); (mr * nr) as usize];
+        let zero = vec![b.f32(b.width(), 0.0); (mr * nr) as usize];
         let mut sums =
             b.for_const(0, i64::from(whole), i64::from(ku), &zero, |s, sums| body(s, ku, step_k, sums));
         if whole < steps {

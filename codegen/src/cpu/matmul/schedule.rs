@@ -7,7 +7,7 @@ use quantc_ir::target::{CpuDesc, Dot};
 use serde::{Deserialize, Serialize};
 
 use crate::layout::{Layout, PANEL};
-use crate::spec::{AFmt, Code, MatmulSpec, Zero};
+use crate::spec::{AFmt, Code, MatmulSpec, WFmt, Zero};
 
 /// A block of results held in registers: `mr` rows by `nr` vectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -25,6 +25,8 @@ pub struct CpuTile {
 pub enum Inner {
     /// Integers, by this instruction.
     Int(Dot),
+    /// Pairs of bf16, by `vdpbf16ps`.
+    Bf16,
     /// f32 multiply-adds on weights converted in registers.
     Float,
 }
@@ -68,6 +70,7 @@ impl fmt::Display for MatmulSchedule {
             Inner::Int(Dot::Vnni) => "vpdpbusd",
             Inner::Int(Dot::Maddubs) => "vpmaddubsw",
             Inner::Int(Dot::Widening) => "pmaddwd",
+            Inner::Bf16 => "vdpbf16ps",
             Inner::Float => "f32",
         };
         write!(f, "{inner}, rows x vectors")?;
@@ -83,12 +86,23 @@ impl fmt::Display for MatmulSchedule {
 /// The inner product for `spec`: the target's best dot that is exact for these weights.
 pub fn inner(spec: &MatmulSpec, cpu: &CpuDesc) -> Inner {
     match spec.a {
-        AFmt::F32 => Inner::Float,
+        AFmt::Bf16 if cpu.bf16_mac_per_cycle > 0.0 && exact_in_bf16(&spec.w) => Inner::Bf16,
+        AFmt::F32 | AFmt::Bf16 => Inner::Float,
         AFmt::I8Token => {
             // Two products of a full-range byte do not fit in the sixteen bits of `vpmaddubsw`.
             let exact = |dot: &&Dot| **dot != Dot::Maddubs || spec.w.code == Code::U4;
             Inner::Int(cpu.dots.iter().find(exact).copied().unwrap_or(Dot::Widening))
         }
+    }
+}
+
+/// Whether codes become bf16 without rounding, by tables in registers. The difference of a byte and a zero point has nine
+/// bits, and neither f16 nor f32 fits.
+pub(super) fn exact_in_bf16(w: &WFmt) -> bool {
+    match w.code {
+        Code::U4 | Code::Lut4 | Code::E4m3 | Code::E5m2 | Code::Bf16 => true,
+        Code::U8 => w.zero == Zero::Sym(128),
+        Code::F32 | Code::F16 => false,
     }
 }
 
@@ -101,7 +115,7 @@ pub fn panel_vectors(cpu: &CpuDesc) -> u32 {
 pub fn candidates(spec: &MatmulSpec, cpu: &CpuDesc) -> Vec<CpuTile> {
     let inner = inner(spec, cpu);
     let mut tiles = vec![];
-    for mr in [1, 2, 3, 4, 6, 8] {
+    for mr in [1, 2, 3, 4, 6, 8, 12] {
         if mr > spec.m.max {
             continue;
         }
@@ -125,6 +139,15 @@ fn registers(spec: &MatmulSpec, inner: Inner, mr: u32, nr: u32) -> u32 {
         Inner::Int(Dot::Maddubs) => sums + 7,
         // Even and odd operands, the mask, even and odd activations, a product.
         Inner::Int(Dot::Widening) => sums + 6,
+        // An operand, codes and tables; a broadcast unless the product reads memory.
+        Inner::Bf16 => {
+            let codes = match spec.w.code.bits() {
+                16 => 0,
+                4 => nr + 1,
+                _ => nr + 6,
+            };
+            sums + nr + codes + u32::from(nr > 1)
+        }
         // One operand, its table or constants, codes of the vectors, a broadcast a row.
         Inner::Float => sums + nr + 2 + if spec.w.code.bits() < 16 { 1 } else { 0 },
     }
@@ -138,8 +161,8 @@ fn unroll(spec: &MatmulSpec, inner: Inner) -> u32 {
         // A whole group of 32, so that none has a loop of a few turns.
         Inner::Int(Dot::Vnni) => 4,
         Inner::Int(Dot::Widening) => 1,
-        Inner::Float if spec.w.code.bits() >= 16 => 4,
-        Inner::Float => 1,
+        Inner::Bf16 | Inner::Float if spec.w.code.bits() >= 16 => 4,
+        Inner::Bf16 | Inner::Float => 1,
     }
 }
 
@@ -156,18 +179,23 @@ pub fn cost(spec: &MatmulSpec, tile: &CpuTile, cpu: &CpuDesc) -> Cost {
         Inner::Int(Dot::Vnni) => (1.0, if four_bit { 1.5 } else { 0.5 }, 0.5),
         Inner::Int(Dot::Maddubs) => (1.5, 1.5, 0.5),
         Inner::Int(Dot::Widening) => (2.0, if four_bit { 3.0 } else { 2.0 }, 3.0),
+        Inner::Bf16 => (2.0, if spec.w.code.bits() < 16 { 4.0 } else { 0.0 }, 1.0),
         Inner::Float => (4.0, if spec.w.code.bits() < 16 { 12.0 } else { 6.0 }, 4.0),
     };
     // The wide multiplier of the best dot is also the one of f32.
     let rate = f64::from(cpu.f32_mac_per_cycle) / lanes;
     // At the end of a group: conversion and scaling of a sum, which overlap in part, and the product of its zero
     // point. Where sums of groups and sums of sums do not fit side by side, the latter go to memory and back.
-    let zero = if spec.w.zero == Zero::Asym && inner != Inner::Float { 0.7 } else { 0.0 };
+    let zero = if spec.w.zero == Zero::Asym && matches!(inner, Inner::Int(_)) { 0.7 } else { 0.0 };
     let waits = registers(spec, inner, tile.mr, tile.nr) + tile.mr * tile.nr > cpu.vector_regs;
     let extra = 1.3 + zero + if waits { 0.35 } else { 0.0 };
     let quads = (group / 4.0).max(1.0);
     let macs = mr * nr * lanes * 4.0 * quads;
-    let multiply = mr * nr * (products * quads + extra) / rate.max(1.0);
+    let mut multiply = mr * nr * (products * quads + extra) / rate.max(1.0);
+    if inner == Inner::Bf16 {
+        // Conversions share the multiplier's ports in part, and it takes eight sums at a time to keep it busy.
+        multiply = (multiply + 0.5 * nr * prepare * quads) * (8.0 / (mr * nr)).max(1.0);
+    }
     let issue = (mr * nr * (products * quads + extra) + nr * prepare * quads + mr * shared * quads) / 3.0;
     let bytes = nr * lanes * (quads * 4.0 * f64::from(spec.w.code.bits()) / 8.0 + 4.0);
     let rows = f64::from(spec.m.max.min(256));
@@ -185,6 +213,7 @@ pub fn cost(spec: &MatmulSpec, tile: &CpuTile, cpu: &CpuDesc) -> Cost {
 pub fn ideal(spec: &MatmulSpec, cpu: &CpuDesc) -> f64 {
     let rate = match inner(spec, cpu) {
         Inner::Int(_) => cpu.int8_mac_per_cycle,
+        Inner::Bf16 => cpu.bf16_mac_per_cycle,
         Inner::Float => cpu.f32_mac_per_cycle,
     };
     1000.0 / f64::from(rate).max(1.0)
@@ -252,6 +281,11 @@ mod tests {
             (Code::Lut4, Zero::Sym(0), AFmt::F32),
             (Code::E4m3, Zero::Sym(0), AFmt::F32),
             (Code::F32, Zero::Sym(0), AFmt::F32),
+            (Code::U4, Zero::Sym(8), AFmt::Bf16),
+            (Code::U8, Zero::Sym(128), AFmt::Bf16),
+            (Code::U8, Zero::Asym, AFmt::Bf16),
+            (Code::E5m2, Zero::Sym(0), AFmt::Bf16),
+            (Code::Bf16, Zero::Sym(0), AFmt::Bf16),
         ] {
             for max in [1, 2, 3, 4, 16, 512] {
                 for group in [32, 128] {
