@@ -3,8 +3,9 @@
 use crate::failure::Outcome;
 use crate::output;
 use crate::profile::{Facts, Phase};
-use crate::subject;
+use crate::subject::{self, Weights};
 use quantc_ir::diag::Diag;
+use quantc_runtime::engine::OpenOptions;
 use quantc_runtime::sample;
 use quantc_runtime::session::{Session, SessionOptions};
 use quantc_runtime::stats;
@@ -29,6 +30,12 @@ pub struct Args {
     /// Worker threads; 0 means one for each CPU.
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    /// Worker threads of steps with one token; 0 means as many as for others.
+    #[arg(long, default_value_t = 0)]
+    decode_threads: usize,
+    /// Where weights lie.
+    #[arg(long, value_enum, default_value_t = Weights::Huge)]
+    weights: Weights,
     /// Measured runs, after one that is not counted.
     #[arg(long, default_value_t = 5)]
     repeat: usize,
@@ -43,7 +50,8 @@ pub struct Args {
 /// Runs the subcommand.
 pub fn run(args: Args) -> Outcome {
     let start = Instant::now();
-    let engine = subject::open_engine(&args.engine, false)?;
+    let open = OpenOptions { verify_weights: false, pages: args.weights.into() };
+    let engine = subject::open_engine_with(&args.engine, &open)?;
     let engine = subject::decoder(engine, &args.engine, "timed at generating text")?;
     if args.prompt_tokens == 0 || args.repeat == 0 || args.batch == 0 {
         return Err(Diag::input("there is nothing to measure")
@@ -52,6 +60,7 @@ pub fn run(args: Args) -> Outcome {
     }
     let options = SessionOptions {
         threads: args.threads,
+        decode_threads: args.decode_threads,
         slots: args.batch,
         profile: args.profile,
         ..SessionOptions::default()
@@ -134,6 +143,8 @@ pub fn run(args: Args) -> Outcome {
             "peak_rss_bytes": stats::peak_rss_bytes(),
             "load_ms": load_ms,
             "threads": session.threads(),
+            "decode_threads": session.decode_threads(),
+            "moved_bytes": engine.moved().moved_bytes,
             "batch": args.batch,
             "prompt_tokens": args.prompt_tokens,
             "gen_tokens": args.gen_tokens,

@@ -126,7 +126,7 @@ impl Weights {
         let Some(movers) = &self.movers else { return };
         let mut now = Instant::now();
         for chunk in &movers.chunks {
-            let owner = chunk.share as usize * workers >> 16;
+            let owner = (chunk.share as usize * workers) >> 16;
             if owner != worker || chunk.claimed.swap(true, Ordering::AcqRel) {
                 continue;
             }

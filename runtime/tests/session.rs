@@ -7,8 +7,8 @@ use std::sync::Arc;
 use common::{
     CONTEXT, HIDDEN, MAX_ROWS, MAX_TOKENS, Random, TOKENS, VOCAB, toy, toy_manifest, toy_reference,
 };
-use quantc_runtime::format::Kind;
-use quantc_runtime::{Engine, ErrorKind, OpenOptions, Session, SessionOptions, Step};
+use quantc_runtime::format::{Blob, Kind, MANIFEST_FILE, Manifest, WEIGHTS_FILE};
+use quantc_runtime::{Engine, ErrorKind, OpenOptions, Pages, Session, SessionOptions, Step, stats};
 
 fn session(engine: &Arc<Engine>, threads: usize, slots: u32) -> Session {
     let options = SessionOptions { threads, slots, poison: true, ..SessionOptions::default() };
@@ -267,4 +267,129 @@ fn sessions_share_an_engine_between_threads() {
             });
         }
     });
+}
+
+/// A toy engine with a third weight, which no kernel reads, of `ballast` bytes; and these.
+fn heavy(ballast: usize) -> (tempfile::TempDir, Vec<u8>) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut manifest: Manifest =
+        common::write_engine(folder.path(), toy_manifest(Kind::Decoder), &common::toy_object().build());
+    let path = folder.path().join(WEIGHTS_FILE);
+    let mut weights = std::fs::read(&path).expect("it was written");
+    weights.resize(weights.len().next_multiple_of(4096), 0);
+    let bytes: Vec<u8> = (0..ballast as u64).map(|i| (i.wrapping_mul(0x9e37_79b9) >> 13) as u8).collect();
+    let digest = blake3::hash(&bytes).as_bytes().to_vec();
+    let (offset, len) = (weights.len() as u64, ballast as u64);
+    manifest.weights.push(Blob { name: "ballast".into(), offset, len, digest, streamed: true });
+    weights.extend_from_slice(&bytes);
+    let file = manifest.files.iter_mut().find(|file| file.name == WEIGHTS_FILE).expect("it is listed");
+    file.len = weights.len() as u64;
+    file.digest = blake3::hash(&weights).as_bytes().to_vec();
+    std::fs::write(path, weights).expect("the file is written");
+    std::fs::write(folder.path().join(MANIFEST_FILE), manifest.encode_file()).expect("the file is written");
+    (folder, bytes)
+}
+
+fn open(folder: &tempfile::TempDir, pages: Pages) -> Arc<Engine> {
+    let options = OpenOptions { pages, ..OpenOptions::default() };
+    Arc::new(Engine::open(folder.path(), &options).expect("the toy engine opens"))
+}
+
+#[test]
+fn moving_weights_changes_no_bits() {
+    // Neither a multiple of a page nor of a huge one.
+    let (folder, ballast) = heavy((16 << 20) + 4321);
+    let tokens = Random(20).tokens(CONTEXT as usize);
+    let want: Vec<Vec<u32>> = (1..=tokens.len()).map(|n| bits(&toy_reference(&tokens[..n]))).collect();
+    for pages in [Pages::Mapped, Pages::Huge] {
+        let engine = open(&folder, pages);
+        let mut session = session(&engine, 2, 1);
+        let before = stats::rss_bytes().unwrap_or(0) >> 20;
+        for (i, &token) in tokens.iter().enumerate() {
+            assert_eq!(bits(session.decode(0, token).expect("it fits")), want[i], "token {i}");
+            assert!(engine.weight(2) == Some(ballast.as_slice()), "after token {i}");
+            if i == 0 {
+                assert_eq!(engine.moved().moved_bytes, 0, "nothing moves before the first result");
+            }
+        }
+        let after = stats::rss_bytes().unwrap_or(0) >> 20;
+        let moved = engine.moved();
+        eprintln!("{pages:?}: memory {before} MiB before, {after} MiB after; {moved:?}");
+        // Each step moves at least a chunk of each worker, until there are none.
+        assert!(moved.done && (pages == Pages::Huge || moved.wanted_bytes == 0));
+    }
+}
+
+#[test]
+fn sessions_share_weights_that_are_moving() {
+    let (folder, ballast) = heavy((40 << 20) + 1);
+    let engine = open(&folder, Pages::Huge);
+    std::thread::scope(|scope| {
+        for (seed, threads) in [(30, 1), (31, 2), (32, 3)] {
+            let (engine, ballast) = (&engine, &ballast);
+            scope.spawn(move || {
+                let tokens = Random(seed).tokens(30);
+                let mut session = session(engine, threads, 1);
+                for n in 1..=tokens.len() {
+                    let got = bits(session.decode(0, tokens[n - 1]).expect("it fits"));
+                    assert_eq!(got, bits(&toy_reference(&tokens[..n])));
+                    assert!(engine.weight(2) == Some(ballast.as_slice()));
+                }
+            });
+        }
+    });
+    assert!(engine.moved().done);
+    engine.verify_weights().expect("they are what they were");
+}
+
+#[test]
+fn an_engine_may_be_dropped_while_its_weights_move() {
+    let (folder, _) = heavy(40 << 20);
+    for steps in 0..6 {
+        let engine = open(&folder, Pages::Huge);
+        let verifying = engine.verify_weights_beside().expect("a thread starts");
+        let mut session = session(&engine, 2, 1);
+        drop(engine);
+        for token in 0..steps {
+            session.decode(0, token).expect("it fits");
+        }
+        drop(session);
+        verifying.wait().expect("the weights are whole");
+    }
+}
+
+#[test]
+fn damaged_weights_are_found_beside_running() {
+    let (folder, _) = heavy(9 << 20);
+    let path = folder.path().join(WEIGHTS_FILE);
+    let mut weights = std::fs::read(&path).expect("it was written");
+    weights[5 << 20] ^= 1;
+    std::fs::write(path, weights).expect("the file is written");
+    let options = OpenOptions { verify_weights: false, ..OpenOptions::default() };
+    let engine = Arc::new(Engine::open(folder.path(), &options).expect("weights are not looked at"));
+    let verifying = engine.verify_weights_beside().expect("a thread starts");
+    let error = verifying.wait().expect_err("a bit was flipped");
+    assert_eq!(error.kind(), ErrorKind::Digest);
+    assert!(error.to_string().contains("weight 2 \"ballast\""), "{error}");
+}
+
+#[test]
+fn single_tokens_may_run_on_fewer_threads() {
+    let (_folder, engine) = toy(Kind::Decoder);
+    let engine = Arc::new(engine);
+    let tokens = Random(40).tokens(20);
+    for decode_threads in 0..=3 {
+        let options =
+            SessionOptions { threads: 3, decode_threads, poison: true, ..SessionOptions::default() };
+        let mut session = Session::new(Arc::clone(&engine), &options).expect("the session starts");
+        assert_eq!(session.decode_threads(), if decode_threads == 0 { 3 } else { decode_threads });
+        session.prefill(0, &tokens[..10], 1).expect("it fits");
+        for n in 11..=tokens.len() {
+            let got = bits(session.decode(0, tokens[n - 1]).expect("it fits"));
+            assert_eq!(got, bits(&toy_reference(&tokens[..n])), "{decode_threads} threads");
+        }
+    }
+    let options = SessionOptions { threads: 3, decode_threads: 4, ..SessionOptions::default() };
+    let error = Session::new(engine, &options).expect_err("there are three");
+    assert!(error.message().contains("4 threads for single tokens are more than the 3"), "{error}");
 }
