@@ -69,6 +69,8 @@ fn the_command_line_is_wrong() {
         "compile {} --target host --preset w8a8 -o engine --threads many",
         "run {} --max-tokens -5",
         "run {} --temperature warm",
+        "run {} --weights heavy",
+        "bench {} --weights heavy",
         "eval {}",
         "embed {}",
         "opt {}",
@@ -87,13 +89,14 @@ fn the_input_is_refused() {
     let engine = decoder().path;
     let empty = folder().join("empty");
     std::fs::create_dir_all(&empty).expect("the target folder is writable");
-    let cases: [(Vec<OsString>, &str); 14] = [
+    let cases: [(Vec<OsString>, &str); 15] = [
         (args("compile {} --target host --preset f32 -o {}", &[&missing, &out]), "missing"),
         (args("compile {} --target host --preset f32 -o {}", &[&empty, &out]), "config.json"),
         (args("compile {} --target host --preset f32 -o {}", &[&text(), &out]), "text.txt"),
         (args("run {} --prompt a", &[&missing]), "missing"),
         (args("run {} --prompt a", &[&empty]), "manifest.pb"),
         (args("run {} --prompt a", &[&tales()]), "quantc compile"),
+        (args("run {} --prompt a --threads 1 --decode-threads 2", &[&engine]), "2 threads for single tokens"),
         (args("eval {} --text {}", &[&engine, &missing]), "missing"),
         (args("eval {} --text {} --window 100000", &[&engine, &text()]), "context"),
         (args("eval {} --text {} --window 1", &[&engine, &text()]), "window"),
@@ -185,6 +188,14 @@ fn run_tells_text_on_stdout_and_the_rest_on_stderr() {
     assert_eq!(object["tokens"].as_array().expect("a list").len(), 24);
     assert_eq!(object["finish"], "length");
 
+    // Where weights lie, how many threads there are, and what else is told change nothing.
+    has_keys(&object, &["load_ms", "first_token_ms", "peak_rss_bytes", "moved_bytes", "decode_threads"]);
+    for more in ["--weights mapped", "--weights huge", "--threads 2 --decode-threads 1", "--no-verify --stats"] {
+        let done = quantc(call(more));
+        assert_eq!(done.out, plain.out, "{more}");
+        assert_eq!(done.err.contains("first token after"), more.contains("--stats"), "{}", done.err);
+    }
+
     // Drawing follows the seed and nothing else.
     let drawn =
         |seed| one_object(&ok(call(&format!("--json --temperature 1 --seed {seed}"))))["text"].clone();
@@ -195,6 +206,29 @@ fn run_tells_text_on_stdout_and_the_rest_on_stderr() {
     let long = json(args("run {} --max-tokens 100000 --ignore-eos --prompt Once", &[&engine]));
     assert_eq!(long["finish"], "context");
     assert!(refused(args("run {} --temperature=-1 --prompt a", &[&engine]), 1).contains("temperature"));
+}
+
+#[test]
+fn damaged_weights_end_a_run_with_an_error() {
+    let good = decoder().path;
+    let engine = folder().join("damaged-weights");
+    std::fs::create_dir_all(&engine).expect("the target folder is writable");
+    for entry in std::fs::read_dir(&good).expect("the engine is readable").flatten() {
+        std::fs::copy(entry.path(), engine.join(entry.file_name())).expect("the target folder is writable");
+    }
+    let path = engine.join("weights.bin");
+    let mut weights = std::fs::read(&path).expect("the engine is readable");
+    let at = weights.len() / 2;
+    weights[at] ^= 1;
+    std::fs::write(&path, weights).expect("the target folder is writable");
+    // The text may be there by then.
+    for more in ["", " --json", " --max-tokens 0", " --max-tokens 1"] {
+        let done = quantc(args(&format!("run {{}} --prompt Once{more}"), &[&engine]));
+        assert_eq!(done.code, 1, "{more}: {}", done.err);
+        assert!(done.err.contains("weights.bin") && done.err.contains("blake3"), "{more}: {}", done.err);
+    }
+    let unseen = quantc(args("run {} --prompt Once --no-verify", &[&engine]));
+    assert_eq!(unseen.code, 0, "{}", unseen.err);
 }
 
 #[test]

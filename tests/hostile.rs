@@ -369,14 +369,19 @@ fn damaged_modules_go_through_passes() {
     );
 }
 
+/// Opens an engine and reads every file that is compared with its digest only then.
 fn open(dir: &Path) -> quantc_runtime::Result<Engine> {
-    Engine::open(dir, &OpenOptions::default())
+    let engine = Engine::open(dir, &OpenOptions::default())?;
+    for file in engine.manifest().files.iter().filter(|file| file.name != "weights.bin") {
+        engine.read_file(&file.name)?;
+    }
+    Ok(engine)
 }
 
 #[test]
 fn damaged_engine_files() {
     let good = Recipe::preset(models("tiny-qwen2"), "w8a8").built().path;
-    for file in ["manifest.pb", "kernels.o", "weights.bin", "tokenizer.json", "report.json", "pipeline.txt"] {
+    for file in ["manifest.pb", "kernels.o", "weights.bin", "tokenizer.json", "tokenizer.bin", "report.json", "pipeline.txt"] {
         let dir = folder().join(format!("damaged-{file}"));
         copy_folder(&good, &dir);
         let path = dir.join(file);
