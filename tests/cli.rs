@@ -190,7 +190,9 @@ fn run_tells_text_on_stdout_and_the_rest_on_stderr() {
 
     // Where weights lie, how many threads there are, and what else is told change nothing.
     has_keys(&object, &["load_ms", "first_token_ms", "peak_rss_bytes", "moved_bytes", "decode_threads"]);
-    for more in ["--weights mapped", "--weights huge", "--threads 2 --decode-threads 1", "--no-verify --stats"] {
+    for more in
+        ["--weights mapped", "--weights huge", "--threads 2 --decode-threads 1", "--no-verify --stats"]
+    {
         let done = quantc(call(more));
         assert_eq!(done.out, plain.out, "{more}");
         assert_eq!(done.err.contains("first token after"), more.contains("--stats"), "{}", done.err);
