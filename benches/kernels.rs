@@ -54,13 +54,17 @@ const fn kind(name: &'static str, code: Code, group: u32, zero: Zero, scale: Sca
 }
 
 /// What engines are made of.
-const KINDS: [Kind; 12] = [
+const KINDS: [Kind; 16] = [
     kind("int4 g128 x int8", Code::U4, 128, Zero::Sym(8), ScaleTy::Bf16, AFmt::I8Token),
     kind("int4 g64 x int8", Code::U4, 64, Zero::Sym(8), ScaleTy::Bf16, AFmt::I8Token),
     kind("int4 g32 x int8", Code::U4, 32, Zero::Sym(8), ScaleTy::Bf16, AFmt::I8Token),
     kind("int4 g128 zero point x int8", Code::U4, 128, Zero::Asym, ScaleTy::Bf16, AFmt::I8Token),
     kind("int8 x int8 (W8A8)", Code::U8, K, Zero::Sym(128), ScaleTy::F32, AFmt::I8Token),
     kind("int4 g128 x f32 (W4A16)", Code::U4, 128, Zero::Sym(8), ScaleTy::Bf16, AFmt::F32),
+    kind("int4 g128 x bf16 (W4A16)", Code::U4, 128, Zero::Sym(8), ScaleTy::Bf16, AFmt::Bf16),
+    kind("int8 x bf16 (W8A16)", Code::U8, K, Zero::Sym(128), ScaleTy::F32, AFmt::Bf16),
+    kind("e4m3 x bf16 (fp8)", Code::E4m3, K, Zero::Sym(0), ScaleTy::F32, AFmt::Bf16),
+    kind("bf16 x bf16", Code::Bf16, K, Zero::Sym(0), ScaleTy::None, AFmt::Bf16),
     kind("int8 x f32 (W8A16)", Code::U8, K, Zero::Sym(128), ScaleTy::F32, AFmt::F32),
     kind("e2m1 g32 x f32", Code::Lut4, 32, Zero::Sym(0), ScaleTy::Bf16, AFmt::F32),
     kind("e4m3 x f32 (fp8)", Code::E4m3, K, Zero::Sym(0), ScaleTy::F32, AFmt::F32),
@@ -262,11 +266,7 @@ impl Bench<'_> {
         let work = Workload::new(&spec, rows, u64::MAX);
         // With few rows memory is the limit, and then the weights must come from there.
         let from_memory = rows <= 4;
-        let limit = match (from_memory, kind.a) {
-            (true, _) => Limit::Stream,
-            (false, AFmt::I8Token) => Limit::Int8,
-            (false, _) => Limit::F32,
-        };
+        let limit = if from_memory { Limit::Stream } else { Limit::of(&spec, &target.cpu) };
         let (kernel, limit_kernel) = compile(target, limit, |unit| emit(unit, "kernel", &spec, &plan))?;
         // Weights lie in the pool.
         let size = |(i, &bytes)| if work.weights.contains(&i) { 0 } else { bytes };

@@ -146,6 +146,7 @@ fn compare(
         store: &store,
         target,
         max_tokens: 0,
+        tuning: None,
         files: vec![],
         facts: vec![],
         report: Default::default(),

@@ -6,6 +6,7 @@
 use crate::kernels::{self, KernelReport};
 use crate::lower::{self, BlobSource, EngineBlob, Limits, Lowered};
 use crate::spec::KernelSpec;
+use crate::tune::Tuning;
 use quantc_ir::diag::{Diag, Result};
 use quantc_ir::module::Module;
 use quantc_ir::target::TargetDesc;
@@ -38,6 +39,8 @@ pub struct Request<'a> {
     pub target: &'static TargetDesc,
     /// Most tokens of one call; 0 for the usual number.
     pub max_tokens: u32,
+    /// Measured choices of tiles; without them the cost model chooses.
+    pub tuning: Option<&'a Tuning>,
     /// Further files of the folder, by name.
     pub files: Vec<(String, Vec<u8>)>,
     /// Further facts for the manifest.
@@ -71,7 +74,7 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
     let limits = limits(module, request.max_tokens, encoder)?;
     let lowered = lower::lower(module, request.store, limits)?;
     let specs = specs(&lowered);
-    let (object, mut reports) = kernels::compile(&specs, request.target)?;
+    let (object, mut reports) = kernels::compile(&specs, request.target, request.tuning)?;
     name_launches(&mut reports, &lowered);
 
     let folder = Folder::create(out)?;

@@ -2,9 +2,10 @@
 
 use crate::cpu::llvm::Unit;
 use crate::cpu::matmul::MatmulSchedule;
-use crate::cpu::matmul::schedule::Inner;
+use crate::cpu::matmul::schedule::{Inner, schedule_from};
 use crate::cpu::{attention, cache, gather, matmul, rope, row};
 use crate::spec::{Code, KernelSpec, MatmulSpec, Rows};
+use crate::tune::{Product, Tuning};
 use inkwell::context::Context;
 use quantc_ir::diag::Result;
 use quantc_ir::target::{Dot, TargetDesc};
@@ -26,6 +27,8 @@ pub struct KernelReport {
     pub launches: Vec<String>,
     /// The multiply-adds of a call, for kernels that are about them.
     pub work: Option<Work>,
+    /// More about products.
+    pub product: Option<Product>,
 }
 
 /// Multiply-adds of a call.
@@ -65,11 +68,14 @@ impl Work {
     }
 }
 
-/// Compiles the kernels of `specs`, which map symbols to specs; returns the object and a report for each.
+/// Compiles the kernels of `specs`, which map symbols to specs; returns the object and a report for each. Tiles are those
+/// of `tuning` where it has any, else the cost model's.
 pub fn compile(
     specs: &BTreeMap<String, KernelSpec>,
     target: &'static TargetDesc,
+    tuning: Option<&Tuning>,
 ) -> Result<(Vec<u8>, Vec<KernelReport>)> {
+    tuning.map_or(Ok(()), |table| table.check(target))?;
     let cx = Context::create();
     let unit = Unit::new(&cx, target, "kernels")?;
     let mut reports = vec![];
@@ -81,10 +87,16 @@ pub fn compile(
             refused: vec![],
             launches: vec![],
             work: Work::of(spec),
+            product: None,
         };
         match spec {
             KernelSpec::Matmul(spec) => {
-                let schedule = matmul::schedule(spec, &target.cpu);
+                let tile = tuning.map(|table| table.tile(spec, target)).transpose()?.flatten();
+                let schedule = match tile {
+                    Some(tile) => schedule_from(spec, &target.cpu, tile),
+                    None => matmul::schedule(spec, &target.cpu),
+                };
+                report.product = Some(Product::of(spec, &schedule, &target.cpu, tuning));
                 report.choice = schedule.to_string();
                 report.refused = refused(spec, &schedule, target);
                 matmul::emit(&unit, symbol, spec, &schedule)?;

@@ -16,13 +16,14 @@ use std::ops::Range;
 use quantc_ir::target::CpuDesc;
 #[cfg(feature = "llvm")]
 use quantc_ir::{diag::Result, target::TargetDesc};
+use serde::{Deserialize, Serialize};
 
 #[cfg(feature = "llvm")]
 use crate::cpu::llvm::Unit;
-use crate::cpu::matmul::schedule::{self, Cost, CpuTile};
+use crate::cpu::matmul::schedule::{self, Cost, CpuTile, MatmulSchedule};
 use crate::eexpr::{EExpr, MemTy};
 use crate::layout::{Layout, PANEL};
-use crate::spec::{AFmt, KernelSpec, MRange, MatmulSpec, Rows, i8_row_stride};
+use crate::spec::{AFmt, KernelSpec, MatmulSpec, Rows, i8_row_stride};
 pub use table::{Entry, Tuning};
 
 /// Multiply-adds of one timed call: a hundredth of a second on one core of a fast machine.
@@ -167,12 +168,35 @@ pub fn products<'a>(specs: impl IntoIterator<Item = &'a KernelSpec>) -> Vec<Matm
     all.into_values().collect()
 }
 
-/// Multiply-adds a cycle that `spec` is bounded by on a core of `cpu`.
-pub fn limit_per_cycle(spec: &MatmulSpec, cpu: &CpuDesc) -> f64 {
-    1000.0 / schedule::ideal(spec, cpu)
+/// What a report tells about a product, and what a tuner reads of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Product {
+    /// The product, with an epilogue that only stores.
+    pub spec: MatmulSpec,
+    /// The kernel's first tile.
+    pub tile: CpuTile,
+    /// The part of its limit that the model expects of it.
+    pub expected: f64,
+    /// The part that was measured, where a tuning table knows it.
+    pub measured: Option<f64>,
 }
 
-/// The classes of row counts that engines have kernels for.
-pub fn usual_rows() -> [MRange; 4] {
-    [(1, 1), (2, 4), (5, 16), (17, 512)].map(|(min, max)| MRange { min, max })
+impl Product {
+    /// What there is to tell about `spec` with `schedule`.
+    pub fn of(
+        spec: &MatmulSpec,
+        schedule: &MatmulSchedule,
+        cpu: &CpuDesc,
+        table: Option<&Tuning>,
+    ) -> Product {
+        let round = |x: f64| (x * 1000.0).round() / 1000.0;
+        let tile = schedule.tiles[0];
+        Product {
+            spec: plain(spec),
+            tile,
+            expected: round(schedule::expected(spec, &schedule.cost, cpu)),
+            measured: table.and_then(|t| t.entry(spec)).map(|entry| round(entry.share)),
+        }
+    }
 }

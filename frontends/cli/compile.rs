@@ -5,6 +5,7 @@ use crate::{agreement, opt, output, subject};
 use quantc_codegen::backend::CpuBackend;
 use quantc_codegen::engine::{self, Request};
 use quantc_codegen::targets;
+use quantc_codegen::tune::Tuning;
 use quantc_frontends::{ImportOptions, Imported};
 use quantc_ir::diag::{Diag, Diags, Loc};
 use quantc_ir::target::TargetDesc;
@@ -52,6 +53,10 @@ pub struct Args {
     /// Most tokens of one call; longer prompts run in chunks.
     #[arg(long, default_value_t = 0)]
     chunk: u32,
+    /// A table that `quantc tune` wrote, to choose kernels by. Without one the target's cost model chooses, the same
+    /// everywhere.
+    #[arg(long)]
+    tuning: Option<PathBuf>,
     /// Threads; 0 means one for each CPU. The engine does not depend on it.
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -92,6 +97,10 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
     let store = Store::open(&dir)?;
     let threads = if args.threads == 0 { stats::available_cpus() } else { args.threads };
     quantc_passes::set_threads(threads);
+    let tuning = args.tuning.as_deref().map(|path| read_tuning(path, target)).transpose()?;
+    // Which table chose the kernels is part of what an engine is.
+    let named = tuning.iter().map(|(_, digest)| ("tuning".to_string(), digest.clone()));
+    let facts = args.preset.iter().map(|p| ("preset".to_string(), p.clone())).chain(named).collect();
     let job = Job {
         model: &args.model,
         target,
@@ -103,7 +112,8 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
         show: &args.show,
         quiet: false,
         registry,
-        facts: args.preset.iter().map(|p| ("preset".to_string(), p.clone())).collect(),
+        facts,
+        tuning,
     };
     let built = build(&job, &store)?;
     // An engine for another machine is compared only where that was asked for, which is then an error.
@@ -167,6 +177,15 @@ fn judge(agreement: Option<&agreement::Agreement>) -> Outcome {
     }
 }
 
+/// A tuning table for `target`, with the digest of its file.
+fn read_tuning(path: &Path, target: &TargetDesc) -> Outcome<(Tuning, String)> {
+    let text = subject::read_text(path)?;
+    let place = path.display().to_string();
+    let table = Tuning::parse(&text, &place)?;
+    table.check(target).map_err(|e| e.in_file(place))?;
+    Ok((table, quantc_ir::weights::Digest::of(text.as_bytes()).to_string()))
+}
+
 /// The pipeline with the cache's format changed first.
 fn with_cache_format(text: &str, format: &str) -> Outcome<String> {
     let pass = match format {
@@ -205,6 +224,8 @@ pub struct Job<'a> {
     quiet: bool,
     registry: &'a Registry,
     facts: Vec<(String, String)>,
+    /// A tuning table and its digest.
+    tuning: Option<(Tuning, String)>,
 }
 
 /// What came of it.
@@ -233,6 +254,7 @@ pub fn float_engine(model: &Path, out: &Path) -> Outcome {
         quiet: true,
         registry: &registry,
         facts: vec![],
+        tuning: None,
     };
     let folder = out.with_extension("store");
     build(&job, &Store::open(&folder)?)?;
@@ -303,6 +325,7 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
             store,
             target: job.target,
             max_tokens: job.chunk,
+            tuning: job.tuning.as_ref().map(|(table, _)| table),
             files: subject::tokenizer_files(tokenizer),
             facts: job.facts.clone(),
             report: report_json(&module, &report),

@@ -72,6 +72,18 @@ pub fn run(args: Args) -> Outcome {
         if !choice.is_empty() {
             output::line(&format!("  chosen   {choice}"))?;
         }
+        let product = &kernel["product"];
+        if let Some(expected) = product["expected"].as_f64() {
+            let tile = &product["tile"];
+            let measured = product["measured"].as_f64();
+            let measured = measured.map_or(String::new(), |x| format!(", measured {:.0} %", 100.0 * x));
+            output::line(&format!(
+                "  tile     {} rows x {} vectors, expected at {:.0} % of the limit{measured}",
+                tile["mr"],
+                tile["nr"],
+                100.0 * expected
+            ))?;
+        }
         for refused in list(&kernel["refused"]) {
             output::line(&format!("  refused  {refused}"))?;
         }

@@ -36,6 +36,8 @@ mod profile;
 mod run;
 mod score;
 mod subject;
+#[cfg(feature = "llvm")]
+mod tune;
 
 use clap::{Parser, Subcommand};
 use quantc_passes::Registry;
@@ -62,6 +64,9 @@ enum Command {
     Eval(eval::Args),
     /// Measures the speed of an engine.
     Bench(bench::Args),
+    /// Measures which kernels are fastest on this machine.
+    #[cfg(feature = "llvm")]
+    Tune(tune::Args),
     /// Runs a pipeline on a `.qir` file: text in, text out.
     Opt(opt::Args),
     /// Prints a model as `.qir` text.
@@ -92,6 +97,8 @@ pub fn main_with(registry: Registry) -> ExitCode {
         Command::Embed(args) => embed::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Bench(args) => bench::run(args),
+        #[cfg(feature = "llvm")]
+        Command::Tune(args) => tune::run(args),
         Command::Opt(args) => opt::run(args, &registry),
         Command::Import(args) => import::run(args),
         Command::Inspect(args) => inspect::run(args),

@@ -8,12 +8,16 @@ use quantc_ir::diag::Result;
 use quantc_ir::target::{CpuDesc, Dot};
 
 use crate::cpu::llvm::{Elem, Unit, Val, VecBuilder};
+use crate::cpu::matmul::schedule::{Inner, inner};
+use crate::spec::MatmulSpec;
 
 /// A limit to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Limit {
     /// Products of bytes with the target's best integer dot.
     Int8,
+    /// Products of pairs of bf16; in f32 on targets without them.
+    Bf16,
     /// Multiply-adds in f32.
     F32,
     /// Reading memory from one end to the other.
@@ -26,10 +30,20 @@ const CHAINS: u32 = 12;
 pub const STREAM_ITEM: usize = 4096;
 
 impl Limit {
+    /// What bounds the products of `spec` on `cpu` when memory does not.
+    pub fn of(spec: &MatmulSpec, cpu: &CpuDesc) -> Limit {
+        match inner(spec, cpu) {
+            Inner::Int(_) => Limit::Int8,
+            Inner::Bf16 => Limit::Bf16,
+            Inner::Float => Limit::F32,
+        }
+    }
+
     /// Short name; also the symbol that [`Limit::emit`] is usually given.
     pub fn name(self) -> &'static str {
         match self {
             Limit::Int8 => "int8 dot",
+            Limit::Bf16 => "bf16 dot",
             Limit::F32 => "f32 fma",
             Limit::Stream => "stream",
         }
@@ -49,7 +63,8 @@ impl Limit {
                 Some(Dot::Vnni | Dot::Maddubs) => lanes * 4,
                 _ => lanes * 2,
             },
-            Limit::F32 => lanes,
+            Limit::Bf16 if cpu.bf16_mac_per_cycle > 0.0 => lanes * 2,
+            Limit::Bf16 | Limit::F32 => lanes,
             Limit::Stream => 0,
         };
         each * u64::from(CHAINS)
@@ -64,7 +79,12 @@ impl Limit {
                     let dot = cpu.dots.first().copied().unwrap_or(Dot::Widening);
                     int8(b, dot);
                 }
-                Limit::F32 => {
+                Limit::Bf16 if cpu.bf16_mac_per_cycle > 0.0 => {
+                    let (a, w) = (operand(b, 0, Elem::Bf16), operand(b, 1, Elem::Bf16));
+                    let name = format!("llvm.x86.avx512bf16.dpbf16ps.{}", cpu.vector_bits);
+                    chains(b, Elem::F32, |b, sum| b.intrinsic(&name, &[], &[sum, a, w]));
+                }
+                Limit::Bf16 | Limit::F32 => {
                     let a = operand(b, 0, Elem::F32);
                     let w = operand(b, 1, Elem::F32);
                     chains(b, Elem::F32, |b, sum| b.fma(a, w, sum));
@@ -159,7 +179,7 @@ mod tests {
     #[test]
     fn limits_run_and_touch_their_buffer_only() {
         for target in runnable() {
-            for limit in [Limit::Int8, Limit::F32, Limit::Stream] {
+            for limit in [Limit::Int8, Limit::Bf16, Limit::F32, Limit::Stream] {
                 let object = build(target, |unit| limit.emit(unit, "limit"));
                 let items = 3;
                 let [read, result] = limit.buffers(items);

@@ -219,6 +219,12 @@ pub fn ideal(spec: &MatmulSpec, cpu: &CpuDesc) -> f64 {
     1000.0 / f64::from(rate).max(1.0)
 }
 
+/// The part of its limit that a tile of this cost is expected to reach: products at the target's best rate, or reading
+/// the weights, whatever takes longer.
+pub fn expected(spec: &MatmulSpec, cost: &Cost, cpu: &CpuDesc) -> f64 {
+    ideal(spec, cpu).max(cost.memory) / cost.total()
+}
+
 /// Whether a call of `spec` has so few rows that they are one tile: then the weights come by once.
 fn few(spec: &MatmulSpec) -> bool {
     spec.m.max <= 4
