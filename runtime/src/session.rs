@@ -91,7 +91,9 @@ pub struct Session {
     scratch: Mapping,
     inputs: Mapping,
     /// Read by kernels through the pointer tables only.
-    _states: Vec<Mapping>,
+    states: Vec<Mapping>,
+    /// Whether huge pages have been asked for.
+    huge: bool,
     /// Byte offset of the result in the arena.
     output: usize,
     /// Tokens each slot holds.
@@ -113,6 +115,8 @@ pub struct Session {
 
 const NOT_SEEN: u32 = u32::MAX;
 
+/// Most tokens of a first step that makes do with small pages.
+const FEW_TOKENS: u32 = 64;
 /// Longest that weights are moved before one step.
 const MOVE_AT_MOST: Duration = Duration::from_millis(10);
 /// Weights are moved for this part of the time that steps take, so that short texts lose little by it.
@@ -161,11 +165,7 @@ impl Session {
         let sizes = Sizes::of(manifest, options.slots, threads)?;
         sizes.check_available(manifest, options.slots, threads)?;
         let pool = Pool::new(threads, PoolOptions { pin: options.pin })?;
-        let map = |bytes: usize, what: &str| {
-            let mapping = Mapping::new(bytes, what)?;
-            mapping.advise_huge();
-            Ok(mapping)
-        };
+        let map = Mapping::new;
         let arena = map(sizes.arena, "the arena")?;
         let scratch = map(sizes.scratch * threads, "scratch")?;
         let inputs = map(sizes.input * 4, "inputs")?;
@@ -187,7 +187,8 @@ impl Session {
             arena,
             scratch,
             inputs,
-            _states: states,
+            states,
+            huge: false,
             output,
             positions: vec![0; options.slots as usize],
             expected: vec![NOT_SEEN; options.slots as usize],
@@ -464,6 +465,7 @@ impl Session {
         let manifest = self.engine.manifest();
         let program = manifest.program_for(t).ok_or_else(|| self.too_many_tokens(t as usize))?;
         let count = self.programs[program].launches.len();
+        self.ask_for_huge_pages(t);
         self.move_weights()?;
         let start = Instant::now();
         let Some(tap) = &mut tap else {
@@ -575,6 +577,18 @@ impl Session {
         for (&slot, &position) in step.slots.iter().zip(step.positions) {
             self.positions[slot as usize] = position + 1;
         }
+    }
+
+    /// Asks for huge pages of everything, unless this is the first step and has few tokens: these touch a little of each
+    /// of many buffers, and zeroing so many huge pages takes longer than all the rest.
+    fn ask_for_huge_pages(&mut self, t: u32) {
+        let first = self.move_for.is_none();
+        if self.huge || (first && t <= FEW_TOKENS) {
+            return;
+        }
+        self.huge = true;
+        let others = [&self.arena, &self.scratch, &self.inputs];
+        others.into_iter().chain(&self.states).for_each(Mapping::advise_huge);
     }
 
     /// Moves some of the engine's weights to huge pages, for a part of the time that the step before took: the first

@@ -7,7 +7,7 @@
 //!   their chunk moves: a reader sees the file's page or the copy, or waits for the kernel in between.
 //! - A moved chunk's file pages are released at once, so that moving takes no more than a chunk per worker at a time.
 //! - Chunks are copied by the worker that will read them most, which is where the kernel then places the memory.
-//! - Moving is only ever an improvement: whatever goes wrong, the rest stays mapped.
+//! - Moving is only ever an improvement: whatever goes wrong, and when memory is short, the rest stays mapped.
 //!
 //! Only chunks with bytes that every token reads are moved. Chunks of a file that the system already keeps in huge pages
 //! (some file systems of newer kernels do) stay where they are.
@@ -21,6 +21,7 @@ use std::time::Instant;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Blob;
 use crate::mem::PAGE;
+use crate::stats;
 
 /// Bytes of a huge page, and of what is moved at once.
 const CHUNK: usize = 2 << 20;
@@ -161,6 +162,9 @@ impl Weights {
     /// Copies the chunk at `start` and puts the copy in its place.
     fn move_chunk(&self, movers: &Movers, start: usize) -> std::io::Result<()> {
         let here = self.base.as_ptr().wrapping_add(start);
+        // Only a page that has been touched tells how large it is.
+        // SAFETY: the chunk begins inside the file.
+        unsafe { here.read_volatile() };
         if movers.is_huge(here) {
             return Ok(());
         }
@@ -196,7 +200,10 @@ impl Movers {
             return None;
         }
         let chunks = chunks(len, blobs);
-        if chunks.is_empty() {
+        // Mapped pages can be dropped when memory is short, moved ones cannot: some must be left.
+        let needed = (chunks.len() * CHUNK) as u64;
+        let available = stats::available_memory_bytes().unwrap_or(u64::MAX);
+        if chunks.is_empty() || needed + needed / 4 > available {
             return None;
         }
         let staging = Reserved::new(len).ok()?;
