@@ -379,7 +379,10 @@ fn inspect_shows_what_things_hold() {
     assert_eq!(object["facts"]["preset"], "w8a8");
     let files: Vec<&str> =
         object["files"].as_array().expect("a list").iter().filter_map(|f| f["name"].as_str()).collect();
-    assert_eq!(files, ["kernels.o", "pipeline.txt", "report.json", "tokenizer.json", "weights.bin"]);
+    assert_eq!(
+        files,
+        ["kernels.o", "pipeline.txt", "report.json", "tokenizer.bin", "tokenizer.json", "weights.bin"]
+    );
     let text = ok(args("inspect {}", &[&engine]));
     let written = std::fs::read_to_string(engine.join("manifest.txt")).expect("the engine has it");
     assert_eq!(text, written);
