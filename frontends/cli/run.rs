@@ -42,8 +42,9 @@ pub struct Args {
     /// Worker threads once the prompt is read; 0 means as many as before.
     #[arg(long, default_value_t = 0)]
     decode_threads: usize,
-    /// Where weights lie.
-    #[arg(long, value_enum, default_value_t = Weights::Huge)]
+    /// Where weights lie: mapped, in the file's pages, which processes share; or huge, in huge pages, to which they
+    /// move while tokens are generated.
+    #[arg(long, value_enum, default_value_t = Weights::Huge, hide_possible_values = true)]
     weights: Weights,
     /// Go on after an end-of-text token.
     #[arg(long)]
