@@ -526,9 +526,70 @@ fn manual_pages_exist_for_every_entry() {
 }
 
 #[test]
+fn bench_splits_its_steps() {
+    let call = "bench {} --prompt-tokens 8 --gen-tokens 4 --batch 2 --repeat 2 --threads 1 --profile";
+    let mut call = args(call, &[&decoder().path]);
+    let text = ok(&call);
+    assert!(text.contains("prefill: ") && text.contains("waiting at barriers"), "{text}");
+    call.push("--json".into());
+    let speed = json(call);
+    for (phase, steps, tokens) in [("prefill", 4.0, 8.0), ("decode", 8.0, 2.0)] {
+        let phase = &speed["profile"][phase];
+        has_keys(phase, &["step_ms", "waiting_ms", "outside_ms", "sampling_ms", "kinds"]);
+        assert_eq!(number(phase, "steps"), steps);
+        let kinds = phase["kinds"].as_array().expect("a list");
+        let share: f64 = kinds.iter().map(|k| number(k, "share")).sum();
+        assert!(share > 0.0 && share <= 1.001, "{phase}");
+        let logits = kinds.iter().find(|k| k["kind"] == "head.logits").expect("a head");
+        assert_eq!(number(logits, "calls_per_step"), 1.0);
+        let up = kinds.iter().filter(|k| number(k, "macs_per_step") > 0.0);
+        assert!(up.count() > 3, "{tokens} tokens: {phase}");
+    }
+}
+
+#[test]
+fn tuning_is_an_input_of_its_own() {
+    let table = folder().join("tuning.json");
+    let _ = std::fs::remove_file(&table);
+    let engine = decoder().path;
+    let call = "tune {} --shape bf16:int4:g32:70x96 --out {} --rounds 1 --count 2 --json";
+    let first = json(args(call, &[&engine, &table]));
+    has_keys(&first, &["target", "cpu", "measured", "entries", "seconds"]);
+    let measured = first["measured"].as_array().expect("a list");
+    assert!(measured.len() > 4 && measured.len() as f64 == number(&first, "entries"));
+    let text = std::fs::read_to_string(&table).expect("it was written");
+    // What is known is not measured again, and the same table has the same bytes.
+    let again = json(args(call, &[&engine, &table]));
+    assert_eq!(again["measured"].as_array().map(Vec::len), Some(0));
+    assert_eq!(std::fs::read_to_string(&table).expect("it was written"), text);
+
+    let out = folder().join("tuned");
+    let call = "compile {} --target host --preset w8a8 -o {} --store {} --tuning {} --agreement 4 --json";
+    json(args(call, &[&tales(), &out, &common::store(), &table]));
+    let facts = &json(args("inspect {} --json", &[&out]))["facts"];
+    assert_eq!(facts["tuning"], blake3::hash(text.as_bytes()).to_hex().as_str());
+    let explained = ok(args("explain {}", &[&out]));
+    assert!(explained.contains("measured") && explained.contains("of the limit"), "{explained}");
+
+    let broken = file("broken.json", "{\"version\": 1}");
+    let err = refused(args(call, &[&tales(), &out, &common::store(), &broken]), 1);
+    assert!(err.contains("no tuning table") && err.contains("broken.json"), "{err}");
+    let other = file("other.json", &text.replace("\"cpu\": \"", "\"cpu\": \"other "));
+    let err = refused(args("tune {} --out {}", &[&engine, &other]), 1);
+    assert!(err.contains("was measured on other"), "{err}");
+    for (shape, why) in
+        [("int8", "four parts"), ("int8:e4m3:row:64x64", "no kernel"), ("f32:int4:g0:9x9", "no kernel")]
+    {
+        let err = refused(args(&format!("tune --shape {shape} --out {{}}"), &[&folder().join("no.json")]), 1);
+        assert!(err.contains(why), "{err}");
+    }
+}
+
+#[test]
 fn help() {
     let mut pages = vec![vec!["--help"]];
-    for page in ["compile", "run", "embed", "eval", "bench", "opt", "import", "inspect", "explain", "passes"]
+    for page in
+        ["compile", "run", "embed", "eval", "bench", "tune", "opt", "import", "inspect", "explain", "passes"]
     {
         pages.push(vec![page, "--help"]);
     }

@@ -200,3 +200,71 @@ impl Product {
         }
     }
 }
+
+#[cfg(all(test, feature = "llvm"))]
+mod tests {
+    use super::*;
+    use crate::cpu::testing::{Buf, call, runnable};
+    use crate::spec::{Code, MRange, ScaleTy, WFmt, Zero};
+    use quantc_runtime::object::Object;
+
+    fn spec(n: u32, k: u32, products: u8) -> MatmulSpec {
+        let w = WFmt { code: Code::U4, group: 32.min(k), zero: Zero::Asym, scale: ScaleTy::Bf16 };
+        let alone = EExpr::store_acc(MemTy::F32, n);
+        let mut epilogue = EExpr::new();
+        let mut sum = epilogue.acc();
+        for product in 1..products {
+            let other = epilogue.absorb(&alone, product).expect("it stores something");
+            sum = epilogue.mul(sum, other);
+        }
+        epilogue.store(sum, MemTy::F32, n);
+        MatmulSpec { n, k, m: MRange { min: 5, max: 16 }, rows: Rows::R, w, a: AFmt::I8Token, epilogue }
+    }
+
+    #[test]
+    fn trials_run_on_their_workload_and_agree() {
+        for target in runnable() {
+            for spec in [spec(100, 72, 1), spec(64, 40, 2)] {
+                let Trials { key, object, trials, workload } =
+                    trials(&spec, target, 3).expect("the spec has kernels");
+                assert_eq!(key, super::key(&spec));
+                assert!(!trials.is_empty() && trials.len() <= 3);
+                assert_eq!(workload.rows, 16);
+                assert_eq!(workload.weights.len() as u32, spec.products());
+                let macs = 16 * u64::from(spec.n) * u64::from(spec.k) * u64::from(spec.products());
+                assert_eq!(workload.macs, macs);
+                let object = Object::load(&object).expect("the object loads");
+                let mut results = vec![];
+                for trial in &trials {
+                    let mut bufs: Vec<Buf> = workload
+                        .args
+                        .iter()
+                        .map(|&len| {
+                            let words = (0..len.div_ceil(2)).map(|_| 0.5);
+                            Buf::of(&words.collect::<Vec<f32>>(), MemTy::Bf16)
+                        })
+                        .collect();
+                    let mut args: Vec<&mut Buf> = bufs.iter_mut().collect();
+                    call(&object, &trial.symbol, &mut args, [16, 16], 0..i64::from(workload.items));
+                    let out = bufs.last().expect("there is a result").bytes().to_vec();
+                    assert_eq!(out.len() as u32, 16 * spec.n * 4);
+                    // Looking at a buffer checks what lies around it.
+                    assert!(bufs.iter().all(|buf| !buf.bytes().is_empty()));
+                    results.push(out);
+                }
+                assert!(results.windows(2).all(|pair| pair[0] == pair[1]), "tiles differ on {}", target.name);
+            }
+        }
+    }
+
+    #[test]
+    fn products_are_listed_once() {
+        let a = spec(64, 64, 1);
+        let mut b = a.clone();
+        b.rows = Rows::T;
+        let all = [a.clone(), b, spec(64, 64, 2)].map(KernelSpec::Matmul);
+        let found = products(&all);
+        assert_eq!(found.len(), 2);
+        assert!(found.iter().all(|s| s.check().is_ok() && s.rows == Rows::T));
+    }
+}

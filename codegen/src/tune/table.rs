@@ -117,3 +117,73 @@ impl Tuning {
         .help("measure again with `quantc tune`"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::eexpr::{EExpr, MemTy};
+    use crate::spec::{AFmt, Code, MRange, Rows, ScaleTy, WFmt, Zero};
+
+    fn spec(max: u32) -> MatmulSpec {
+        let w = WFmt { code: Code::U4, group: 32, zero: Zero::Sym(8), scale: ScaleTy::Bf16 };
+        let (m, epilogue) = (MRange { min: 1, max }, EExpr::store_acc(MemTy::F32, 128));
+        MatmulSpec { n: 128, k: 64, m, rows: Rows::T, w, a: AFmt::I8Token, epilogue }
+    }
+
+    fn target() -> &'static TargetDesc {
+        crate::targets::lookup("cpu-avx512vnni").expect("a known target")
+    }
+
+    fn table(tile: CpuTile) -> Tuning {
+        let mut table = Tuning::new(target(), "a processor");
+        let entry = Entry { tile, model: tile, gain: 1.0 / 3.0, share: 0.98765, expected: 1.0 };
+        table.entries.insert(super::super::key(&spec(512)), entry);
+        table
+    }
+
+    #[test]
+    fn equal_tables_are_equal_texts() {
+        let table = table(CpuTile { mr: 4, nr: 2, ku: 4 });
+        let text = table.text();
+        let read = Tuning::parse(&text, "t").expect("it was just written");
+        assert_eq!(read.text(), text);
+        assert!(text.contains("0.333") && text.contains("0.988"), "{text}");
+        assert_eq!(read.tile(&spec(512), target()).expect("it fits"), Some(CpuTile { mr: 4, nr: 2, ku: 4 }));
+        assert_eq!(read.tile(&spec(1), target()).expect("nothing is known"), None);
+    }
+
+    #[test]
+    fn epilogues_and_what_counts_the_rows_share_an_entry() {
+        let mut other = spec(512);
+        let sum = other.epilogue.acc();
+        other.epilogue.store(sum, MemTy::Bf16, 128);
+        other.rows = Rows::R;
+        let table = table(CpuTile { mr: 4, nr: 2, ku: 4 });
+        assert!(table.entry(&other).is_some());
+    }
+
+    #[test]
+    fn hostile_tables_are_refused() {
+        let good = table(CpuTile { mr: 4, nr: 2, ku: 4 }).text();
+        let cases = [
+            (String::new(), "no tuning table"),
+            ("[]".into(), "no tuning table"),
+            (good.replace("\"version\": 1", "\"version\": 2"), "version is 2"),
+            (good.replace("\"nr\"", "\"nv\""), "missing field `nr`"),
+            (good.replace("0.988", "1e999"), "no tuning table"),
+            (good.replace("0.988", "-1"), "not a sane number"),
+            (good.replace("\"mr\": 4", "\"mr\": 4294967296"), "no tuning table"),
+        ];
+        for (text, why) in cases {
+            let error = Tuning::parse(&text, "t.json").expect_err(why).to_string();
+            assert!(error.contains(why) && error.contains("t.json"), "{error}");
+        }
+        for (mr, nr, ku) in [(400, 2, 4), (4, 3, 4), (0, 0, 0), (4, 2, 1 << 30)] {
+            let error = table(CpuTile { mr, nr, ku }).tile(&spec(512), target()).expect_err("no such tile");
+            assert!(error.to_string().contains("is none that"), "{error}");
+        }
+        let other = crate::targets::lookup("cpu-avx2").expect("a known target");
+        let error = table(CpuTile { mr: 4, nr: 2, ku: 4 }).check(other).expect_err("another target");
+        assert!(error.to_string().contains("cpu-avx512vnni"), "{error}");
+    }
+}

@@ -42,12 +42,16 @@ pub struct Cost {
     pub cache: f64,
     /// Weights from memory, which all rows of the call share.
     pub memory: f64,
+    /// The part of the call's rows that the first tile has: memory is waited for while they are computed. All others find
+    /// the weights in a cache.
+    pub first: f64,
 }
 
 impl Cost {
-    /// The slowest part.
+    /// All of it: what ports and caches take, and what memory takes beyond the first tile's part of that.
     pub fn total(&self) -> f64 {
-        self.multiply.max(self.issue).max(self.cache).max(self.memory)
+        let ports = self.multiply.max(self.issue).max(self.cache);
+        (ports * self.first).max(self.memory) + ports * (1.0 - self.first)
     }
 }
 
@@ -77,7 +81,7 @@ impl fmt::Display for MatmulSchedule {
         for tile in &self.tiles {
             write!(f, " {}x{}", tile.mr, tile.nr)?;
         }
-        let Cost { multiply, issue, cache, memory } = self.cost;
+        let Cost { multiply, issue, cache, memory, .. } = self.cost;
         write!(f, "; cycles per 1000 products: multiply {multiply:.1}, issue {issue:.1}, ")?;
         write!(f, "cache {cache:.1}, memory {memory:.1}; {} tiles compared", self.compared)
     }
@@ -167,46 +171,96 @@ fn unroll(spec: &MatmulSpec, inner: Inner) -> u32 {
 }
 
 /// What `tile` takes for `spec` with as many rows as the class is meant for.
+///
+/// A port model: per vector of 32-bit lanes and four k, `products` instructions use the multipliers, and so do, in part,
+/// those that prepare an operand, which all rows of the tile share. All instructions together share the issue slots.
+/// Figures are cycles of one full-width multiplier, fitted to timed tiles of every kind on a Zen 4 core: tiles worth
+/// choosing come out within a few hundredths of what they take, those with few sums too well.
 pub fn cost(spec: &MatmulSpec, tile: &CpuTile, cpu: &CpuDesc) -> Cost {
     let inner = inner(spec, cpu);
-    let layout = Layout::of(spec);
     let lanes = f64::from(cpu.vector_bits / 32);
     let (mr, nr) = (f64::from(tile.mr), f64::from(tile.nr));
     let group = f64::from(spec.w.group);
-    let four_bit = spec.w.code.bits() == 4;
-    // Instructions per vector of four-byte lanes and four k: products and what prepares them.
-    let (products, prepare, shared) = match inner {
-        Inner::Int(Dot::Vnni) => (1.0, if four_bit { 1.5 } else { 0.5 }, 0.5),
-        Inner::Int(Dot::Maddubs) => (1.5, 1.5, 0.5),
-        Inner::Int(Dot::Widening) => (2.0, if four_bit { 3.0 } else { 2.0 }, 3.0),
-        Inner::Bf16 => (2.0, if spec.w.code.bits() < 16 { 4.0 } else { 0.0 }, 1.0),
-        Inner::Float => (4.0, if spec.w.code.bits() < 16 { 12.0 } else { 6.0 }, 4.0),
+    let (products, shared) = match inner {
+        Inner::Int(Dot::Vnni) => (1.0, 0.5),
+        Inner::Int(Dot::Maddubs) => (2.0, 0.5),
+        Inner::Int(Dot::Widening) => (4.0, 3.0),
+        Inner::Bf16 => (2.0, 1.0),
+        Inner::Float => (4.0, 4.0),
     };
+    let (prepare, instructions) = prepare(spec, inner, tile);
     // The wide multiplier of the best dot is also the one of f32.
-    let rate = f64::from(cpu.f32_mac_per_cycle) / lanes;
-    // At the end of a group: conversion and scaling of a sum, which overlap in part, and the product of its zero
+    let rate = (f64::from(cpu.f32_mac_per_cycle) / lanes).max(1.0);
+    // At the end of a group: the scaling of a sum, beside which its conversion is hidden, and the product of its zero
     // point. Where sums of groups and sums of sums do not fit side by side, the latter go to memory and back.
     let zero = if spec.w.zero == Zero::Asym && matches!(inner, Inner::Int(_)) { 0.7 } else { 0.0 };
     let waits = registers(spec, inner, tile.mr, tile.nr) + tile.mr * tile.nr > cpu.vector_regs;
-    let extra = 1.3 + zero + if waits { 0.35 } else { 0.0 };
+    let extra = 1.0 + zero + if waits { 0.35 } else { 0.0 };
     let quads = (group / 4.0).max(1.0);
     let macs = mr * nr * lanes * 4.0 * quads;
-    let mut multiply = mr * nr * (products * quads + extra) / rate.max(1.0);
-    if inner == Inner::Bf16 {
-        // Conversions share the multiplier's ports in part, and it takes eight sums at a time to keep it busy.
-        multiply = (multiply + 0.5 * nr * prepare * quads) * (8.0 / (mr * nr)).max(1.0);
+    let mut multiply = mr * nr * (products * quads + extra) + nr * prepare * quads;
+    // A multiplier is busy with eight sums of bf16 at a time, and with four others.
+    let chains = if inner == Inner::Bf16 { 8.0 } else { 4.0 };
+    multiply *= (chains * rate / (mr * nr)).max(1.0) / rate;
+    // Rows of f32 lie a power of two apart as often as not: more of them than a cache set has places push each other out.
+    if spec.a == AFmt::F32 && tile.mr > 8 {
+        multiply *= 1.25;
     }
-    let issue = (mr * nr * (products * quads + extra) + nr * prepare * quads + mr * shared * quads) / 3.0;
+    let issue =
+        (mr * nr * (products * quads + extra) + nr * instructions * quads + mr * shared * quads) / 3.0;
     let bytes = nr * lanes * (quads * 4.0 * f64::from(spec.w.code.bits()) / 8.0 + 4.0);
-    let rows = f64::from(spec.m.max.min(256));
-    let weight_bytes = layout.bytes() as f64 / (f64::from(spec.n) * f64::from(spec.k));
+    // A strip of a panel reads parts of every line of steps: prefetchers lose track, and memory comes much slower.
+    let stray = if tile.nr < panel_vectors(cpu) { STRAY } else { 1.0 };
     let per = 1000.0 / macs;
     Cost {
         multiply: multiply * per,
         issue: issue * per,
         cache: bytes / 28.0 * per,
-        memory: weight_bytes / f64::from(cpu.stream_bytes_per_cycle) * 1000.0 / rows,
+        memory: memory(spec, cpu) * stray,
+        first: (mr / rows(spec)).min(1.0),
     }
+}
+
+/// What it takes to make four operands of one vector: cycles of a multiplier, and instructions.
+fn prepare(spec: &MatmulSpec, inner: Inner, tile: &CpuTile) -> (f64, f64) {
+    let four_bit = spec.w.code.bits() == 4;
+    let (cycles, instructions) = match (inner, spec.w.code) {
+        (Inner::Int(Dot::Vnni), Code::U4) => (0.24, 1.5),
+        (Inner::Int(Dot::Vnni), _) => (0.2, 0.5),
+        (Inner::Int(Dot::Maddubs), _) => (0.3, 1.5),
+        (Inner::Int(Dot::Widening), _) => (0.5, if four_bit { 3.0 } else { 2.0 }),
+        (Inner::Bf16, Code::U4 | Code::Lut4) => (1.0, 4.0),
+        (Inner::Bf16, Code::U8) => (4.0, 4.0),
+        (Inner::Bf16, Code::E4m3 | Code::E5m2) => (2.8, 4.0),
+        (Inner::Bf16, _) => (0.4, 0.0),
+        (Inner::Float, Code::U4 | Code::Lut4) => (1.9, 12.0),
+        (Inner::Float, Code::U8) => (3.4, 12.0),
+        (Inner::Float, Code::E4m3 | Code::E5m2) => (5.2, 12.0),
+        (Inner::Float, Code::F16 | Code::Bf16) => (1.7, 6.0),
+        (Inner::Float, Code::F32) => (0.7, 6.0),
+    };
+    // One vector of columns takes its activations straight from memory; two have a broadcast each for few products.
+    let spread = match (inner, tile.nr) {
+        (Inner::Int(_), _) => 1.0,
+        (_, 1) => 0.7,
+        (_, 2) => 2.2,
+        _ => 1.0,
+    };
+    (cycles * spread, instructions)
+}
+
+/// How much slower memory comes when only a strip of each panel is read at a time.
+const STRAY: f64 = 3.0;
+
+/// Rows that a call of `spec` is taken to have.
+fn rows(spec: &MatmulSpec) -> f64 {
+    f64::from(spec.m.max.min(256))
+}
+
+/// Cycles per 1000 multiply-adds to read the weights from memory, once for all rows.
+fn memory(spec: &MatmulSpec, cpu: &CpuDesc) -> f64 {
+    let bytes = Layout::of(spec).bytes() as f64 / (f64::from(spec.n) * f64::from(spec.k));
+    bytes / f64::from(cpu.stream_bytes_per_cycle) * 1000.0 / rows(spec)
 }
 
 /// Cycles per 1000 multiply-adds on a core that does nothing but the products of `spec`, at the target's best rate.
@@ -222,7 +276,7 @@ pub fn ideal(spec: &MatmulSpec, cpu: &CpuDesc) -> f64 {
 /// The part of its limit that a tile of this cost is expected to reach: products at the target's best rate, or reading
 /// the weights, whatever takes longer.
 pub fn expected(spec: &MatmulSpec, cost: &Cost, cpu: &CpuDesc) -> f64 {
-    ideal(spec, cpu).max(cost.memory) / cost.total()
+    ideal(spec, cpu).max(memory(spec, cpu)) / cost.total()
 }
 
 /// Whether a call of `spec` has so few rows that they are one tile: then the weights come by once.
@@ -243,8 +297,7 @@ fn by_cost(spec: &MatmulSpec, cpu: &CpuDesc, tiles: &[CpuTile], height: Option<u
     let mut all: Vec<(Cost, CpuTile)> = fitting.map(|t| (cost(spec, t, cpu), *t)).collect();
     all.sort_by_key(|(c, t)| {
         // Differences below a hundredth say nothing; then more results per load win.
-        let ports = c.multiply.max(c.issue).max(c.cache);
-        ((ports.ln() * 100.0).round() as i64, Reverse(t.mr * t.nr), t.mr)
+        ((c.total().ln() * 100.0).round() as i64, Reverse(t.mr * t.nr), t.mr)
     });
     all
 }
