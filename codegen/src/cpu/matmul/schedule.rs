@@ -162,8 +162,11 @@ fn unroll(spec: &MatmulSpec, inner: Inner) -> u32 {
     match inner {
         // Two steps of `vpmaddubsw` share one widening.
         Inner::Int(Dot::Maddubs) => 2,
-        // A whole group of 32, so that none has a loop of a few turns.
-        Inner::Int(Dot::Vnni) => 4,
+        // Loops of two or three turns run at two thirds of the speed: short groups have none.
+        Inner::Int(Dot::Vnni) => match spec.w.group.div_ceil(Layout::of(spec).step_k()) {
+            steps @ 1..=8 => steps,
+            _ => 4,
+        },
         Inner::Int(Dot::Widening) => 1,
         Inner::Bf16 | Inner::Float if spec.w.code.bits() >= 16 => 4,
         Inner::Bf16 | Inner::Float => 1,
