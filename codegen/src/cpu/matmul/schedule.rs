@@ -152,8 +152,8 @@ fn registers(spec: &MatmulSpec, inner: Inner, mr: u32, nr: u32) -> u32 {
             };
             sums + nr + codes + u32::from(nr > 1)
         }
-        // One operand, its table or constants, codes of the vectors, a broadcast a row.
-        Inner::Float => sums + nr + 2 + if spec.w.code.bits() < 16 { 1 } else { 0 },
+        // One operand and the next, the broadcasts of all rows, and codes of the vectors with a table or a constant.
+        Inner::Float => sums + mr + 2 + if spec.w.code.bits() < 16 { nr + 1 } else { 0 },
     }
 }
 
@@ -185,7 +185,8 @@ pub fn cost(spec: &MatmulSpec, tile: &CpuTile, cpu: &CpuDesc) -> Cost {
     let (mr, nr) = (f64::from(tile.mr), f64::from(tile.nr));
     let group = f64::from(spec.w.group);
     let (products, shared) = match inner {
-        Inner::Int(Dot::Vnni) => (1.0, 0.5),
+        // Beside each product a load: of activations, of which a narrow tile needs one for every product or two.
+        Inner::Int(Dot::Vnni) => (1.015 + [0.055, 0.012, 0.0][(tile.nr as usize - 1).min(2)], 0.5),
         Inner::Int(Dot::Maddubs) => (2.0, 0.5),
         Inner::Int(Dot::Widening) => (4.0, 3.0),
         Inner::Bf16 => (2.0, 1.0),
@@ -198,7 +199,7 @@ pub fn cost(spec: &MatmulSpec, tile: &CpuTile, cpu: &CpuDesc) -> Cost {
     // point. Where sums of groups and sums of sums do not fit side by side, the latter go to memory and back.
     let zero = if spec.w.zero == Zero::Asym && matches!(inner, Inner::Int(_)) { 0.7 } else { 0.0 };
     let waits = registers(spec, inner, tile.mr, tile.nr) + tile.mr * tile.nr > cpu.vector_regs;
-    let extra = 1.0 + zero + if waits { 0.35 } else { 0.0 };
+    let extra = 1.0 + zero + if waits { 0.5 } else { 0.0 };
     let quads = (group / 4.0).max(1.0);
     let macs = mr * nr * lanes * 4.0 * quads;
     let mut multiply = mr * nr * (products * quads + extra) + nr * prepare * quads;
@@ -206,8 +207,9 @@ pub fn cost(spec: &MatmulSpec, tile: &CpuTile, cpu: &CpuDesc) -> Cost {
     let chains = if inner == Inner::Bf16 { 8.0 } else { 4.0 };
     multiply *= (chains * rate / (mr * nr)).max(1.0) / rate;
     // Rows of f32 lie a power of two apart as often as not: more of them than a cache set has places push each other out.
-    if spec.a == AFmt::F32 && tile.mr > 8 {
-        multiply *= 1.25;
+    // Rows of bytes are kept off such distances, which helps most of the time.
+    if tile.mr > 8 && spec.a != AFmt::Bf16 {
+        multiply *= if spec.a == AFmt::F32 { 1.25 } else { 1.04 };
     }
     let issue =
         (mr * nr * (products * quads + extra) + nr * instructions * quads + mr * shared * quads) / 3.0;
@@ -228,8 +230,8 @@ pub fn cost(spec: &MatmulSpec, tile: &CpuTile, cpu: &CpuDesc) -> Cost {
 fn prepare(spec: &MatmulSpec, inner: Inner, tile: &CpuTile) -> (f64, f64) {
     let four_bit = spec.w.code.bits() == 4;
     let (cycles, instructions) = match (inner, spec.w.code) {
-        (Inner::Int(Dot::Vnni), Code::U4) => (0.24, 1.5),
-        (Inner::Int(Dot::Vnni), _) => (0.2, 0.5),
+        (Inner::Int(Dot::Vnni), Code::U4) => (0.08, 1.5),
+        (Inner::Int(Dot::Vnni), _) => (0.03, 0.5),
         (Inner::Int(Dot::Maddubs), _) => (0.3, 1.5),
         (Inner::Int(Dot::Widening), _) => (0.5, if four_bit { 3.0 } else { 2.0 }),
         (Inner::Bf16, Code::U4 | Code::Lut4) => (1.0, 4.0),
