@@ -528,10 +528,9 @@ fn manual_pages_exist_for_every_entry() {
 #[test]
 fn bench_splits_its_steps() {
     let call = "bench {} --prompt-tokens 8 --gen-tokens 4 --batch 2 --repeat 2 --threads 1 --profile";
-    let mut call = args(call, &[&decoder().path]);
+    let call = args(call, &[&decoder().path]);
     let text = ok(&call);
     assert!(text.contains("prefill: ") && text.contains("waiting at barriers"), "{text}");
-    call.push("--json".into());
     let speed = json(call);
     for (phase, steps, tokens) in [("prefill", 4.0, 8.0), ("decode", 8.0, 2.0)] {
         let phase = &speed["profile"][phase];
@@ -552,7 +551,7 @@ fn tuning_is_an_input_of_its_own() {
     let table = folder().join("tuning.json");
     let _ = std::fs::remove_file(&table);
     let engine = decoder().path;
-    let call = "tune {} --shape bf16:int4:g32:70x96 --out {} --rounds 1 --count 2 --json";
+    let call = "tune {} --shape bf16:int4:g32:70x96 --out {} --rounds 1 --count 2";
     let first = json(args(call, &[&engine, &table]));
     has_keys(&first, &["target", "cpu", "measured", "entries", "seconds"]);
     let measured = first["measured"].as_array().expect("a list");
@@ -564,9 +563,9 @@ fn tuning_is_an_input_of_its_own() {
     assert_eq!(std::fs::read_to_string(&table).expect("it was written"), text);
 
     let out = folder().join("tuned");
-    let call = "compile {} --target host --preset w8a8 -o {} --store {} --tuning {} --agreement 4 --json";
+    let call = "compile {} --target host --preset w8a8 -o {} --store {} --tuning {} --agreement 4";
     json(args(call, &[&tales(), &out, &common::store(), &table]));
-    let facts = &json(args("inspect {} --json", &[&out]))["facts"];
+    let facts = &json(args("inspect {}", &[&out]))["facts"];
     assert_eq!(facts["tuning"], blake3::hash(text.as_bytes()).to_hex().as_str());
     let explained = ok(args("explain {}", &[&out]));
     assert!(explained.contains("measured") && explained.contains("of the limit"), "{explained}");
