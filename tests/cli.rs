@@ -166,6 +166,33 @@ fn compile_tells_one_object() {
 }
 
 #[test]
+fn caches_are_stored_as_asked() {
+    let bytes = |format: &str| {
+        let built = Recipe::preset(tales(), "f32").with(&["--kv-cache", format, "--agreement", "0"]).built();
+        let pipeline = built.summary["pipeline"].as_str().expect("a text").to_owned();
+        let states = built.open().manifest().state_bytes(1).expect("they fit");
+        (pipeline, states)
+    };
+    let (_, float) = bytes("f32");
+    for (format, pass, share) in [
+        ("bf16", "cast-cache{to=bf16}", 0.5),
+        ("int8", "quantize-cache{format=int8}", 0.25),
+        ("fp8", "quantize-cache{format=e4m3}", 0.25),
+    ] {
+        let (pipeline, states) = bytes(format);
+        assert!(pipeline.starts_with(pass), "{pipeline}");
+        // Beside the numbers of a head lies one scale.
+        let most = share + if share < 0.5 { 0.07 } else { 0.0 };
+        let got = states as f64 / float as f64;
+        assert!((share..=most).contains(&got), "{format}: {got}");
+    }
+    let mut wrong = args("compile {} --target host --preset f32 --kv-cache int4 -o never", &[&tales()]);
+    wrong.extend(["--store".into(), common::store().into()]);
+    let err = refused(wrong, 1);
+    assert!(err.contains("cache of `int4` has no kernels") && err.contains("int8 or fp8"), "{err}");
+}
+
+#[test]
 fn run_tells_text_on_stdout_and_the_rest_on_stderr() {
     let engine = decoder().path;
     let prompt = [OsString::from("--prompt"), "Once upon a time".into()];

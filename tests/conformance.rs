@@ -362,10 +362,10 @@ fn elementwise_and_norms() {
     conforms(&cases.finish(), "", 3e-6);
 }
 
-#[test]
-fn attention_and_rope() {
+/// Attention with rotations, over states and over the rows of the call, for query heads, key heads and widths.
+fn attention(shapes: &[(u64, u64, u64)]) -> Module {
     let mut cases = Cases::new(10);
-    for (heads, kv, d) in [(1, 1, 8), (4, 2, 16), (3, 3, 20), (8, 2, 64), (6, 1, 5)] {
+    for &(heads, kv, d) in shapes {
         for window in [0, 6] {
             for causal in [true, false] {
                 if !causal && window > 0 {
@@ -411,5 +411,21 @@ fn attention_and_rope() {
             }
         }
     }
-    conforms(&cases.finish(), "pack-weights", 5e-6);
+    cases.finish()
+}
+
+#[test]
+fn attention_and_rope() {
+    let module = attention(&[(1, 1, 8), (4, 2, 16), (3, 3, 20), (8, 2, 64), (6, 1, 5)]);
+    conforms(&module, "pack-weights", 5e-6);
+}
+
+#[test]
+fn attention_over_caches_of_codes() {
+    // A number that differs in the last place may be stored as the next code: 1/127 of the largest of its head, or 1/8 of
+    // itself.
+    let module = attention(&[(3, 3, 20), (8, 2, 64)]);
+    for format in ["int8", "e4m3"] {
+        conforms(&module, &format!("quantize-cache{{format={format}}}, pack-weights"), 5e-3);
+    }
 }

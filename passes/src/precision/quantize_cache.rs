@@ -15,13 +15,22 @@ pass! {
     /// 8 bits takes a quarter of the memory and traffic of one in f32.
     ///
     /// ```qir before
-    /// %k = cache_append @k, %new
+    /// state @k : tensor<8x2x4xf32>
+    /// state @v : tensor<8x2x4xf32>
+    /// %k = cache_append @k, %x
+    /// %v = cache_append @v, %x
+    /// %y = attention %x, %k, %v {scale=0.5}
     /// ```
     /// ```qir after
-    /// %s = dynamic_scale %new
-    /// %q = quantize %new, %s
-    /// %k = cache_append @k, %q
-    /// %k.scale = cache_append @k.scale, %s
+    /// %ks = dynamic_scale %x
+    /// %kq = quantize %x, %ks
+    /// %k = cache_append @k, %kq
+    /// %k.scale = cache_append @k.scale, %ks
+    /// %vs = dynamic_scale %x
+    /// %vq = quantize %x, %vs
+    /// %v = cache_append @v, %vq
+    /// %v.scale = cache_append @v.scale, %vs
+    /// %y = attention %x, %k, %v, %k.scale, %v.scale {scale=0.5}
     /// ```
     "quantize-cache" => pub struct QuantizeCache {
         /// The format of the codes.
