@@ -111,6 +111,68 @@ fn scales_that_are_not_those_of_the_codes_are_refused() {
     assert!(refused("", narrow).contains("quantizing to"), "{}", refused("", narrow));
 }
 
+/// Caches of codes, and the rows that go into them.
+const CODES: &str = "state @kq : tensor<64x2x2x!q<int8:f32 token>>\nstate @vq : tensor<64x2x2x!q<int8:f32 token>>\n\
+                     state @ks : tensor<64x2x1xf32>\nstate @vs : tensor<64x2x1xf32>";
+const CODED: &str = "%h = reshape %x {shape=?tx2x2}\n%s = dynamic_scale %h\n%c = quantize %h, %s\n";
+
+#[test]
+fn scales_go_into_the_state_that_attention_reads_beside_the_codes() {
+    // Keys and values are the same rows, rounded once.
+    let body = format!(
+        "{CODED}%ks = cache_append @ks, %s\n%k = cache_append @kq, %c\n%v = cache_append @vq, %c\n\
+         %vs = cache_append @vs, %s\n%a = attention %h, %k, %v, %ks, %vs\n%y = reshape %a {{shape=?tx4}}"
+    );
+    let module = lowered(&decoder(CODES, &body));
+    let state = |name: &str| {
+        let index = module.states.iter().position(|(n, _)| n == name).expect("the state is there");
+        Ref::state(index as u32)
+    };
+    let launches = &module.programs[0].1;
+    let of = |name: &str| launches.iter().find(|l| l.name == name).expect("it is launched");
+    assert_eq!(of("main.k").args[3..], [state("kq"), state("ks")]);
+    assert_eq!(of("main.v").args[3..], [state("vq"), state("vs")]);
+    let attention = &of("main.a").args;
+    assert_eq!(
+        (&attention[1..3], &attention[5..7]),
+        (&[state("kq"), state("vq")][..], &[state("ks"), state("vs")][..])
+    );
+    assert!(!launches.iter().any(|l| ["main.s", "main.c", "main.ks", "main.vs"].contains(&l.name.as_str())));
+    // Two heads of two codes take a row of sixteen each.
+    let bytes = |name: &str| module.states.iter().find(|(n, _)| n == name).map(|(_, bytes)| *bytes);
+    assert_eq!((bytes("kq"), bytes("ks")), (Some(32), Some(8)));
+}
+
+#[test]
+fn caches_of_codes_that_no_kernel_fills_are_refused() {
+    let attention = "%a = attention %h, %k, %v, %ks, %vs\n%y = reshape %a {shape=?tx4}";
+    // Scales of other rows.
+    let other = format!(
+        "{CODED}%z = add %h, %h\n%zs = dynamic_scale %z\n%zc = quantize %z, %zs\n%ks = cache_append @ks, %zs\n\
+         %k = cache_append @kq, %c\n%v = cache_append @vq, %zc\n%vs = cache_append @vs, %s\n{attention}"
+    );
+    assert!(refused(CODES, &other).contains("scales attention does not read"), "{}", refused(CODES, &other));
+    // The same state as keys and as values.
+    let both = format!(
+        "{CODED}%ks = cache_append @ks, %s\n%k = cache_append @kq, %c\n\
+         %a = attention %h, %k, %k, %ks, %ks\n%y = reshape %a {{shape=?tx4}}"
+    );
+    assert!(refused(CODES, &both).contains("by more than keys"), "{}", refused(CODES, &both));
+    // Codes of this call, which lie in no cache.
+    let direct = format!("{CODED}%a = attention %h, %c, %c, %s, %s\n%y = reshape %a {{shape=?tx4}}");
+    assert!(try_lower(&decoder("", &direct)).is_err());
+    // Codes of fewer bits.
+    let narrow = CODES.replace("int8", "int4");
+    let body = CODED
+        .replace("%h\n%c", "%h {to=!q<int4:f32 token>}\n%c")
+        .replace("%h, %s\n", "%h, %s {to=!q<int4:f32 token>}\n");
+    let body = format!(
+        "{body}%ks = cache_append @ks, %s\n%k = cache_append @kq, %c\n%v = cache_append @vq, %c\n\
+         %vs = cache_append @vs, %s\n{attention}"
+    );
+    assert!(refused(&narrow, &body).contains("a cache of type"), "{}", refused(&narrow, &body));
+}
+
 #[test]
 fn rows_that_a_kernel_would_miscount_are_refused() {
     let heads = "%h = reshape %x {shape=?tx2x2}\n";
