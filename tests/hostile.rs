@@ -381,7 +381,15 @@ fn open(dir: &Path) -> quantc_runtime::Result<Engine> {
 #[test]
 fn damaged_engine_files() {
     let good = Recipe::preset(models("tiny-qwen2"), "w8a8").built().path;
-    for file in ["manifest.pb", "kernels.o", "weights.bin", "tokenizer.json", "tokenizer.bin", "report.json", "pipeline.txt"] {
+    for file in [
+        "manifest.pb",
+        "kernels.o",
+        "weights.bin",
+        "tokenizer.json",
+        "tokenizer.bin",
+        "report.json",
+        "pipeline.txt",
+    ] {
         let dir = folder().join(format!("damaged-{file}"));
         copy_folder(&good, &dir);
         let path = dir.join(file);
