@@ -23,4 +23,4 @@ lint:
 
 bench: deps
 	$(CARGO) bench --bench models
-	$(CARGO) run --release -p quantc-codegen --example kernel_speed
+	$(CARGO) bench --bench kernels

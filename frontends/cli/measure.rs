@@ -248,7 +248,7 @@ mod tests {
     #[test]
     fn memory_is_on_a_border_and_filled() {
         let memory = Memory::filled(5000, |i| i as u8).expect("a few pages are there");
-        assert!(memory.ptr() as usize % Memory::HUGE == 0);
+        assert!((memory.ptr() as usize).is_multiple_of(Memory::HUGE));
         // SAFETY: the mapping has more than 5000 bytes.
         let last = unsafe { *memory.ptr().add(4999) };
         assert_eq!(last, 4999u32 as u8);
