@@ -42,8 +42,8 @@ pub struct Cost {
     pub cache: f64,
     /// Weights from memory, which all rows of the call share.
     pub memory: f64,
-    /// The part of the call's rows that the first tile has: memory is waited for while they are computed. All others find
-    /// the weights in a cache.
+    /// The part of the call's rows that are computed while memory is waited for: those of the first tile, or none when
+    /// the weights do not come ahead of their use. All others find the weights in a cache.
     pub first: f64,
 }
 
@@ -214,15 +214,16 @@ pub fn cost(spec: &MatmulSpec, tile: &CpuTile, cpu: &CpuDesc) -> Cost {
     let issue =
         (mr * nr * (products * quads + extra) + nr * instructions * quads + mr * shared * quads) / 3.0;
     let bytes = nr * lanes * (quads * 4.0 * f64::from(spec.w.code.bits()) / 8.0 + 4.0);
-    // A strip of a panel reads parts of every line of steps: prefetchers lose track, and memory comes much slower.
-    let stray = if tile.nr < panel_vectors(cpu) { STRAY } else { 1.0 };
+    // A strip of a panel reads a part of every step: prefetchers lose track, so that memory comes much slower, and only
+    // when it is asked for.
+    let strays = tile.nr < panel_vectors(cpu);
     let per = 1000.0 / macs;
     Cost {
         multiply: multiply * per,
         issue: issue * per,
         cache: bytes / 28.0 * per,
-        memory: memory(spec, cpu) * stray,
-        first: (mr / rows(spec)).min(1.0),
+        memory: memory(spec, cpu) * if strays { STRAY } else { 1.0 },
+        first: if strays { 0.0 } else { (mr / rows(spec)).min(1.0) },
     }
 }
 
@@ -255,7 +256,7 @@ fn prepare(spec: &MatmulSpec, inner: Inner, tile: &CpuTile) -> (f64, f64) {
 }
 
 /// How much slower memory comes when only a strip of each panel is read at a time.
-const STRAY: f64 = 3.0;
+const STRAY: f64 = 2.7;
 
 /// Rows that a call of `spec` is taken to have.
 fn rows(spec: &MatmulSpec) -> f64 {
@@ -383,6 +384,15 @@ mod tests {
                 assert!(plan.cost.total() > 0.0);
                 assert_eq!(plan, schedule(&spec, &target.cpu));
             }
+        }
+    }
+
+    #[test]
+    fn few_rows_stream_whole_panels() {
+        let cpu = &crate::targets::lookup("cpu-avx512vnni").expect("a known target").cpu;
+        for spec in specs().iter().filter(|s| s.m.max <= 16 && s.a == AFmt::I8Token) {
+            let first = schedule(spec, cpu).tiles[0];
+            assert_eq!(first.nr, panel_vectors(cpu), "{spec:?}");
         }
     }
 
