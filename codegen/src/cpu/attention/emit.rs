@@ -795,7 +795,8 @@ pub(super) fn exp2<'c>(l: &mut Vectors<'_, '_, 'c>, x: Val<'c>) -> Val<'c> {
     let shifted = l.add(x, magic);
     let n = l.sub(shifted, magic);
     let r = l.sub(x, n);
-    let y = l.poly(r, &[1.0, 0.693_147, 0.240_222_42, 0.055_507_336, 0.009_671_513, 0.001_326_472_7]);
+    let ln_2 = std::f32::consts::LN_2;
+    let y = l.poly(r, &[1.0, ln_2, 0.240_222_83, 0.055_505_585, 0.009_669_691, 0.001_330_060_5]);
     // n is added to the exponent: shifted by 23 the low bits of the sum are n, and the constant has vanished.
     let (b, lanes) = (l.b, l.lanes);
     let exponent = b.shl(b.bitcast(shifted, Elem::I32, lanes), b.i32(lanes, 23));
