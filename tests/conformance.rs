@@ -233,14 +233,15 @@ const FLOAT_FORMATS: &[(&str, &str)] = &[
 /// Shapes `(n, k)`: below, at and beside a panel, with groups that do not divide k.
 const SHAPES: &[(u64, u64)] = &[(1, 8), (3, 17), (65, 100), (64, 172), (130, 43)];
 
-fn quantized(activations: bool, formats: &[(&str, &str)], shape: (u64, u64)) -> (Module, String) {
+/// Products with weights of these formats; `activations` is the pass that rounds their rows.
+fn quantized(activations: &str, formats: &[(&str, &str)], shape: (u64, u64)) -> (Module, String) {
     let mut cases = Cases::new(shape.0 * 1000 + shape.1);
     let mut text = String::from("layers(");
     for (name, options) in formats {
         cases.matmul(name, Float::F32, shape.0, shape.1);
         text += &format!("round-to-nearest{{{options}, layers=[{name}]}}, ");
     }
-    text += if activations { "quantize-activations{format=int8}, " } else { "" };
+    text += activations;
     (cases.finish(), text + "fuse-dequant-matmul, fuse-epilogue), pack-weights")
 }
 
@@ -248,7 +249,7 @@ fn quantized(activations: bool, formats: &[(&str, &str)], shape: (u64, u64)) -> 
 fn quantized_weights_and_float_activations() {
     let formats: Vec<_> = FORMATS.iter().chain(FLOAT_FORMATS).copied().collect();
     for &shape in SHAPES {
-        let (module, text) = quantized(false, &formats, shape);
+        let (module, text) = quantized("", &formats, shape);
         conforms(&module, &text, 2e-6);
     }
 }
@@ -256,9 +257,43 @@ fn quantized_weights_and_float_activations() {
 #[test]
 fn quantized_weights_and_int8_activations() {
     for &shape in SHAPES {
-        let (module, text) = quantized(true, FORMATS, shape);
+        let (module, text) = quantized("quantize-activations{format=int8}, ", FORMATS, shape);
         conforms(&module, &text, 2e-6);
     }
+}
+
+#[test]
+fn quantized_weights_and_bf16_activations() {
+    let formats: Vec<_> = FORMATS.iter().chain(FLOAT_FORMATS).copied().collect();
+    for &shape in SHAPES {
+        let (module, text) = quantized("cast-activations{to=bf16}, ", &formats, shape);
+        conforms(&module, &text, 2e-6);
+    }
+}
+
+/// Rows that are rounded to bf16 by the kernel that makes them, a norm or a product, and beside another reader of them.
+#[test]
+fn rows_are_rounded_to_bf16_where_they_are_computed_and_kept_where_they_are_read() {
+    let mut cases = Cases::new(12);
+    for (name, shared) in [("alone", false), ("shared", true)] {
+        cases.case(name, 43, |cx, g, x| {
+            let matrix = |cx: &mut Cases, g: &mut Graph, part: &str| {
+                let (w, ty) = cx.weight(&format!("{name}.{part}"), Float::F32, &[43, 43], 0.5);
+                g.weight(w, &ty)
+            };
+            let (up, down) = (matrix(cx, g, "up"), matrix(cx, g, "down"));
+            let n = g.append(ops::RmsNorm::default(), &[x], None)?;
+            let h = g.append(ops::MatMul::default(), &[n, up], None)?;
+            let h = g.append(ops::Silu::default(), &[h], None)?;
+            let y = g.append(ops::MatMul::default(), &[h, down], None)?;
+            let rest = if shared { g.append(ops::Add::default(), &[n, h], None)? } else { x };
+            g.append(ops::Add::default(), &[y, rest], None)
+        });
+    }
+    let text = "layers(round-to-nearest{format=int8, group=row}, cast-activations, fuse-dequant-matmul, \
+                fuse-epilogue), pack-weights";
+    // A sum that differs in the last place may be rounded to the next bf16 number.
+    conforms(&cases.finish(), text, 2e-3);
 }
 
 /// A norm that is rounded for a product, alone and beside another reader of the same rows.
@@ -287,7 +322,9 @@ fn float_weights() {
         cases.matmul(&format!("bf16_{i}"), Float::Bf16, n, k);
         cases.matmul(&format!("f16_{i}"), Float::F16, n, k);
     }
-    conforms(&cases.finish(), "pack-weights", 2e-6);
+    let module = cases.finish();
+    conforms(&module, "pack-weights", 2e-6);
+    conforms(&module, "layers(cast-activations{to=bf16}), pack-weights", 2e-6);
 }
 
 #[test]

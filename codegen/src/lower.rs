@@ -14,9 +14,9 @@ use crate::cpu::cache::{CODE_COLUMNS, CacheAppendSpec, CacheTy, Role};
 use crate::cpu::gather::GatherSpec;
 use crate::cpu::rope::{RopeSpec, RopeStyle, RopeTableSpec};
 use crate::cpu::row::{RowCount, RowSpec};
-use crate::eexpr::{BinaryOp, EExpr, F32, MemTy, NodeId, UnaryOp};
+use crate::eexpr::{BinaryOp, EExpr, F32, MemTy, NodeId, OutputKind, UnaryOp};
 use crate::schedule::{self, Buffer};
-use crate::spec::{AFmt, KernelSpec, MRange, MatmulSpec, Rows};
+use crate::spec::{AFmt, KernelSpec, MRange, MatmulSpec, Rows, bf16_row_stride};
 use quantc_ir::diag::{Diag, Loc, Result};
 use quantc_ir::entity::{StateId, ValueId, WeightId};
 use quantc_ir::formats;
@@ -571,6 +571,7 @@ impl Lowering<'_> {
             }
             // Rows are rounded on their way into the cache.
             Op::Cast(_) | Op::Quantize(_) if only_feeds_caches(graph, node) => Ok(get(0)?.val.clone()),
+            Op::Cast(_) if only_feeds_products(graph, node) => self.round_rows(&name, graph, node, get(0)?),
             Op::Cast(_) => {
                 let x = get(0)?;
                 let at = extent(x.ty)?;
@@ -788,6 +789,54 @@ impl Lowering<'_> {
         self.row(name, spec, &[a.val.place, b.val.place], at, out)
     }
 
+    /// Rounds rows to bf16, as far apart as products read them: where they are made, when that kernel does nothing else
+    /// with them, or in a launch of its own.
+    fn round_rows(&mut self, name: &str, graph: &Graph, node: &Node, x: Operand<'_>) -> Result<Val> {
+        if read_only_by(graph, node.args[0], node)
+            && let Some(place) = self.round_while_computing(x)?
+        {
+            return Ok(Val::plain(place));
+        }
+        Ok(Val::plain(self.bf16_rows(name, x)?))
+    }
+
+    /// A copy of rows as bf16, as far apart as products read them.
+    fn bf16_rows(&mut self, name: &str, x: Operand<'_>) -> Result<Place> {
+        let at = extent(x.ty)?;
+        let at = Extent { per: 1, cols: at.width(), ..at };
+        let stride = bf16_row_stride(at.cols);
+        let spec = RowSpec::copy(at.cols, mem(x.ty)?, at.cols, 0, MemTy::Bf16, stride);
+        let place = self.buffer_of(at.rows, 2 * u64::from(stride));
+        let spec = KernelSpec::Row(spec.with_rows(at.count()));
+        self.launch(name, spec, &[x.val.place], &[place], at.items());
+        Ok(place)
+    }
+
+    /// Lets the kernel that makes `x` store it as bf16 and as nothing else, when it is one that can. The same f32 numbers
+    /// are rounded as in a launch of its own.
+    fn round_while_computing(&mut self, x: Operand<'_>) -> Result<Option<Place>> {
+        let cols = extent(x.ty)?.width();
+        let made = self.steps.iter().position(|s| s.writes == [x.val.place] && s.tap.is_none());
+        let Some(made) = made else { return Ok(None) };
+        let (rows, body) = match &mut self.steps[made].spec {
+            KernelSpec::Row(row) if row.rows.per == 1 && row.cols == cols => (row.rows.sym, &mut row.body),
+            KernelSpec::Matmul(m) if m.n == cols => (m.rows, &mut m.epilogue),
+            _ => return Ok(None),
+        };
+        let [output] = &mut body.outputs[..] else { return Ok(None) };
+        let plain = OutputKind::Elem { stride: cols, zero_pad: 0 };
+        if output.ty != MemTy::F32 || output.kind != plain {
+            return Ok(None);
+        }
+        let stride = bf16_row_stride(cols);
+        (output.ty, output.kind) = (MemTy::Bf16, OutputKind::Elem { stride, zero_pad: 0 });
+        let place = self.buffer_of(rows, 2 * u64::from(stride));
+        let step = &mut self.steps[made];
+        step.args.iter_mut().filter(|p| **p == x.val.place).for_each(|p| *p = place);
+        step.writes = vec![place];
+        Ok(Some(place))
+    }
+
     /// Quantizes rows together with the sums that the matmuls reading them want.
     fn quantize(&mut self, name: &str, graph: &Graph, node: &Node, x: Operand<'_>) -> Result<Val> {
         let scale = graph.def(node.args[1]).filter(|(_, n)| {
@@ -909,6 +958,12 @@ impl Lowering<'_> {
         let mut reads = vec![x.val.place];
         let a = match x.val.scale {
             None if x.ty.elem == ElemTy::F32 => AFmt::F32,
+            None if x.ty.elem == ElemTy::Bf16 => {
+                if !graph.def(node.args[0]).is_some_and(|(_, cast)| only_feeds_products(graph, cast)) {
+                    reads = vec![self.bf16_rows(&format!("{name}.rows"), x)?];
+                }
+                AFmt::Bf16
+            }
             None => return Err(Diag::target(format!("activations of type {} have no matmul kernel", x.ty))),
             Some(scale) => {
                 let quantize = graph.def(node.args[0]).map(|(_, n)| n.args[1]);
@@ -1194,6 +1249,38 @@ fn only_feeds_caches(graph: &Graph, node: &Node) -> bool {
         && graph.ty(node.args[0]).elem == ElemTy::F32
         && !graph.is_result(node.result)
         && graph.users(node.result).into_iter().all(appends)
+}
+
+/// Whether a node is a cast to bf16 whose result is only multiplied with weights.
+fn only_feeds_products(graph: &Graph, node: &Node) -> bool {
+    let rows = node.result;
+    let multiplies = |op| {
+        let user = graph.node(op);
+        let product = matches!(user.op, Op::MatMul(_) | Op::QMatMul(_));
+        product && user.args.iter().enumerate().all(|(i, &a)| (a == rows) == (i == 0))
+    };
+    matches!(node.op, Op::Cast(_))
+        && graph.ty(rows).elem == ElemTy::Bf16
+        && !graph.is_result(rows)
+        && graph.users(rows).into_iter().all(multiplies)
+}
+
+/// Whether `reader` alone reads `x`, and whatever `x` is another shape of is read for nothing else.
+fn read_only_by(graph: &Graph, x: ValueId, reader: &Node) -> bool {
+    let alone = |v: ValueId, reader: &Node| {
+        let users = graph.users(v);
+        !graph.is_result(v) && users.len() == 1 && graph.node(users[0]).result == reader.result
+    };
+    let (mut x, mut reader) = (x, reader);
+    while alone(x, reader) {
+        match graph.def(x) {
+            Some((_, node)) if matches!(node.op, Op::Reshape(_)) => (x, reader) = (node.args[0], node),
+            // What comes from outside of the function may be read there too.
+            Some((_, node)) => return !matches!(node.op, Op::Call(_)),
+            None => return false,
+        }
+    }
+    false
 }
 
 /// Whether the result of a node is read by no one but the quantization of its rows and the products of those.

@@ -77,6 +77,33 @@ fn activations_are_quantized_once_for_all_their_products() {
 }
 
 #[test]
+fn rows_of_products_are_rounded_by_the_kernel_that_makes_them() {
+    let names = |body: &str| -> Vec<String> {
+        let module = lowered(&decoder("weight @w : tensor<4x4xbf16> = splat 1.0", body));
+        module.programs[0].1.iter().map(|l| format!("{} {}", l.name, l.spec.template())).collect()
+    };
+    let chained = "%n = rmsnorm %x\n%n.r = cast %n {to=bf16}\n%a = matmul %n.r, @w {epilogue=[silu]}\n\
+                   %a.r = cast %a {to=bf16}\n%b = matmul %a.r, @w\n%y = add %x, %b";
+    let tail = ["main.y row", "main.last row", "main.logits matmul"];
+    assert_eq!(
+        names(chained),
+        [&["main.x gather", "main.n row", "main.a matmul", "main.b matmul"], &tail[..]].concat()
+    );
+    // Somebody else reads them.
+    let shared = "%n = rmsnorm %x\n%n.r = cast %n {to=bf16}\n%b = matmul %n.r, @w\n%y = add %n, %b";
+    assert_eq!(
+        names(shared),
+        [&["main.x gather", "main.n row", "main.n.r row", "main.b matmul"], &tail[..]].concat()
+    );
+    // Not by a cast, or not for products alone: they are copied to where products read them.
+    let plain =
+        "%c = cast %x {to=bf16}\n%s = silu %c\n%b = matmul %s, @w\n%d = matmul %c, @w\n%y = add %d, %b";
+    let copied = names(plain);
+    assert!(copied.contains(&"main.b.rows row".to_owned()), "{copied:?}");
+    assert!(copied.contains(&"main.d.rows row".to_owned()), "{copied:?}");
+}
+
+#[test]
 fn a_product_that_only_another_product_of_its_rows_reads_is_computed_with_it() {
     let quantized =
         "%x.s = dynamic_scale %x\n%x.q = quantize %x, %x.s\n%u = qmatmul %x.q, @q, @s, none, %x.s\n";

@@ -5,7 +5,6 @@ use crate::{output, subject};
 use quantc_ir::diag::Diag;
 use quantc_ir::entity::ValueId;
 use quantc_ir::eval::{Evaluator, Tensor};
-use quantc_ir::graph::Graph;
 use quantc_ir::module::Module;
 use quantc_ir::ops::{Call, Op};
 use quantc_ir::weights::Store;
@@ -21,6 +20,9 @@ const LIMIT: f64 = 1e-4;
 /// The same for layers that round activations to integers: where float sums differ in the last place a code may flip to
 /// its neighbour, which is worth up to 1/127 of the largest element of its row.
 const LIMIT_ROUNDED: f64 = 2e-2;
+
+/// The same for layers that round activations to bf16, where a flip is worth up to 1/128 of one element.
+const LIMIT_CAST: f64 = 4e-3;
 
 /// How engine and evaluator compare.
 #[derive(Clone, Debug, Serialize)]
@@ -88,8 +90,12 @@ pub fn compare(engine: &Path, module: &Module, store: &Store, tokens: usize) -> 
     got.insert("result".into(), logits.to_vec());
 
     let want = reference(module, store, &text, &got)?;
-    let rounds = |(_, graph): (&str, &Graph)| graph.ops().any(|(_, n)| matches!(n.op, Op::Quantize(_)));
-    let limit = if module.graphs().any(rounds) { LIMIT_ROUNDED } else { LIMIT };
+    let has = |op: fn(&Op) -> bool| module.graphs().any(|(_, graph)| graph.ops().any(|(_, n)| op(&n.op)));
+    let limit = match (has(|op| matches!(op, Op::Quantize(_))), has(|op| matches!(op, Op::Cast(_)))) {
+        (true, _) => LIMIT_ROUNDED,
+        (false, true) => LIMIT_CAST,
+        (false, false) => LIMIT,
+    };
     let mut layers = vec![];
     for (layer, want) in want {
         let Some(got) = got.get(&layer) else { continue };

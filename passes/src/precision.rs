@@ -1,3 +1,3 @@
-//! Passes that choose the number format of what an engine keeps between calls.
+//! Passes that choose the number format of what an engine computes with and keeps between calls.
 
-crate::passes! { cast_cache::CastCache, quantize_cache::QuantizeCache }
+crate::passes! { cast_activations::CastActivations, cast_cache::CastCache, quantize_cache::QuantizeCache }

@@ -63,8 +63,8 @@ presets! {
     /// All weights as f32: the reference.
     "f32", embedding: "f32", head: "f32", ["cast-weights{to=f32}"];
 
-    /// All matrices as bf16.
-    "bf16", embedding: "bf16", head: "bf16", ["cast-weights{to=bf16}"];
+    /// All matrices as bf16, bf16 activations.
+    "bf16", embedding: "bf16", head: "bf16", ["cast-weights{to=bf16}", "cast-activations{to=bf16}"];
 
     /// int8 weights with a scale per row, int8 activations with a scale per token.
     "w8a8", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
@@ -73,30 +73,34 @@ presets! {
         "fuse-dequant-matmul",
     ];
 
-    /// int8 weights with a scale per row, float activations.
-    "w8a16", embedding: "as in the checkpoint", head: "int8 per row, float activations", [
+    /// int8 weights with a scale per row, bf16 activations.
+    "w8a16", embedding: "as in the checkpoint", head: "int8 per row, bf16 activations", [
         "round-to-nearest{format=int8, group=row}",
+        "cast-activations{to=bf16}",
         "fuse-dequant-matmul",
     ];
 
-    /// Symmetric int4 weights with a bf16 scale per 128 columns, float activations.
-    "w4a16-g128", embedding: "as in the checkpoint", head: "int8 per row, float activations", [
+    /// Symmetric int4 weights with a bf16 scale per 128 columns, bf16 activations.
+    "w4a16-g128", embedding: "as in the checkpoint", head: "int8 per row, bf16 activations", [
         "round-to-nearest{format=int4, group=128, skip-layers=[head]}",
         "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "cast-activations{to=bf16}",
         "fuse-dequant-matmul",
     ];
 
-    /// Symmetric int4 weights with a bf16 scale per 64 columns, float activations.
-    "w4a16-g64", embedding: "as in the checkpoint", head: "int8 per row, float activations", [
+    /// Symmetric int4 weights with a bf16 scale per 64 columns, bf16 activations.
+    "w4a16-g64", embedding: "as in the checkpoint", head: "int8 per row, bf16 activations", [
         "round-to-nearest{format=int4, group=64, skip-layers=[head]}",
         "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "cast-activations{to=bf16}",
         "fuse-dequant-matmul",
     ];
 
-    /// Symmetric int4 weights with a bf16 scale per 32 columns, float activations.
-    "w4a16-g32", embedding: "as in the checkpoint", head: "int8 per row, float activations", [
+    /// Symmetric int4 weights with a bf16 scale per 32 columns, bf16 activations.
+    "w4a16-g32", embedding: "as in the checkpoint", head: "int8 per row, bf16 activations", [
         "round-to-nearest{format=int4, group=32, skip-layers=[head]}",
         "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "cast-activations{to=bf16}",
         "fuse-dequant-matmul",
     ];
 
@@ -132,10 +136,11 @@ presets! {
         "fuse-dequant-matmul",
     ];
 
-    /// e4m3 weights with a scale per row, float activations.
-    "fp8", embedding: "as in the checkpoint", head: "int8 per row, float activations", [
+    /// e4m3 weights with a scale per row, bf16 activations.
+    "fp8", embedding: "as in the checkpoint", head: "int8 per row, bf16 activations", [
         "round-to-nearest{format=e4m3, group=row, skip-layers=[head]}",
         "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "cast-activations{to=bf16}",
         "fuse-dequant-matmul",
     ];
 }
