@@ -784,7 +784,6 @@ impl<'a, 'u, 'c> Attention<'a, 'u, 'c> {
 }
 
 /// `2^x` for x up to 1, within 2e-7 relatively; below `2^-126` it stays there. NaN gives NaN.
-#[expect(clippy::approx_constant, reason = "coefficients of the best polynomial, of which one comes near ln 2")]
 pub(super) fn exp2<'c>(l: &mut Vectors<'_, '_, 'c>, x: Val<'c>) -> Val<'c> {
     /// 1.5 * 2^23: added to a small float it leaves the nearest integer in the low bits.
     const MAGIC: f32 = 12_582_912.0;
