@@ -12,6 +12,7 @@ use quantc_ir::diag::{Diag, Result};
 use quantc_ir::target::TargetDesc;
 use quantc_runtime::engine::read_file;
 use serde_json::{Value, json};
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -257,10 +258,13 @@ impl Clock {
         })?;
         let limits = Kernel::load(&limits, &["dot", "stream"])?;
 
-        // Few rows take their weights from memory, in engines as here: each call has other weights than the ones before.
+        // Weights come from memory, in engines as here: each call has other weights than the ones before. Calls of few
+        // rows are short, so many of them are timed together.
         let few = workload.rows <= 16;
         let matrix = workload.args[workload.weights.start].next_multiple_of(4096);
-        let copies = if few { (POOL / matrix.max(1) / workload.weights.len()).max(1) } else { 1 };
+        let copies = (POOL / matrix.max(1) / workload.weights.len()).max(1);
+        let together = if few { copies } else { 1 };
+        let turn_of = Cell::new(0);
         let weights = Memory::filled(matrix * copies * workload.weights.len(), Workload::fill)?;
         let others: Vec<Memory> = workload
             .args
@@ -285,10 +289,13 @@ impl Clock {
         let stream_call = [Call::shared(1, vec![read, self.result.ptr()], 1, (POOL / STREAM_ITEM) as u32)];
 
         // SAFETY: all trials are kernels of `spec`, and the buffers are as large as its workload demands.
-        let time = |kernel: &Kernel| unsafe { self.timer.seconds(kernel, &calls) };
+        let time = |kernel: &Kernel| unsafe {
+            let from = if few { 0 } else { turn_of.replace(turn_of.get() + 1) % copies };
+            self.timer.seconds(kernel, &calls[from..from + together])
+        };
         let mut contestants: Vec<Box<dyn FnMut() -> f64 + '_>> = vec![];
         for kernel in &kernels {
-            contestants.push(Box::new(move || time(kernel)));
+            contestants.push(Box::new(|| time(kernel)));
         }
         // SAFETY: the limits read the pool and write the result, which have room for these items.
         contestants.push(Box::new(|| unsafe { self.timer.seconds(&limits[0], &dot_call) }));
@@ -307,9 +314,9 @@ impl Clock {
         let best = if ratio(0, best) >= WORTH { best } else { 0 };
         let at_limit = |round: usize| {
             let n = trials.len();
-            let macs = workload.macs as f64 * copies as f64;
+            let macs = workload.macs as f64 * together as f64;
             let products = macs * times[n][round] / (f64::from(TURNS) * dot.macs(cpu) as f64);
-            let bytes = workload.weight_bytes as f64 * copies as f64;
+            let bytes = workload.weight_bytes as f64 * together as f64;
             let reading = if few { bytes * times[n + 1][round] / POOL as f64 } else { 0.0 };
             products.max(reading)
         };

@@ -186,7 +186,7 @@ pub fn cost(spec: &MatmulSpec, tile: &CpuTile, cpu: &CpuDesc) -> Cost {
     let group = f64::from(spec.w.group);
     let (products, shared) = match inner {
         // Beside each product a load: of activations, of which a narrow tile needs one for every product or two.
-        Inner::Int(Dot::Vnni) => (1.015 + [0.055, 0.012, 0.0][(tile.nr as usize - 1).min(2)], 0.5),
+        Inner::Int(Dot::Vnni) => (1.0 + [0.055, 0.012, 0.0][(tile.nr as usize - 1).min(2)], 0.5),
         Inner::Int(Dot::Maddubs) => (2.0, 0.5),
         Inner::Int(Dot::Widening) => (4.0, 3.0),
         Inner::Bf16 => (2.0, 1.0),
@@ -231,8 +231,8 @@ pub fn cost(spec: &MatmulSpec, tile: &CpuTile, cpu: &CpuDesc) -> Cost {
 fn prepare(spec: &MatmulSpec, inner: Inner, tile: &CpuTile) -> (f64, f64) {
     let four_bit = spec.w.code.bits() == 4;
     let (cycles, instructions) = match (inner, spec.w.code) {
-        (Inner::Int(Dot::Vnni), Code::U4) => (0.08, 1.5),
-        (Inner::Int(Dot::Vnni), _) => (0.03, 0.5),
+        (Inner::Int(Dot::Vnni), Code::U4) => (0.16, 1.5),
+        (Inner::Int(Dot::Vnni), _) => (0.1, 0.5),
         (Inner::Int(Dot::Maddubs), _) => (0.3, 1.5),
         (Inner::Int(Dot::Widening), _) => (0.5, if four_bit { 3.0 } else { 2.0 }),
         (Inner::Bf16, Code::U4 | Code::Lut4) => (1.0, 4.0),
