@@ -50,11 +50,12 @@ fn targets_tell_the_same_story() {
 
 #[test]
 fn engines_agree_with_the_reference_layer_by_layer() {
-    let recipes = presets::ALL.iter().map(|p| (p.name.to_string(), tales(p.name)));
-    for (name, recipe) in recipes {
-        let off = recipe.built().disagreement();
-        eprintln!("{name}: {off:.1e}");
-        assert!(off < 1e-4, "{name}: {off}");
+    for preset in presets::ALL {
+        let off = tales(preset.name).built().disagreement();
+        eprintln!("{}: {off:.1e}", preset.name);
+        // Where sums differ in the last place, a number of a bf16 row may round to its other neighbour, 2^-8 away.
+        let most = if preset.pipeline.contains("cast-activations") { 2e-3 } else { 1e-4 };
+        assert!(off < most, "{}: {off}", preset.name);
     }
     // Where sums differ in the last place, a number of the cache may round to its other neighbour, 2^-11 or 2^-8 away.
     for (format, most) in [("f16", 2e-4), ("bf16", 2e-3)] {
