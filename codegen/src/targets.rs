@@ -2,7 +2,7 @@
 
 use quantc_ir::diag::{Diag, Result, near_misses};
 use quantc_ir::target::TargetDesc;
-use quantc_runtime::has_feature;
+use quantc_runtime::format::has_feature;
 
 /// Declares the targets in order of preference, the least demanding first.
 macro_rules! targets {

@@ -521,5 +521,10 @@ fn what_no_kernel_computes_is_refused() {
     refused(&|s| s.w.group = 65, "scale group of 65");
     refused(&|s| s.n = 0, "empty");
     refused(&|s| s.w.scale = ScaleTy::None, "need scales");
-    refused(&|s| s.epilogue = EExpr::new(), "stores nothing");
+    refused(&|s| s.epilogue = EExpr::new(), "reads no sums");
+    let silent = |s: &mut MatmulSpec| {
+        s.epilogue = EExpr::new();
+        s.epilogue.acc();
+    };
+    refused(&silent, "stores nothing");
 }

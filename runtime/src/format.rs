@@ -31,6 +31,7 @@ use std::fmt::Write as _;
 
 use prost::Message as _;
 
+pub use crate::cpu::has_feature;
 use crate::error::{Error, Result};
 
 /// First bytes of `manifest.pb`.

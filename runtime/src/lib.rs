@@ -41,7 +41,7 @@ mod share;
 pub mod stats;
 mod weights;
 
-pub use cpu::{has_feature, host_features};
+pub use cpu::host_features;
 pub use engine::{Engine, OpenOptions, Pages, Verifying};
 pub use error::{Error, ErrorKind, Result};
 pub use format::Manifest;
