@@ -70,21 +70,26 @@ pub(super) fn quads<'c>(
     }
 }
 
-/// `sum` plus the products of some quads of one vector with one row's activations.
+/// `sum` plus the products of some quads of one vector with one row's activations, `act(i)` those that meet quad `i`.
 pub(super) fn accumulate<'c>(
     b: &VecBuilder<'_, 'c>,
     dot: Dot,
     sum: Val<'c>,
     weights: &[Quad<'c>],
-    acts: &[Act<'c>],
+    act: impl Fn(u32) -> Act<'c>,
 ) -> Val<'c> {
     let mut sum = sum;
     // Products of a pair fit in i16 as long as weights are below 16: eight of them still do.
     let mut narrow: Option<(Val<'c>, u32)> = None;
-    for (weight, act) in weights.iter().zip(acts) {
-        match (*weight, *act) {
+    for (weight, i) in weights.iter().zip(0..) {
+        match (*weight, act(i)) {
             (Quad::Bytes(w), Act::Bytes(a)) if dot == Dot::Vnni => {
-                sum = b.intrinsic("llvm.x86.avx512.vpdpbusd.512", &[], &[sum, w, a]);
+                let name = match b.target().cpu.vector_bits {
+                    512 => "llvm.x86.avx512.vpdpbusd.512",
+                    256 => "llvm.x86.avx512.vpdpbusd.256",
+                    _ => "llvm.x86.avx512.vpdpbusd.128",
+                };
+                sum = b.intrinsic(name, &[], &[sum, w, a]);
             }
             (Quad::Bytes(w), Act::Bytes(a)) => {
                 let (w, a) = (bytes(b, w), bytes(b, a));

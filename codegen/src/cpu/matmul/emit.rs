@@ -7,7 +7,7 @@ use quantc_ir::target::Dot;
 use super::dot::{Act, Quad, accumulate, activations, quads};
 use super::pairs::{self, Pairs};
 use super::schedule::{CpuTile, Inner, MatmulSchedule, panel_vectors};
-use super::unpack::{Unpack, check_width, load_zeros};
+use super::unpack::{Unpack, check_width, load_zeros, pair_of_bf16};
 use crate::cpu::llvm::{Elem, IntCmp, Unit, Val, VecBuilder};
 use crate::eexpr::llvm::{At, Frame, Valid};
 use crate::layout::{Layout, PANEL};
@@ -115,17 +115,32 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
                 let height = i64::from(tile.mr);
                 // While the tile's rows are all there.
                 let end = b.sub(m, b.i64(height - 1));
-                row = b.for_range(row, end, height, &[row], |row, _| {
-                    // All columns of the panel for the rows of one tile.
+                let block = self.block(b, tile);
+                row = b.for_range(row, end, height * block, &[row], |first, _| {
+                    // All columns of the panel for the rows of one tile, or of some.
                     let width = i64::from(tile.nr * b.width());
-                    b.for_const(0, i64::from(PANEL), width, &[], |col, _| {
-                        self.tile(b, &Spot { panel, row, col, w: &w, tile });
-                        vec![]
-                    });
-                    vec![b.add(row, b.i64(height))]
+                    b.for_const(0, i64::from(PANEL), width, &[first], |col, _| {
+                        let one = |row| {
+                            self.tile(b, &Spot { panel, row, col, w: &w, tile });
+                            b.add(row, b.i64(height))
+                        };
+                        if block == 1 {
+                            return vec![one(first)];
+                        }
+                        let stop = b.smin(b.add(first, b.i64(height * block)), end);
+                        b.for_range(first, stop, height, &[first], |row, _| vec![one(row)])
+                    })
                 })[0];
             }
         });
+    }
+
+    /// Tiles of rows that share a strip of a panel before the next strip: a panel that the second-level cache does not keep
+    /// from one tile to the next comes by once for several.
+    fn block(&self, b: &VecBuilder<'u, 'c>, tile: CpuTile) -> i64 {
+        let kept = u64::from(b.target().cpu.l2_kib) * 1024 / 2;
+        let wide = self.layout.panel_bytes() * self.w.len() as u64 > kept;
+        if wide && tile.mr > 1 && tile.nr * b.width() < PANEL { 4 } else { 1 }
     }
 
     /// One tile: all of k of each product, then the epilogue. Products follow each other, so that each streams its own
@@ -263,26 +278,32 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
             // Steps whose narrow products are summed before they are widened.
             let joined = if dot == Dot::Maddubs { count } else { 1 };
             for s in (0..count).step_by(joined as usize) {
-                let weights: Vec<Vec<Quad<'c>>> = (0..nr)
-                    .map(|v| {
-                        (s..s + joined)
-                            .flat_map(|s| {
-                                quads(b, dot, self.spec.w.code, self.codes(b, spot, group, at(s), v))
-                            })
-                            .collect()
-                    })
-                    .collect();
+                let weights = |v: u32| -> Vec<Quad<'c>> {
+                    (s..s + joined)
+                        .flat_map(|s| quads(b, dot, self.spec.w.code, self.codes(b, spot, group, at(s), v)))
+                        .collect()
+                };
+                let act = |r: u32, quad: u32| {
+                    let k = b.mul(at(s), b.i64(i64::from(step_k)));
+                    activations(b, dot, self.act(b, group, r, b.add(k, b.i64(i64::from(quad * 4)))))
+                };
+                if joined > 1 && mr > 1 {
+                    // One vector of weights at a time: few registers hold the operands of joined steps.
+                    for v in 0..nr {
+                        let weights = weights(v);
+                        for r in 0..mr {
+                            let sum = &mut sums[(r * nr + v) as usize];
+                            *sum = accumulate(b, dot, *sum, &weights, |quad| act(r, quad));
+                        }
+                    }
+                    continue;
+                }
+                let weights: Vec<_> = (0..nr).map(weights).collect();
                 for r in 0..mr {
-                    let acts: Vec<Act<'c>> = (s..s + joined)
-                        .flat_map(|s| {
-                            let k = b.mul(at(s), b.i64(i64::from(step_k)));
-                            (0..step_k / 4).map(move |quad| b.add(k, b.i64(i64::from(quad * 4))))
-                        })
-                        .map(|k| activations(b, dot, self.act(b, group, r, k)))
-                        .collect();
+                    let acts: Vec<Act<'c>> = (0..joined * step_k / 4).map(|quad| act(r, quad)).collect();
                     for v in 0..nr {
                         let sum = &mut sums[(r * nr + v) as usize];
-                        *sum = accumulate(b, dot, *sum, &weights[v as usize], &acts);
+                        *sum = accumulate(b, dot, *sum, &weights[v as usize], |quad| acts[quad as usize]);
                     }
                 }
             }
@@ -362,28 +383,55 @@ impl<'s, 'b, 'u, 'c> Matmul<'s, 'b, 'u, 'c> {
             })
             .collect();
         self.steps(b, spot, group, |step, valid, sums| {
-            let codes: Vec<_> =
-                (0..nr).map(|v| unpack.load(b, self.codes(b, spot, group, step, v))).collect();
-            let k = b.mul(step, b.i64(i64::from(self.layout.step_k())));
+            let first = b.mul(step, b.i64(i64::from(self.layout.step_k())));
+            let act = |r, i| self.float_act(b, group, r, first, i, valid);
+            let load = |v| unpack.load(b, self.codes(b, spot, group, step, v));
+            let codes: Vec<_> = (0..nr).map(load).collect();
             for i in 0..valid {
-                let k = b.add(k, b.i64(i64::from(i)));
-                let acts: Vec<_> = (0..mr).map(|r| self.float_act(b, self.act(b, group, r, k))).collect();
-                for v in 0..nr {
-                    let w = unpack.value(b, &codes[v as usize], i, zeros[v as usize]);
+                let weight = |v: u32| unpack.value(b, &codes[v as usize], i, zeros[v as usize]);
+                // What there is less of is held in registers.
+                if mr <= nr {
+                    let acts: Vec<_> = (0..mr).map(|r| act(r, i)).collect();
+                    for v in 0..nr {
+                        let w = weight(v);
+                        for r in 0..mr {
+                            let sum = &mut sums[(r * nr + v) as usize];
+                            *sum = b.fma(acts[r as usize], w, *sum);
+                        }
+                    }
+                } else {
+                    let weights: Vec<_> = (0..nr).map(weight).collect();
                     for r in 0..mr {
-                        let sum = &mut sums[(r * nr + v) as usize];
-                        *sum = b.fma(acts[r as usize], w, *sum);
+                        let a = act(r, i);
+                        for v in 0..nr {
+                            let sum = &mut sums[(r * nr + v) as usize];
+                            *sum = b.fma(a, weights[v as usize], *sum);
+                        }
                     }
                 }
             }
         })
     }
 
-    /// The activation at `ptr` as f32, in every lane.
-    fn float_act(&self, b: &VecBuilder<'u, 'c>, ptr: PointerValue<'c>) -> Val<'c> {
+    /// The activation of row `r` at k = `first` + `i` of the group as f32, in every lane; `valid` k follow `first`.
+    fn float_act(
+        &self,
+        b: &VecBuilder<'u, 'c>,
+        group: &Group<'c>,
+        r: u32,
+        first: Val<'c>,
+        i: u32,
+        valid: u32,
+    ) -> Val<'c> {
+        let at = |i: u32| self.act(b, group, r, b.add(first, b.i64(i64::from(i))));
         match self.spec.a {
-            AFmt::Bf16 => b.bf16_to_f32(b.splat(b.load(ptr, Elem::I16, 1), b.width())),
-            AFmt::F32 | AFmt::I8Token => b.splat(b.load(ptr, Elem::F32, 1), b.width()),
+            // Two come with one load.
+            AFmt::Bf16 if i / 2 * 2 + 1 < valid => {
+                let pair = b.splat(b.load_aligned(at(i / 2 * 2), Elem::I32, 1, 2), b.width());
+                pair_of_bf16(b, pair)[i as usize % 2]
+            }
+            AFmt::Bf16 => b.bf16_to_f32(b.splat(b.load(at(i), Elem::I16, 1), b.width())),
+            AFmt::F32 | AFmt::I8Token => b.splat(b.load(at(i), Elem::F32, 1), b.width()),
         }
     }
 

@@ -124,8 +124,12 @@ pub fn candidates(spec: &MatmulSpec, cpu: &CpuDesc) -> Vec<CpuTile> {
             continue;
         }
         for nr in [1, 2, 4, 8, 16] {
+            // Beside eight sums, those of joined steps and their operands are too many for rows in all columns.
+            if inner == Inner::Int(Dot::Maddubs) && mr > 6 {
+                continue;
+            }
             if panel_vectors(cpu).is_multiple_of(nr) && registers(spec, inner, mr, nr) <= cpu.vector_regs {
-                tiles.push(CpuTile { mr, nr, ku: unroll(spec, inner) });
+                tiles.push(CpuTile { mr, nr, ku: unroll(spec, inner, mr) });
             }
         }
     }
@@ -152,16 +156,37 @@ fn registers(spec: &MatmulSpec, inner: Inner, mr: u32, nr: u32) -> u32 {
             };
             sums + nr + codes + u32::from(nr > 1)
         }
-        // One operand and the next, the broadcasts of all rows, and codes of the vectors with a table or a constant.
-        Inner::Float => sums + mr + 2 + if spec.w.code.bits() < 16 { nr + 1 } else { 0 },
+        // The operands or the broadcasts, whichever are fewer, one of the others and the next one; codes of the vectors with
+        // a table or a constant. A single row's codes are read again for each k. Broadcasts of bf16 hold two k, and wait for the second: for one
+        // vector, those of all rows.
+        Inner::Float => {
+            let codes = match spec.w.code.bits() {
+                16.. => 0,
+                _ if mr == 1 => 2,
+                _ => nr + 1,
+            };
+            let waiting = match spec.a {
+                AFmt::Bf16 if nr == 1 => mr,
+                AFmt::Bf16 => 2,
+                AFmt::F32 | AFmt::I8Token => 1,
+            };
+            sums + mr.min(nr) + 1 + waiting + codes
+        }
     }
 }
 
 /// Steps in one turn of the inner loop: enough work to hide the loop, little enough code.
-fn unroll(spec: &MatmulSpec, inner: Inner) -> u32 {
+fn unroll(spec: &MatmulSpec, inner: Inner, mr: u32) -> u32 {
     match inner {
-        // Two steps of `vpmaddubsw` share one widening.
-        Inner::Int(Dot::Maddubs) => 2,
+        // As many steps of `vpmaddubsw` share one widening as sums of sixteen bits have room for; one row, whose
+        // activations stay in registers, has registers for two.
+        Inner::Int(Dot::Maddubs) => {
+            if mr == 1 {
+                2
+            } else {
+                4
+            }
+        }
         // Loops of two or three turns run at two thirds of the speed: short groups have none.
         Inner::Int(Dot::Vnni) => match spec.w.group.div_ceil(Layout::of(spec).step_k()) {
             steps @ 1..=8 => steps,
@@ -190,7 +215,8 @@ pub fn cost(spec: &MatmulSpec, tile: &CpuTile, cpu: &CpuDesc) -> Cost {
         Inner::Int(Dot::Maddubs) => (2.0, 0.5),
         Inner::Int(Dot::Widening) => (4.0, 3.0),
         Inner::Bf16 => (2.0, 1.0),
-        Inner::Float => (4.0, 4.0),
+        // Rows of bf16 are widened first.
+        Inner::Float => (4.0, if spec.a == AFmt::Bf16 { 8.0 } else { 4.0 }),
     };
     let (prepare, instructions) = prepare(spec, inner, tile);
     // The wide multiplier of the best dot is also the one of f32.

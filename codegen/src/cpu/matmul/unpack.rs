@@ -140,12 +140,7 @@ impl<'c> Unpack<'c> {
             if by == 0 { codes } else { b.lshr(codes, b.i32(lanes, by as i32)) }
         };
         match self.way {
-            Way::Bf16 if self.order == Order::Pairs => {
-                let pair = codes.parts[0];
-                let sixteen = b.i32(lanes, 16);
-                let bits = if i == 0 { b.shl(pair, sixteen) } else { b.and(pair, b.i32(lanes, !0xffff)) };
-                b.bitcast(bits, Elem::F32, lanes)
-            }
+            Way::Bf16 if self.order == Order::Pairs => pair_of_bf16(b, codes.parts[0])[i as usize],
             Way::F32 | Way::F16 | Way::Bf16 => codes.parts[0],
             Way::Table(table) => {
                 // The permutation looks at the low four bits of a lane only.
@@ -180,6 +175,14 @@ fn minifloat<'c>(b: &VecBuilder<'_, 'c>, top: Val<'c>, shift: u32, mask: u32, fa
     let lanes = b.lanes(top);
     let placed = b.and(b.ashr(top, b.i32(lanes, shift as i32)), b.i32(lanes, mask as i32));
     b.fmul(b.bitcast(placed, Elem::F32, lanes), b.f32(lanes, factor))
+}
+
+/// The lower and the upper half of each lane as f32.
+pub(super) fn pair_of_bf16<'c>(b: &VecBuilder<'_, 'c>, pair: Val<'c>) -> [Val<'c>; 2] {
+    let lanes = b.lanes(pair);
+    let first = b.shl(pair, b.i32(lanes, 16));
+    let second = b.and(pair, b.i32(lanes, !0xffff));
+    [first, second].map(|bits| b.bitcast(bits, Elem::F32, lanes))
 }
 
 /// Signed bytes stored as sign and size, with an offset of 128.
