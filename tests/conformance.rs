@@ -146,6 +146,7 @@ fn compare(
         store: &store,
         target,
         max_tokens: 0,
+        always_full: false,
         tuning: None,
         files: vec![],
         facts: vec![],

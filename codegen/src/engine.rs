@@ -39,6 +39,8 @@ pub struct Request<'a> {
     pub target: &'static TargetDesc,
     /// Most tokens of one call; 0 for the usual number.
     pub max_tokens: u32,
+    /// Every call has `max_tokens` tokens: leaves out the kernels for fewer.
+    pub always_full: bool,
     /// Measured choices of tiles; without them the cost model chooses.
     pub tuning: Option<&'a Tuning>,
     /// Further files of the folder, by name.
@@ -71,7 +73,7 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
             return Err(Diag::input(format!("fact `kind` is `{other}`, expected `decoder` or `encoder`")));
         }
     };
-    let limits = limits(module, request.max_tokens, encoder)?;
+    let limits = Limits { always_full: request.always_full, ..limits(module, request.max_tokens, encoder)? };
     let lowered = lower::lower(module, request.store, limits)?;
     let specs = specs(&lowered);
     let (object, mut reports) = kernels::compile(&specs, request.target, request.tuning)?;
@@ -132,6 +134,8 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
             .collect(),
         programs: programs(&lowered),
         output: lowered.output,
+        row_inputs: taps(&lowered.row_inputs),
+        row_outputs: taps(&lowered.row_outputs),
         generation: Some(Generation { bos: numbers("bos")?.first().copied(), eos: numbers("eos")? }),
         files,
         pipeline,
@@ -164,7 +168,7 @@ fn limits(module: &Module, max_tokens: u32, encoder: bool) -> Result<Limits> {
     } else {
         u32::try_from(RESULT_BYTES / (4 * width.max(1))).unwrap_or(u32::MAX).clamp(1, max_tokens)
     };
-    Ok(Limits { max_tokens, max_rows, context })
+    Ok(Limits { max_tokens, max_rows, context, always_full: false })
 }
 
 /// Every kernel of a lowered module by its symbol.
@@ -195,12 +199,16 @@ fn programs(lowered: &Lowered) -> Vec<Program> {
         tap: l.tap.as_ref().map(|(name, at, width)| Tap { name: name.clone(), at: *at, width: *width }),
         flags: if l.overlaps_next { NO_BARRIER_AFTER } else { 0 } | if l.replicated { REPLICATED } else { 0 },
     };
-    let program = |(range, launches): &(crate::spec::MRange, Vec<lower::Launch>)| Program {
-        min_t: range.min,
-        max_t: range.max,
-        launches: launches.iter().map(launch).collect(),
+    let mut from = 1;
+    let program = |(range, launches): &(crate::spec::MRange, Vec<lower::Launch>)| {
+        let min_t = std::mem::replace(&mut from, range.max + 1);
+        Program { min_t, max_t: range.max, launches: launches.iter().map(launch).collect() }
     };
     lowered.programs.iter().map(program).collect()
+}
+
+fn taps(rows: &[lower::Rows32]) -> Vec<Tap> {
+    rows.iter().map(|r| Tap { name: r.name.clone(), at: r.at, width: r.width }).collect()
 }
 
 /// Writes `weights.bin`, blob by blob.

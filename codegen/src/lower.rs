@@ -38,6 +38,8 @@ pub struct Limits {
     pub max_rows: u32,
     /// Rows of one sequence's state.
     pub context: u32,
+    /// Every call has `max_tokens` tokens: there are no kernels made for fewer.
+    pub always_full: bool,
 }
 
 /// The token classes that kernels are compiled for: bounds of each, ascending.
@@ -153,10 +155,25 @@ pub struct Lowered {
     pub output: Ref,
     /// Columns of the result.
     pub width: u32,
+    /// Rows that are given before a call.
+    pub row_inputs: Vec<Rows32>,
+    /// Rows that may be read after a call, besides the result.
+    pub row_outputs: Vec<Rows32>,
     /// Bytes of the arena.
     pub arena_bytes: u64,
     /// Bytes of each worker's scratch.
     pub scratch_bytes: u64,
+}
+
+/// Rows of f32, one for each token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rows32 {
+    /// The value's name.
+    pub name: String,
+    /// Where they lie.
+    pub at: Ref,
+    /// Columns.
+    pub width: u32,
 }
 
 /// Lowers `module`. Weights of matmuls are packed through the store unless `pack-weights` has done so.
@@ -176,40 +193,53 @@ pub fn lower(module: &Module, store: &Store, limits: Limits) -> Result<Lowered> 
             .collect::<Result<_>>()?,
         scratch_bytes: 0,
     };
-    let inputs = [Input::Tokens, Input::Types];
-    if module.main.params.len() > inputs.len() {
-        return Err(Diag::target(format!(
-            "@main has {} inputs, engines take at most 2",
-            module.main.params.len()
-        )));
-    }
-    for &param in &module.main.params {
-        let ty = module.main.ty(param);
-        if ty.elem != ElemTy::I32 || ty.rank() != 1 || extent(ty)?.rows != Rows::T {
-            return Err(Diag::target(format!(
-                "an input of @main has type {ty}, engines take ids, i32 for each token"
-            )));
-        }
-    }
-    let params = inputs.iter().take(module.main.params.len()).map(|&i| Val::plain(Place::Input(i))).collect();
+    let (params, row_inputs) = cx.params(&module.main)?;
     let results = cx.graph(&module.main, "main", params)?;
-    let (&[result], [value]) = (&module.main.results[..], &results[..]) else {
-        return Err(Diag::target(format!("@main has {} results, engines have one", results.len())));
+    let (Some(&result), Some(value)) = (module.main.results.first(), results.first()) else {
+        return Err(Diag::target("@main has no result"));
     };
     let ty = module.main.ty(result);
-    let (rows, width) = matrix(ty)?;
+    let (rows, _) = matrix(ty)?;
     let encoder = module.facts.get("kind").is_some_and(|kind| kind == "encoder");
     if rows == Rows::T && !encoder {
         let what = "the result of @main has a row for each token, decoders give the rows that are wanted";
         return Err(Diag::target(what).help("put `last_rows` in front of the last product"));
     }
-    let Place::Buffer(out) = value.place else {
-        return Err(Diag::target("the result of @main is not computed by any op"));
+    let out = named_rows(&module.main, result, value)?;
+    let more = module.main.results.iter().zip(&results).skip(1);
+    let more: Vec<NamedRows> =
+        more.map(|(&v, val)| named_rows(&module.main, v, val)).collect::<Result<_>>()?;
+    if let Some(of_wanted) = module.main.results[1..]
+        .iter()
+        .find(|&&v| !encoder && matrix(module.main.ty(v)).is_ok_and(|m| m.0 == Rows::R))
+    {
+        let ty = module.main.ty(*of_wanted);
+        return Err(Diag::target(format!(
+            "a further result of @main has type {ty}, engines give a row for each token"
+        )));
+    }
+    cx.finish(&out, &row_inputs, &more)
+}
+
+/// A buffer that the caller writes or reads.
+struct NamedRows {
+    name: String,
+    buffer: usize,
+    width: u32,
+}
+
+/// A result of `main` as rows of f32 that a kernel makes or the caller gives.
+fn named_rows(graph: &Graph, v: ValueId, val: &Val) -> Result<NamedRows> {
+    let ty = graph.ty(v);
+    let (_, width) = matrix(ty)?;
+    let Place::Buffer(buffer) = val.place else {
+        return Err(Diag::target("a result of @main is not computed by any op"));
     };
     if ty.elem != ElemTy::F32 {
-        return Err(Diag::target(format!("the result of @main has type {ty}, engines give f32")));
+        return Err(Diag::target(format!("a result of @main has type {ty}, engines give f32")));
     }
-    cx.finish(out, width)
+    let name = graph.value(v).name.clone().unwrap_or_else(|| format!("result{}", buffer));
+    Ok(NamedRows { name, buffer, width })
 }
 
 fn state_row_bytes(ty: &TensorTy) -> Result<u64> {
@@ -352,6 +382,32 @@ impl Operand<'_> {
 }
 
 impl Lowering<'_> {
+    /// The inputs of `main`: ids, i32 for each token, at most two, and rows of f32.
+    fn params(&mut self, main: &Graph) -> Result<(Vec<Val>, Vec<NamedRows>)> {
+        let mut ids = [Input::Tokens, Input::Types].into_iter();
+        let (mut params, mut rows) = (vec![], vec![]);
+        for &param in &main.params {
+            let ty = main.ty(param);
+            let of_tokens = extent(ty)?.rows == Rows::T;
+            if ty.elem == ElemTy::F32 && of_tokens && ty.rank() > 1 {
+                let val = Val::plain(self.buffer(ty)?);
+                rows.push(named_rows(main, param, &val)?);
+                params.push(val);
+                continue;
+            }
+            if ty.elem != ElemTy::I32 || ty.rank() != 1 || !of_tokens {
+                return Err(Diag::target(format!(
+                    "an input of @main has type {ty}, engines take ids, i32 for each token, and rows of f32"
+                )));
+            }
+            let input = ids
+                .next()
+                .ok_or_else(|| Diag::target("@main has more than 2 inputs of ids, engines take 2"))?;
+            params.push(Val::plain(Place::Input(input)));
+        }
+        Ok((params, rows))
+    }
+
     fn graph(&mut self, graph: &Graph, function: &str, params: Vec<Val>) -> Result<Vec<Val>> {
         let mut values: BTreeMap<ValueId, Val> = graph.params.iter().copied().zip(params).collect();
         for (_, node) in graph.ops() {
@@ -1050,11 +1106,11 @@ impl Lowering<'_> {
     ///
     /// A kernel that makes one short row has work for one worker, and the others would wait for it: to do it everywhere
     /// costs nothing, and saves the barrier behind it.
-    fn private(&self, range: MRange, out: usize, buffers: &[Buffer]) -> Private {
+    fn private(&self, range: MRange, read: &[usize], buffers: &[Buffer]) -> Private {
         let size = |b: usize| self.buffers[b].bytes(range.max);
         let one_row = |step: &Step| {
             let bytes: u64 = step.args.iter().filter_map(Place::buffer).map(size).sum();
-            let own = |p: &Place| p.buffer().is_some_and(|b| b != out);
+            let own = |p: &Place| p.buffer().is_some_and(|b| !read.contains(&b));
             range.max == 1
                 && step.is_short()
                 && bytes <= MOST_PRIVATE_BYTES
@@ -1092,13 +1148,13 @@ impl Lowering<'_> {
     }
 
     /// Orders the steps, plans the arena and gives every class its launches.
-    fn finish(mut self, out: usize, width: u32) -> Result<Lowered> {
+    fn finish(mut self, out: &NamedRows, inputs: &[NamedRows], more: &[NamedRows]) -> Result<Lowered> {
         self.steps = in_waves(self.steps);
         let end = self.steps.len();
         let mut lives: Vec<Option<(usize, usize)>> = vec![None; self.buffers.len()];
         let touch = |lives: &mut Vec<Option<(usize, usize)>>, buffer: usize, step: usize| {
             let live = lives[buffer].get_or_insert((step, step));
-            live.1 = live.1.max(step);
+            *live = (live.0.min(step), live.1.max(step));
         };
         for (i, step) in self.steps.iter().enumerate() {
             // A worker that makes rows for itself may still read when another goes on to the next step.
@@ -1110,7 +1166,10 @@ impl Lowering<'_> {
                 touch(&mut lives, b, last);
             }
         }
-        touch(&mut lives, out, end);
+        // What the caller writes is there from the beginning, what it reads until the end.
+        inputs.iter().for_each(|rows| touch(&mut lives, rows.buffer, 0));
+        let read: Vec<usize> = std::iter::once(out).chain(more).map(|rows| rows.buffer).collect();
+        read.iter().for_each(|&buffer| touch(&mut lives, buffer, end));
         let buffers: Vec<Buffer> = self
             .buffers
             .iter()
@@ -1142,7 +1201,7 @@ impl Lowering<'_> {
         };
         let mut scratch_bytes = self.scratch_bytes;
         let class = |range: MRange| {
-            let private = self.private(range, out, &buffers);
+            let private = self.private(range, &read, &buffers);
             scratch_bytes = scratch_bytes.max(private.end);
             let shared =
                 |place: &&Place| !matches!(place, Place::Buffer(b) if private.offsets.contains_key(b));
@@ -1158,10 +1217,24 @@ impl Lowering<'_> {
             };
             (range, self.steps.iter().enumerate().map(launch).collect())
         };
+        let mut ranges = classes(self.limits.max_tokens);
+        if self.limits.always_full {
+            ranges.drain(..ranges.len() - 1);
+        }
+        let rows = |all: &[NamedRows]| {
+            let one = |r: &NamedRows| Rows32 {
+                name: r.name.clone(),
+                at: Ref::arena(arena.offsets[r.buffer]),
+                width: r.width,
+            };
+            all.iter().map(one).collect()
+        };
         Ok(Lowered {
-            programs: classes(self.limits.max_tokens).into_iter().map(class).collect(),
-            output: Ref::arena(arena.offsets[out]),
-            width,
+            programs: ranges.into_iter().map(class).collect(),
+            output: Ref::arena(arena.offsets[out.buffer]),
+            width: out.width,
+            row_inputs: rows(inputs),
+            row_outputs: rows(more),
             arena_bytes: arena.bytes,
             scratch_bytes,
             blobs: self.blobs,

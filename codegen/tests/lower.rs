@@ -10,7 +10,7 @@ use quantc_runtime::format::{Ref, RefKind};
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write;
 
-const LIMITS: Limits = Limits { max_tokens: 32, max_rows: 8, context: 64 };
+const LIMITS: Limits = Limits { max_tokens: 32, max_rows: 8, context: 64, always_full: false };
 
 /// Lowers a text that the verifier accepts.
 fn try_lower(source: &str) -> Result<Lowered, Diag> {

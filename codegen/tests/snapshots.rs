@@ -95,6 +95,7 @@ fn write_tiny(store: &Store, out: &Path) -> Result<engine::Written> {
         store,
         target: targets::lookup("cpu-generic")?,
         max_tokens: 8,
+        always_full: false,
         tuning: None,
         files: vec![],
         facts: vec![("preset".into(), "none".into())],

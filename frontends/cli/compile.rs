@@ -1,6 +1,7 @@
 //! `quantc compile`: from a model to an engine.
 
 use crate::failure::{Failure, Outcome};
+use crate::layer_exec::Compiled;
 use crate::{agreement, opt, output, subject};
 use quantc_codegen::backend::CpuBackend;
 use quantc_codegen::engine::{self, Request};
@@ -12,14 +13,16 @@ use quantc_ir::target::TargetDesc;
 use quantc_ir::ty::ElemTy;
 use quantc_ir::weights::Store;
 use quantc_passes::Registry;
+use quantc_passes::calib::{Calibrator, Data};
 use quantc_passes::manager::{self, LayerAt, Report};
-use quantc_passes::pass::Env;
+use quantc_passes::pass::{Env, Fact};
 use quantc_passes::pipeline;
 use quantc_passes::presets::Preset;
 use quantc_runtime::stats;
 use serde_json::{Map, Value, json};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Arguments of `quantc compile`.
@@ -86,10 +89,6 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
     if let Some(format) = &args.kv_cache {
         text = with_cache_format(&text, format)?;
     }
-    if let Some(data) = &args.data {
-        // No pass reads data yet; a path that does not exist is still a mistake worth telling.
-        subject::read_text(data)?;
-    }
     let dir = match &args.store {
         Some(dir) => dir.clone(),
         None => default_store()?,
@@ -103,6 +102,7 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
     let facts = args.preset.iter().map(|p| ("preset".to_string(), p.clone())).chain(named).collect();
     let job = Job {
         model: &args.model,
+        data: args.data.as_deref(),
         target,
         pipeline: &text,
         out: &args.output,
@@ -214,6 +214,8 @@ fn default_store() -> Outcome<PathBuf> {
 /// What to build.
 pub struct Job<'a> {
     model: &'a Path,
+    /// A text to calibrate on.
+    data: Option<&'a Path>,
     target: &'static TargetDesc,
     pipeline: &'a str,
     out: &'a Path,
@@ -244,6 +246,7 @@ pub fn float_engine(model: &Path, out: &Path) -> Outcome {
     let show = opt::Show::default();
     let job = Job {
         model,
+        data: None,
         target: targets::host(),
         pipeline: Preset::get("f32")?.pipeline,
         out,
@@ -293,6 +296,7 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
         ));
     }
     opt::verify(&module)?;
+    let (mut facts, mut session) = (vec![], quantc_passes::pass::Session::default());
     let tokenizer = match &imported.tokenizer {
         None => None,
         Some(path) => {
@@ -300,18 +304,34 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
             let bytes = std::fs::read(path)
                 .map_err(|e| Diag::input(format!("cannot read it: {e}")).in_file(&place))?;
             // An engine must not carry a tokenizer that will not load.
-            let compact = quantc_frontends::Tokenizer::from_bytes(&bytes, &place)?.to_compact()?;
-            Some((bytes, compact))
+            let tokenizer = quantc_frontends::Tokenizer::from_bytes(&bytes, &place)?;
+            if let Some(path) = job.data {
+                let data = read_data(path, &tokenizer, &module)?;
+                let folder = store.dir().map_or_else(std::env::temp_dir, |dir| dir.join("tmp"));
+                let folder = folder.join(format!("pieces-{}", std::process::id()));
+                let exec = Compiled::new(targets::host(), job.threads, folder);
+                session.put(Calibrator::new(data, Arc::new(exec)));
+                facts.push(Fact::Data);
+            }
+            Some((bytes, tokenizer.to_compact()?))
         }
     };
     let backend = CpuBackend::new(job.target);
     let parsed = pipeline::parse(job.pipeline)?;
-    let checked = pipeline::check(&parsed, job.registry, &module, Some(job.target), Some(&backend))?;
+    if let (Some(path), None) = (job.data, &tokenizer) {
+        let diag = Diag::input("a text was given, and the model has no tokenizer to read it with");
+        return Err(diag.in_file(path.display().to_string()).into());
+    }
+    let checked =
+        pipeline::check_given(&parsed, job.registry, &module, Some(job.target), Some(&backend), &facts)?;
     let checked = job.show.stop(checked)?;
     let env = Env { threads: job.threads, ..Env::new(store).with_backend(&backend) };
     let mut progress = LayerProgress { start: Instant::now(), quiet: job.quiet, shown: None, told: 0.0 };
-    let report = opt::run_pipeline(&mut module, &checked, env, job.show, &mut progress)?;
+    let mut report = opt::run_pipeline(&mut module, &checked, env, session, job.show, &mut progress)?;
     progress.end();
+    if let Some(calibrator) = report.session.get_mut::<Calibrator>() {
+        calibrator.clear();
+    }
     if job.show.stops() {
         output::piece(&quantc_ir::text::print(&module))?;
         return Err(Failure::Closed);
@@ -325,6 +345,7 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
             store,
             target: job.target,
             max_tokens: job.chunk,
+            always_full: false,
             tuning: job.tuning.as_ref().map(|(table, _)| table),
             files: subject::tokenizer_files(tokenizer),
             facts: job.facts.clone(),
@@ -333,6 +354,25 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
         job.out,
     )?;
     Ok(Built { module, written, macs_per_token })
+}
+
+/// The tokens of a text to calibrate on.
+fn read_data(
+    path: &Path,
+    tokenizer: &quantc_frontends::Tokenizer,
+    module: &quantc_ir::module::Module,
+) -> Outcome<Data> {
+    let tokens = tokenizer.encode(&subject::read_text(path)?, false)?;
+    let bos = module.fact_u64("bos").ok().flatten().and_then(|id| u32::try_from(id).ok());
+    let vocab = module.fact_u64("vocab")?.unwrap_or(u64::from(u32::MAX));
+    if let Some(id) = tokens.iter().chain(&bos).find(|&&id| u64::from(id) >= vocab) {
+        let text = format!("the tokenizer makes token {id}, but the model knows {vocab} tokens only");
+        return Err(Diag::input(text).help("the tokenizer belongs to another model").into());
+    }
+    let name = path
+        .file_name()
+        .map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned());
+    Ok(Data { name, tokens, bos })
 }
 
 /// Refuses weights with elements that are not finite. Rounding and packing look at what they read; this looks at what is

@@ -28,6 +28,8 @@ mod explain;
 mod failure;
 mod import;
 mod inspect;
+#[cfg(feature = "llvm")]
+mod layer_exec;
 mod manual;
 pub mod measure;
 mod opt;

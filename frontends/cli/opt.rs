@@ -9,7 +9,7 @@ use quantc_ir::weights::Store;
 use quantc_ir::{text, verify};
 use quantc_passes::Registry;
 use quantc_passes::manager::{self, Hook, PrintIr, Report, Reproduce, VerifyEach, When};
-use quantc_passes::pass::Env;
+use quantc_passes::pass::{Env, Session};
 use quantc_passes::pipeline::{self, Checked};
 use std::path::PathBuf;
 
@@ -97,7 +97,7 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
     if let Some(backend) = backend {
         env = env.with_backend(backend);
     }
-    run_pipeline(&mut module, &checked, env, &args.show, &mut Nothing)?;
+    run_pipeline(&mut module, &checked, env, Session::default(), &args.show, &mut Nothing)?;
     output::piece(&text::print(&module))
 }
 
@@ -124,6 +124,7 @@ pub fn run_pipeline(
     module: &mut Module,
     checked: &Checked,
     env: Env<'_>,
+    mut session: Session,
     show: &Show,
     progress: &mut dyn Hook,
 ) -> Outcome<Report> {
@@ -140,8 +141,8 @@ pub fn run_pipeline(
     }
     hooks.push(&mut reproduce);
     hooks.push(progress);
-    let mut session = manager_session(show);
-    let report = manager::run(module, checked, env, std::mem::take(&mut session), &mut hooks)?;
+    explain_in(&mut session, show);
+    let report = manager::run(module, checked, env, session, &mut hooks)?;
     if show.remarks {
         for remark in &report.remarks.0 {
             eprintln!("remark: {} {}: {}", remark.pass, remark.place, remark.text);
@@ -164,10 +165,9 @@ pub fn run_pipeline(
     Ok(report)
 }
 
-fn manager_session(show: &Show) -> quantc_passes::pass::Session {
-    let mut session = quantc_passes::pass::Session::default();
+/// Asks for explanations when they are to be shown.
+fn explain_in(session: &mut Session, show: &Show) {
     if show.explain {
         session.put(quantc_passes::saturate::Explanations::default());
     }
-    session
 }

@@ -39,6 +39,8 @@
 extern crate self as quantc_passes;
 
 pub mod analysis;
+pub mod calib;
+pub mod calibrate;
 pub mod canon;
 pub mod fuse;
 pub mod manager;
@@ -66,4 +68,5 @@ pub fn set_threads(threads: usize) {
 pub use serde;
 
 /// The built-in families, each listed by its `passes!`.
-static FAMILIES: &[&[&pass::PassInfo]] = &[canon::ALL, migrate::ALL, precision::ALL, weights::ALL, fuse::ALL];
+static FAMILIES: &[&[&pass::PassInfo]] =
+    &[canon::ALL, calibrate::ALL, migrate::ALL, precision::ALL, weights::ALL, fuse::ALL];

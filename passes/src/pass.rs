@@ -141,6 +141,8 @@ pub enum Fact {
     Layers,
     /// A target is chosen.
     Target,
+    /// There is a text to calibrate on.
+    Data,
     /// A statistic of the layer's values, by name.
     Stat(&'static str),
     /// Anything else, by name.
@@ -152,6 +154,7 @@ impl fmt::Display for Fact {
         match self {
             Fact::Layers => f.write_str("a module cut into layers"),
             Fact::Target => f.write_str("a target"),
+            Fact::Data => f.write_str("a text to calibrate on"),
             Fact::Stat(name) => write!(f, "the statistic `{name}`"),
             Fact::Named(name) => write!(f, "`{name}`"),
         }
@@ -309,6 +312,9 @@ macro_rules! __fact {
     };
     (target) => {
         $crate::pass::Fact::Target
+    };
+    (data) => {
+        $crate::pass::Fact::Data
     };
     (stat($name:ident)) => {
         $crate::pass::Fact::Stat(::core::stringify!($name))

@@ -17,7 +17,7 @@
 mod check;
 mod parse;
 
-pub use check::{Checked, Step, check};
+pub use check::{Checked, Step, check, check_given};
 pub use parse::parse;
 
 use quantc_ir::diag::Diag;

@@ -5,8 +5,12 @@
 //! memory does not depend on their size, and in the order of rows, so that bytes do not depend on the number of threads.
 
 crate::passes! {
-    round_to_nearest::RoundToNearest, quantize_activations::QuantizeActivations, pack_weights::PackWeights,
+    round_to_nearest::RoundToNearest, gptq::Gptq, quantize_activations::QuantizeActivations, pack_weights::PackWeights,
 }
 
+pub(crate) use round_to_nearest::{float_matrix, selects};
+
+pub mod gptq_core;
+pub mod install;
 pub mod options;
 pub mod rows;

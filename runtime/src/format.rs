@@ -145,6 +145,12 @@ pub struct Manifest {
     /// Weight bytes read to decode one token.
     #[prost(uint64, tag = "22")]
     pub decode_bytes_per_token: u64,
+    /// Rows that the caller writes before a call, besides token ids: a row for each token.
+    #[prost(message, repeated, tag = "23")]
+    pub row_inputs: Vec<Tap>,
+    /// Rows that may be read after a call, besides the output: a row for each token.
+    #[prost(message, repeated, tag = "24")]
+    pub row_outputs: Vec<Tap>,
 }
 
 /// What an engine computes.
@@ -315,7 +321,7 @@ pub enum Sym {
     R = 2,
 }
 
-/// A value to look at after a launch: `t` rows of `width` f32 in the arena.
+/// A value to look at after a launch, or to give before one: `t` rows of `width` f32 in the arena.
 #[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
 pub struct Tap {
     /// The value's name in the model's graph.
@@ -518,6 +524,10 @@ impl Manifest {
         self.validate_weights()?;
         self.validate_states()?;
         self.validate_programs()?;
+        for rows in self.row_inputs.iter().chain(&self.row_outputs) {
+            let bytes = u64::from(self.max_tokens) * u64::from(rows.width) * 4;
+            self.check_floats(&rows.at, bytes).map_err(|e| e.at(format_args!("rows {:?}", rows.name)))?;
+        }
         let bytes = u64::from(self.max_rows) * u64::from(self.vocab) * 4;
         self.check_floats(&self.output, bytes).map_err(|e| e.at("output"))
     }
@@ -753,6 +763,11 @@ impl Manifest {
         writeln!(out, "weight_bytes {}", self.weight_bytes)?;
         writeln!(out, "decode_bytes_per_token {}", self.decode_bytes_per_token)?;
         writeln!(out, "output {}", RefText(&self.output, self))?;
+        for (what, all) in [("input", &self.row_inputs), ("further output", &self.row_outputs)] {
+            for rows in all {
+                writeln!(out, "{what} {} {} x {}", rows.name, RefText(&rows.at, self), rows.width)?;
+            }
+        }
         if let Some(generation) = &self.generation {
             match generation.bos {
                 Some(bos) => writeln!(out, "bos {bos}")?,

@@ -18,7 +18,9 @@ use std::time::{Duration, Instant};
 
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{Input, Items, Kind, Launch, Manifest, NO_BARRIER_AFTER, REPLICATED, RefKind, slot_rows};
+use crate::format::{
+    Input, Items, Kind, Launch, Manifest, NO_BARRIER_AFTER, REPLICATED, Ref, RefKind, Tap, slot_rows,
+};
 use crate::mem::{Mapping, PAGE};
 use crate::object::KernelFn;
 use crate::pool::{Pool, PoolOptions};
@@ -256,6 +258,35 @@ impl Session {
         self.run_step(step, Some(tap))
     }
 
+    /// Like [`Session::step`] for an engine that reads rows besides tokens: `inputs` are the manifest's `row_inputs` in
+    /// order, `tokens * width` numbers each. [`Session::row_output`] then gives its further outputs.
+    pub fn step_with(&mut self, step: Step<'_>, inputs: &[&[f32]]) -> Result<&[f32]> {
+        let wanted = &self.engine.manifest().row_inputs;
+        if inputs.len() != wanted.len() {
+            let what = format!("{} inputs of rows; the engine has {}", inputs.len(), wanted.len());
+            return Err(Error::input(what));
+        }
+        for (rows, given) in wanted.iter().zip(inputs) {
+            let numbers = step.tokens.len() * rows.width as usize;
+            if given.len() != numbers {
+                let what = format!("input {:?} has {} numbers, expected {numbers}", rows.name, given.len());
+                return Err(Error::input(what));
+            }
+        }
+        self.run_with(step, inputs, None)?;
+        Ok(self.output(step.rows))
+    }
+
+    /// The further output `index` of the last call, which had `tokens` tokens.
+    pub fn row_output(&self, index: usize, tokens: usize) -> Result<&[f32]> {
+        let manifest = self.engine.manifest();
+        let rows = manifest.row_outputs.get(index).filter(|_| tokens <= manifest.max_tokens as usize);
+        let Some(Tap { at: Ref { kind: Some(RefKind::Arena(offset)) }, width, .. }) = rows else {
+            return Err(Error::input(format!("there is no output {index} of {tokens} rows")));
+        };
+        Ok(self.floats(*offset as usize, tokens * *width as usize))
+    }
+
     /// Appends `tokens` to `slot`, in chunks of at most `max_tokens`; returns the results of the last `rows` of them.
     pub fn prefill(&mut self, slot: u32, tokens: &[u32], rows: usize) -> Result<&[f32]> {
         let limit = self.engine.manifest().max_tokens as usize;
@@ -448,7 +479,14 @@ impl Session {
     }
 
     /// Checks a step, runs it, and moves the slots' positions on.
-    fn run(&mut self, step: Step<'_>, mut tap: Option<&mut TapFn<'_>>) -> Result<()> {
+    fn run(&mut self, step: Step<'_>, tap: Option<&mut TapFn<'_>>) -> Result<()> {
+        if let [rows, ..] = &self.engine.manifest().row_inputs[..] {
+            return Err(Error::input(format!("the engine reads the rows {:?} besides tokens", rows.name)));
+        }
+        self.run_with(step, &[], tap)
+    }
+
+    fn run_with(&mut self, step: Step<'_>, inputs: &[&[f32]], mut tap: Option<&mut TapFn<'_>>) -> Result<()> {
         let checked = self.check_step(step);
         for &slot in step.slots {
             if let Some(expected) = self.expected.get_mut(slot as usize) {
@@ -460,6 +498,7 @@ impl Session {
         if self.poison {
             self.fill_with_nan();
         }
+        self.write_rows(inputs);
         let t = step.tokens.len() as u32;
         let rows = step.rows as u32;
         let manifest = self.engine.manifest();
@@ -558,6 +597,19 @@ impl Session {
             bases[at.clone()].copy_from_slice(&(slot * slot_rows).to_le_bytes());
             let segment = self.types.get(index).copied().unwrap_or(0);
             types[at].copy_from_slice(&segment.to_le_bytes());
+        }
+    }
+
+    /// Writes the rows that the engine reads besides tokens. Their sizes have been checked.
+    fn write_rows(&mut self, inputs: &[&[f32]]) {
+        for (rows, given) in self.engine.manifest().row_inputs.iter().zip(inputs) {
+            let Some(RefKind::Arena(offset)) = rows.at.kind else { continue };
+            // SAFETY: the arena is never protected, and no kernel runs while `self` is borrowed here.
+            let bytes = unsafe { self.arena.bytes_mut() };
+            let at = &mut bytes[offset as usize..][..given.len() * 4];
+            for (to, x) in at.chunks_exact_mut(4).zip(*given) {
+                to.copy_from_slice(&x.to_le_bytes());
+            }
         }
     }
 

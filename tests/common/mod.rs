@@ -13,8 +13,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, OnceLock};
 
 /// Every target's name.
-pub const TARGETS: [&str; 5] =
-    ["cpu-generic", "cpu-avx2", "cpu-avxvnni", "cpu-avx512vnni", "cpu-avx512bf16"];
+pub const TARGETS: [&str; 5] = ["cpu-generic", "cpu-avx2", "cpu-avxvnni", "cpu-avx512vnni", "cpu-avx512bf16"];
 
 /// What a finished process left.
 #[derive(Debug)]

@@ -20,6 +20,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// Reads weights and keeps derived ones. All methods may be called from several threads.
 pub struct Store {
     dir: Option<PathBuf>,
+    /// The folder of a store whose blobs are read here too, and never written.
+    base: Option<PathBuf>,
     verify: bool,
     inner: Mutex<Inner>,
 }
@@ -64,7 +66,7 @@ const RECIPE_HEAD: &str = "quantc recipe 1";
 impl Store {
     /// A store that keeps derived weights in memory.
     pub fn in_memory() -> Store {
-        Store { dir: None, verify: false, inner: Mutex::default() }
+        Store { dir: None, base: None, verify: false, inner: Mutex::default() }
     }
 
     /// The store in the directory `dir`, which is made when it does not exist. Files left by processes that were
@@ -76,7 +78,20 @@ impl Store {
             fs::create_dir_all(&sub).map_err(|e| io_problem(&sub, "create", &e))?;
         }
         blob::sweep(&dir.join("tmp"))?;
-        Ok(Store { dir: Some(dir), verify: false, inner: Mutex::default() })
+        Ok(Store { dir: Some(dir), base: None, verify: false, inner: Mutex::default() })
+    }
+
+    /// A store in memory that also reads what this one holds now: for weights that are derived for one use.
+    pub fn scratch(&self) -> Store {
+        let inner = self.lock();
+        let kept = Inner {
+            shards: inner.shards.clone(),
+            ranges: inner.ranges.clone(),
+            blobs: inner.blobs.clone(),
+            ..Inner::default()
+        };
+        let base = self.dir.clone().or_else(|| self.base.clone());
+        Store { dir: None, base, verify: self.verify, inner: Mutex::new(kept) }
     }
 
     /// Also checks the content of each blob against its name, once, before it is used.
@@ -162,6 +177,11 @@ impl Store {
         Ok(h.finish())
     }
 
+    /// Whether `recipe` was carried out before and its `outputs` blobs are there.
+    pub fn has(&self, recipe: &Recipe, outputs: usize) -> bool {
+        self.look_up(recipe.digest(), outputs).is_some()
+    }
+
     /// The blobs that `recipe` makes: found when it was carried out before, else made by `f`, which writes `outputs`
     /// blobs. `f` must write the same bytes whenever the recipe is the same.
     ///
@@ -226,7 +246,10 @@ impl Store {
 
     /// The file of a blob, when the store has a directory. The blob need not exist.
     pub fn blob_path(&self, digest: Digest) -> Option<PathBuf> {
-        self.dir.as_ref().map(|dir| blob_path(dir, digest))
+        if self.lock().blobs.contains_key(&digest) {
+            return None;
+        }
+        self.dir.as_ref().or(self.base.as_ref()).map(|dir| blob_path(dir, digest))
     }
 
     /// The bytes of a blob.
@@ -272,9 +295,11 @@ impl Store {
     }
 
     fn blob(&self, digest: Digest) -> Result<Arc<Mapping>> {
-        let Some(dir) = &self.dir else {
-            let found = self.lock().blobs.get(&digest).cloned();
-            return found.ok_or_else(|| Diag::input(format!("the store has no blob {digest}")));
+        if let Some(found) = self.lock().blobs.get(&digest) {
+            return Ok(found.clone());
+        }
+        let Some(dir) = self.dir.as_ref().or(self.base.as_ref()) else {
+            return Err(Diag::input(format!("the store has no blob {digest}")));
         };
         let path = blob_path(dir, digest);
         let map = Mapping::open(&path).map_err(|e| match e.kind() {

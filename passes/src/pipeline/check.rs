@@ -78,12 +78,24 @@ pub fn check(
     target: Option<&TargetDesc>,
     backend: Option<&dyn Backend>,
 ) -> Result<Checked, Diags> {
+    check_given(pipeline, registry, module, target, backend, &[])
+}
+
+/// As [`check`], with further facts that hold before the pipeline runs.
+pub fn check_given(
+    pipeline: &Pipeline,
+    registry: &Registry,
+    module: &Module,
+    target: Option<&TargetDesc>,
+    backend: Option<&dyn Backend>,
+    more: &[Fact],
+) -> Result<Checked, Diags> {
     let mut cx = Cx {
         pipeline,
         registry,
         module,
         backend,
-        facts: given(module, target),
+        facts: given(module, target, more),
         text_stale: None,
         diags: Diags::default(),
     };
@@ -111,8 +123,8 @@ struct Cx<'a> {
 }
 
 /// What holds before the pipeline runs.
-fn given(module: &Module, target: Option<&TargetDesc>) -> BTreeMap<Fact, Known> {
-    let mut facts = BTreeMap::new();
+fn given(module: &Module, target: Option<&TargetDesc>, more: &[Fact]) -> BTreeMap<Fact, Known> {
+    let mut facts: BTreeMap<Fact, Known> = more.iter().map(|&fact| (fact, Known::Holds)).collect();
     if !module.layers.is_empty() {
         facts.insert(Fact::Layers, Known::Holds);
     }
@@ -228,6 +240,7 @@ impl Cx<'_> {
                 let diag = Diag::pipeline(format!("`{}` needs {need}", info.name));
                 match (need, &self.providers(need)[..]) {
                     (Fact::Target, _) => diag.help("choose one with `--target`"),
+                    (Fact::Data, _) => diag.help("give one with `--data`"),
                     (_, []) => diag,
                     (_, some) => diag.help(format!("put {} in front of it", quoted(some))),
                 }

@@ -1,13 +1,13 @@
 //! Rounds weights to the nearest code.
 
+use super::install::{install, outputs};
 use super::options::{FormatName, Grouping, RangeSearch, ScaleType, ZeroPoints, scheme};
 use super::rows::{Loss, Outputs, quantize};
 use crate::pass::prelude::*;
 use quantc_ir::formats;
-use quantc_ir::ops::{Dequantize, zero_scheme};
 use quantc_ir::quant::{self, ScaleRule, Search};
 use quantc_ir::scheme::{Scheme, Zero};
-use quantc_ir::weights::{Recipe, WeightDecl, WeightSource};
+use quantc_ir::weights::Recipe;
 use std::collections::BTreeMap;
 
 pass! {
@@ -117,14 +117,7 @@ impl RoundToNearest {
         let name = decl.name.clone();
         let about = |d: Diag| d.at(Loc::Item(format!("@{name}")));
 
-        let codes_ty = TensorTy { elem: ElemTy::Q(scheme), shape: decl.ty.shape.clone() };
-        let scale_shape = scheme.scale_shape(&decl.ty.shape).map_err(about)?;
-        let mut outputs =
-            vec![("q", codes_ty), ("s", TensorTy { elem: scheme.scale.into(), shape: scale_shape.clone() })];
-        if let Zero::Point(format) = scheme.zero {
-            outputs
-                .push(("z", TensorTy { elem: ElemTy::Q(zero_scheme(scheme, format)), shape: scale_shape }));
-        }
+        let outputs = outputs(scheme, &decl.ty).map_err(about)?;
         // Names of other weights do not decide these bytes.
         let recipe = Recipe {
             step: Self::INFO.name,
@@ -144,35 +137,23 @@ impl RoundToNearest {
         })?;
         let loss = Loss::from_bytes(&store.read_blob(blobs[outputs.len()])?)?;
 
-        let mut bytes = 0;
-        let mut args = vec![];
-        for ((suffix, ty), blob) in outputs.into_iter().zip(blobs) {
-            bytes += ty.stored_bytes().unwrap_or(0);
-            let name = cx.module.fresh_weight_name(&format!("{name}.{suffix}"));
-            let id = cx.module.weights.push(WeightDecl { name, ty, source: WeightSource::Blob(blob) });
-            args.push(cx.weight_value(id));
-        }
-        let elements = cx.module.weights[w].ty.shape.elements().unwrap_or(0).max(1);
-        let bits = 8.0 * bytes as f64 / elements as f64;
+        let (value, bits) = install(cx, op, w, outputs, &blobs)?;
         let told = match loss.noise {
             0.0 => "exact".to_string(),
             _ => format!("SQNR {:.2} dB, largest error {:.3e}", loss.sqnr_db(), loss.worst),
         };
         cx.remark(format_args!("@{name}"), format_args!("{scheme}: {told}, {bits:.3} bits per weight"));
-        let at = cx.graph().position(op).ok_or_else(|| Diag::bug("an op that is not in the program"))?;
-        let graph = cx.graph_mut();
-        let taken = graph.values().any(|(_, v)| v.name.as_deref() == Some(&name));
-        graph.insert_inferred(at, Dequantize { to: Float::F32 }, &args, (!taken).then_some(&name))
+        Ok(value)
     }
 }
 
 /// Whether `name` is among `only`, or `only` is empty, and not among `skip`.
-pub(super) fn selects(only: &[Pattern], skip: &[Pattern], name: &str) -> bool {
+pub(crate) fn selects(only: &[Pattern], skip: &[Pattern], name: &str) -> bool {
     (only.is_empty() || only.any_matches(name)) && !skip.any_matches(name)
 }
 
 /// The weight of a `matmul` when it is a matrix of plain floats with at least one element, and its value.
-pub(super) fn float_matrix(graph: &Graph, op: OpId) -> Option<(WeightId, ValueId)> {
+pub(crate) fn float_matrix(graph: &Graph, op: OpId) -> Option<(WeightId, ValueId)> {
     let node = graph.node(op);
     let Op::MatMul(matmul) = &node.op else { return None };
     let value = *node.args.get(1)?;

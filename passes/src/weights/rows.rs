@@ -198,7 +198,7 @@ fn finish_with(
 }
 
 /// Codes with rows that begin on byte boundaries.
-fn pack_rows(format: &Format, codes: &[u8], cols: usize) -> Vec<u8> {
+pub(super) fn pack_rows(format: &Format, codes: &[u8], cols: usize) -> Vec<u8> {
     let row_bytes = format.packed_len(cols);
     let mut packed = vec![0; codes.len() / cols * row_bytes];
     for (codes, packed) in codes.chunks(cols).zip(packed.chunks_mut(row_bytes.max(1))) {
@@ -207,7 +207,12 @@ fn pack_rows(format: &Format, codes: &[u8], cols: usize) -> Vec<u8> {
     packed
 }
 
-fn write_params(groups: &Groups, scheme: &Scheme, params: &Params, out: &mut Outputs<'_>) -> Result<()> {
+pub(super) fn write_params(
+    groups: &Groups,
+    scheme: &Scheme,
+    params: &Params,
+    out: &mut Outputs<'_>,
+) -> Result<()> {
     out.scales.write_f32(scheme.scale, &params.scales)?;
     match (scheme.zero, &mut out.zeros) {
         (Zero::Point(format), Some(zeros)) => {

@@ -1,0 +1,102 @@
+//! Runs parts of a model for calibration, as engines of their own.
+
+use quantc_codegen::engine::{self, Request};
+use quantc_ir::diag::{Diag, Result};
+use quantc_ir::module::Module;
+use quantc_ir::target::TargetDesc;
+use quantc_ir::weights::Store;
+use quantc_passes::calib::{LayerExec, Runner};
+use quantc_runtime::engine::{Engine, OpenOptions};
+use quantc_runtime::session::{Session, SessionOptions, Step};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Compiles pieces for this machine.
+pub struct Compiled {
+    target: &'static TargetDesc,
+    threads: usize,
+    /// Where the engines of pieces lie while they are used.
+    folder: PathBuf,
+    count: AtomicU64,
+}
+
+impl Compiled {
+    /// For `target`, which must run here. The folder is made when it is needed, and removed with this.
+    pub fn new(target: &'static TargetDesc, threads: usize, folder: PathBuf) -> Compiled {
+        Compiled { target, threads, folder, count: AtomicU64::new(0) }
+    }
+}
+
+impl Drop for Compiled {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}
+
+impl LayerExec for Compiled {
+    fn name(&self) -> String {
+        format!("compiled for {}", self.target.name)
+    }
+
+    fn prepare<'a>(
+        &self,
+        piece: &'a Module,
+        store: &'a Store,
+        tokens: usize,
+    ) -> Result<Box<dyn Runner + 'a>> {
+        let n = self.count.fetch_add(1, Ordering::Relaxed);
+        std::fs::create_dir_all(&self.folder).map_err(|e| {
+            Diag::system(format!("cannot make it: {e}")).in_file(self.folder.display().to_string())
+        })?;
+        let place = self.folder.join(n.to_string());
+        // What is packed for a piece is of no use afterwards.
+        let packed = store.scratch();
+        let request = Request {
+            module: piece,
+            store: &packed,
+            target: self.target,
+            max_tokens: tokens.try_into().unwrap_or(u32::MAX),
+            always_full: true,
+            tuning: None,
+            files: vec![],
+            facts: vec![],
+            report: Default::default(),
+        };
+        engine::write(request, &place)?;
+        drop(packed);
+        let broken = |e: quantc_runtime::error::Error| Diag::bug(format!("the engine of a piece: {e}"));
+        let engine = Arc::new(Engine::open(&place, &OpenOptions::default()).map_err(broken)?);
+        // It stays mapped.
+        let _ = std::fs::remove_dir_all(&place);
+        let options = SessionOptions { threads: self.threads, ..SessionOptions::default() };
+        let session = Session::new(engine, &options).map_err(broken)?;
+        Ok(Box::new(PieceRunner { session, tokens }))
+    }
+}
+
+struct PieceRunner {
+    session: Session,
+    tokens: usize,
+}
+
+impl Runner for PieceRunner {
+    fn run(
+        &mut self,
+        ids: &[&[u32]],
+        rows: &[&[f32]],
+        result: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
+    ) -> Result<()> {
+        let failed = |e: quantc_runtime::error::Error| Diag::bug(format!("running a piece: {e}"));
+        let n = self.tokens;
+        let positions: Vec<u32> = (0..n as u32).collect();
+        let tokens = ids.first().ok_or_else(|| Diag::bug("a piece without ids"))?;
+        let step = Step { tokens, positions: &positions, slots: &vec![0; n], rows: n };
+        let first = self.session.step_with(step, rows).map_err(failed)?;
+        result(0, first)?;
+        for i in 0..self.session.engine().manifest().row_outputs.len() {
+            result(i + 1, self.session.row_output(i, n).map_err(failed)?)?;
+        }
+        Ok(())
+    }
+}

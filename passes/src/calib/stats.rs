@@ -1,0 +1,251 @@
+//! Statistics of the rows that products read, taken when they are asked for.
+
+use super::chain::{Calibrator, Start};
+use super::hessian::Hessian;
+use crate::pass::{PassCx, Session};
+use quantc_ir::diag::{Diag, Loc, Result};
+use quantc_ir::entity::{OpId, ValueId};
+use quantc_ir::graph::Graph;
+use quantc_ir::ops::{Op, Real};
+use quantc_ir::ty::ElemTy;
+use quantc_ir::weights::{Digest, Recipe};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// The statistics that there are, as options and texts name them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// The largest magnitude of each channel.
+    Absmax,
+    /// The sum of `x x^T` over all tokens, a `k x k` matrix.
+    Hessian,
+}
+
+impl Kind {
+    /// The name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Absmax => "absmax",
+            Kind::Hessian => "hessian",
+        }
+    }
+}
+
+/// What is known of the rows of one value.
+#[derive(Clone, Debug, Default)]
+pub struct SiteStats {
+    /// Tokens seen.
+    pub tokens: u64,
+    /// The largest magnitude of each channel.
+    pub absmax: Vec<f32>,
+    /// The sum of `x x^T`, when it was asked for.
+    pub hessian: Option<Hessian>,
+}
+
+impl SiteStats {
+    /// Folds rows of one sample in.
+    fn see(&mut self, rows: &[f32], columns: usize, hessian: bool) -> Result<()> {
+        self.absmax.resize(columns, 0.0);
+        for row in rows.chunks_exact(columns) {
+            for (most, &x) in self.absmax.iter_mut().zip(row) {
+                *most = most.max(x.abs());
+            }
+        }
+        if let Some(at) = rows.iter().position(|x| !x.is_finite()) {
+            let (token, channel) = (at / columns, at % columns);
+            return Err(Diag::input(format!("channel {channel} of token {token} is {}", rows[at]))
+                .help("the model overflows on this text; calibrate it in f32"));
+        }
+        self.tokens += (rows.len() / columns) as u64;
+        if !hessian {
+            return Ok(());
+        }
+        match &mut self.hessian {
+            Some(hessian) => hessian.add(rows),
+            none => none.insert(Hessian::new(columns)?).add(rows),
+        }
+    }
+
+    /// What holds when each channel is divided by its factor.
+    fn divided(&self, by: &[f32]) -> Result<SiteStats> {
+        let absmax = self.absmax.iter().zip(by).map(|(most, s)| most / s).collect();
+        let hessian = self.hessian.as_ref().map(|h| h.scaled(by)).transpose()?;
+        Ok(SiteStats { tokens: self.tokens, absmax, hessian })
+    }
+}
+
+/// Statistics of one function's values, not taken before they are needed.
+pub struct LayerStats {
+    key: Digest,
+    hessian: bool,
+    sites: BTreeMap<ValueId, Site>,
+    start: Start,
+}
+
+struct Site {
+    /// Index among the results of the piece.
+    index: usize,
+    columns: usize,
+    /// What channels have been divided by since, with a name for it.
+    divided: Vec<(Digest, Vec<f32>)>,
+    taken: Option<Arc<SiteStats>>,
+}
+
+impl LayerStats {
+    /// Of the `values` with their columns that `start` leads to.
+    pub fn new(start: Start, values: &[(ValueId, usize)], kinds: &[Kind]) -> LayerStats {
+        let names: Vec<&str> = kinds.iter().map(|k| k.name()).collect();
+        let inputs = vec![start.boundary.key(), start.piece.key];
+        let recipe = Recipe { step: "statistics", version: 1, options: names.join(", "), inputs };
+        let site = |(index, &(v, columns)): (usize, &(ValueId, usize))| {
+            (v, Site { index, columns, divided: vec![], taken: None })
+        };
+        let sites = values.iter().enumerate().map(site).collect();
+        LayerStats { key: recipe.digest(), hessian: kinds.contains(&Kind::Hessian), sites, start }
+    }
+}
+
+/// The values of rows that the products of a graph read, in order, with their columns.
+pub fn sites(graph: &Graph, reads: impl Fn(OpId) -> bool) -> Vec<(ValueId, usize)> {
+    let mut found: Vec<(ValueId, usize)> = vec![];
+    for (op, node) in graph.ops() {
+        if !matches!(node.op, Op::MatMul(_)) || !reads(op) {
+            continue;
+        }
+        let x = node.args[0];
+        let ty = graph.ty(x);
+        let columns = ty.shape.last().and_then(|d| d.fixed()).unwrap_or(0) as usize;
+        if ty.elem == ElemTy::F32 && ty.rank() == 2 && columns > 0 && !found.iter().any(|&(v, _)| v == x) {
+            found.push((x, columns));
+        }
+    }
+    found
+}
+
+/// A name for what is known of the rows `x`: decided by samples, layers before and what was divided out. There is none when
+/// nothing is known.
+pub fn key(cx: &mut PassCx<'_>, x: ValueId, kind: Kind) -> Option<Digest> {
+    if let Some(numbers) = cx.stat(x, kind.name()) {
+        let bytes: Vec<u8> = numbers.iter().flat_map(|n| n.0.to_le_bytes()).collect();
+        return Some(Digest::of(&bytes));
+    }
+    let function = cx.function;
+    let stats = cx.session().about::<LayerStats>(function)?;
+    let site = stats.sites.get(&x).filter(|_| kind != Kind::Hessian || stats.hessian)?;
+    let inputs = std::iter::once(stats.key).chain(site.divided.iter().map(|(name, _)| *name)).collect();
+    Some(Recipe { step: "site", version: 1, options: site.index.to_string(), inputs }.digest())
+}
+
+/// An error that says how to get statistics.
+pub fn missing(cx: &PassCx<'_>, x: ValueId, kind: Kind) -> Diag {
+    let what = format!("the statistic `{}` of {} is not known", kind.name(), cx.place(x));
+    Diag::pipeline(what)
+        .help("let `calibrate` take it in front, of the layers and weights that this pass works on")
+}
+
+/// What is known of the rows `x`; taken now, for all values of the function, when it has not been before.
+pub fn of(cx: &mut PassCx<'_>, x: ValueId) -> Result<Arc<SiteStats>> {
+    if let Some(stats) = from_text(cx, x)? {
+        return Ok(Arc::new(stats));
+    }
+    let function = cx.function;
+    let (store, env) = (cx.store, cx.env);
+    let place = cx.place(x);
+    let session = cx.session();
+    let Some(mut stats) = session.take_about::<LayerStats>(function) else {
+        return Err(missing(cx, x, Kind::Absmax));
+    };
+    let taken = take(session, &mut stats, store, env.interrupt);
+    let found = stats.sites.get(&x).map(|site| {
+        let plain = site.taken.clone().unwrap_or_default();
+        site.divided.iter().try_fold(plain, |stats, (_, by)| stats.divided(by).map(Arc::new))
+    });
+    session.put_about(function, stats);
+    taken.map_err(|d| d.context(format!("calibrating for {place}")))?;
+    found.unwrap_or_else(|| Err(missing(cx, x, Kind::Absmax)))
+}
+
+fn take(
+    session: &mut Session,
+    stats: &mut LayerStats,
+    store: &quantc_ir::weights::Store,
+    interrupt: Option<&std::sync::atomic::AtomicBool>,
+) -> Result<()> {
+    if stats.sites.values().all(|site| site.taken.is_some()) {
+        return Ok(());
+    }
+    let calibrator = session.get_mut::<Calibrator>();
+    let calibrator = calibrator.ok_or_else(|| Diag::bug("statistics are asked for, and the data is gone"))?;
+    let mut by_index: BTreeMap<usize, (usize, SiteStats)> =
+        stats.sites.values().map(|site| (site.index, (site.columns, SiteStats::default()))).collect();
+    let hessian = stats.hessian;
+    calibrator.run(&stats.start, store, interrupt, &mut |sample, index, rows| {
+        let Some((columns, stats)) = by_index.get_mut(&index) else { return Ok(()) };
+        stats.see(rows, *columns, hessian).map_err(|d| d.at(Loc::Item(format!("sample {sample}"))))
+    })?;
+    for site in stats.sites.values_mut() {
+        site.taken = by_index.remove(&site.index).map(|(_, stats)| Arc::new(stats));
+    }
+    Ok(())
+}
+
+/// Statistics that stand in the module's text.
+fn from_text(cx: &PassCx<'_>, x: ValueId) -> Result<Option<SiteStats>> {
+    let numbers =
+        |kind: Kind| cx.stat(x, kind.name()).map(|n| n.iter().map(|&Real(x)| x as f32).collect::<Vec<f32>>());
+    let (absmax, hessian) = (numbers(Kind::Absmax), numbers(Kind::Hessian));
+    if absmax.is_none() && hessian.is_none() {
+        return Ok(None);
+    }
+    let columns = cx.graph().ty(x).shape.last().and_then(|d| d.fixed()).unwrap_or(0) as usize;
+    let fits = |kind: Kind, n: usize, want: usize| match n == want {
+        true => Ok(()),
+        false => {
+            let text = format!("`{}` of {} has {n} numbers, expected {want}", kind.name(), cx.place(x));
+            Err(Diag::input(text))
+        }
+    };
+    let mut stats = SiteStats { tokens: 1, ..SiteStats::default() };
+    if let Some(absmax) = absmax {
+        fits(Kind::Absmax, absmax.len(), columns)?;
+        stats.absmax = absmax;
+    }
+    if let Some(hessian) = hessian {
+        fits(Kind::Hessian, hessian.len(), columns * columns)?;
+        stats.hessian = Some(from_numbers(columns, &hessian)?);
+    }
+    Ok(Some(stats))
+}
+
+/// A Hessian written out, row by row.
+fn from_numbers(k: usize, numbers: &[f32]) -> Result<Hessian> {
+    let mut bytes = vec![];
+    bytes.extend((k as u64).to_le_bytes());
+    bytes.extend(1u64.to_le_bytes());
+    for i in 0..k {
+        bytes.extend(numbers[i * k..][..=i].iter().flat_map(|x| x.to_le_bytes()));
+    }
+    Hessian::from_bytes(&bytes)
+}
+
+/// Says that the channels of `x` are divided by `by` from now on, so that what is known of it stays true.
+pub fn divide(cx: &mut PassCx<'_>, x: ValueId, by: &[f32]) -> Result<()> {
+    if let Some(stats) = from_text(cx, x)? {
+        let divided = stats.divided(by)?;
+        let reals = |xs: &[f32]| xs.iter().map(|&x| Real(f64::from(x))).collect::<Vec<Real>>();
+        if !divided.absmax.is_empty() {
+            cx.set_stat(x, Kind::Absmax.name(), reals(&divided.absmax))?;
+        }
+        if let Some(hessian) = &divided.hessian {
+            cx.set_stat(x, Kind::Hessian.name(), reals(&hessian.mirrored()))?;
+        }
+        return Ok(());
+    }
+    let bytes: Vec<u8> = by.iter().flat_map(|s| s.to_le_bytes()).collect();
+    let function = cx.function;
+    if let Some(site) = cx.session().about_mut::<LayerStats>(function).and_then(|s| s.sites.get_mut(&x)) {
+        site.divided.push((Digest::of(&bytes), by.to_vec()));
+    }
+    Ok(())
+}

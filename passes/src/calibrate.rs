@@ -1,0 +1,5 @@
+//! Passes that learn from data.
+
+crate::passes! {
+    calibrate::Calibrate,
+}

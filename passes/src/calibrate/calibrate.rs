@@ -1,0 +1,100 @@
+//! Takes statistics of what products read.
+
+use crate::calib::chain::{Calibrator, Choice};
+use crate::calib::stats::{self, Kind, LayerStats};
+use crate::pass::prelude::*;
+use crate::weights::{float_matrix, selects};
+
+pass! {
+    /// Takes statistics of the rows that products read, from a text.
+    ///
+    /// Samples of the text run through the layers before, as passes have left them by now, and through this layer as it is.
+    /// Inside of `layers(..)` the layers before are quantized already: `layers(calibrate, gptq)` lets each layer make up
+    /// for what those before it lost. Nothing runs until a pass asks for a number, and not at all when an
+    /// earlier run with the same store has derived the same weights.
+    "calibrate" => pub struct Calibrate {
+        /// Samples at most; 0 takes as many as the text has.
+        samples: u32 = 128,
+        /// Tokens of one sample; 0 takes the model's context, but at most 512.
+        length: u32 = 0,
+        /// 0 takes the samples from the beginning of the text on, any other number shuffles them first.
+        seed: u64 = 0,
+        /// What to take: `absmax`, the largest magnitude of each channel; `hessian`, the sum of `x x^T`.
+        stats: Vec<Kind> = vec![Kind::Absmax, Kind::Hessian],
+        /// Weights whose rows are looked at, as name patterns; none given means all.
+        only: Vec<Pattern> = vec![],
+        /// Weights whose rows are not looked at, as name patterns. A pattern that matches nothing is an error.
+        skip: Vec<Pattern> = vec![],
+        /// Layers to look at, as name patterns; none given means all.
+        layers: Vec<Pattern> = vec![],
+        /// Layers not looked at, as name patterns.
+        skip_layers: Vec<Pattern> = vec![],
+    }
+    needs: [data],
+    scope: Layer, numerics: Exact, stats: keeps
+}
+
+/// Tokens of a sample unless the pipeline says otherwise.
+const LENGTH: u64 = 512;
+
+impl Pass for Calibrate {
+    fn run(&self, cx: &mut PassCx<'_>) -> Result<Changed> {
+        if !selects(&self.layers, &self.skip_layers, cx.function_name()) {
+            return Ok(Changed::No);
+        }
+        let graph = cx.graph();
+        let read = |op: OpId| {
+            float_matrix(graph, op).is_some_and(|(w, _)| selects(&self.only, &self.skip, &cx.module.weights[w].name))
+        };
+        let sites = stats::sites(graph, read);
+        if sites.is_empty() {
+            return Ok(Changed::No);
+        }
+        let context = cx.module.fact_u64("context")?.unwrap_or(LENGTH);
+        let length = match self.length {
+            0 => context.min(LENGTH) as u32,
+            length => length,
+        };
+        if u64::from(length) > context {
+            return Err(Diag::pipeline(format!("samples of {length} tokens are longer than the context of {context}"))
+                .help("let `length` be smaller"));
+        }
+        let choice = Choice { samples: self.samples, length, seed: self.seed };
+        let values: Vec<ValueId> = sites.iter().map(|&(v, _)| v).collect();
+        let function = cx.function;
+        let mut calibrator = cx.session().take::<Calibrator>().ok_or_else(|| {
+            Diag::pipeline("there is no text to calibrate on").help("give one with `--data`")
+        })?;
+        let start = calibrator.start(cx.module, cx.store, function, &values, choice);
+        let name = calibrator.data().name.clone();
+        cx.session().put(calibrator);
+        let start = start?;
+        let (n, each) = (start.samples.windows.len(), start.samples.windows[0].len());
+        let digest = start.samples.digest.to_string();
+        let place = format!("@{}", cx.function_name());
+        cx.remark(place, format_args!("{} values on {n} samples of {each} tokens of {name}, {}", values.len(), &digest[..16]));
+        cx.session().put_about(function, LayerStats::new(start, &sites, &self.stats));
+        Ok(Changed::No)
+    }
+
+    fn provides(&self) -> Vec<Fact> {
+        self.stats.iter().map(|kind| Fact::Stat(kind.name())).collect()
+    }
+
+    fn validate(&self) -> Result<()> {
+        if self.stats.is_empty() {
+            return Err(Diag::pipeline("no statistics are asked for").help("use `stats=[absmax]` or `stats=[absmax, hessian]`"));
+        }
+        Ok(())
+    }
+
+    fn patterns(&self) -> Vec<PatternUse<'_>> {
+        [
+            PatternUse::all("only", &self.only, NameKind::Weight),
+            PatternUse::all("skip", &self.skip, NameKind::Weight),
+            PatternUse::all("layers", &self.layers, NameKind::Layer),
+            PatternUse::all("skip-layers", &self.skip_layers, NameKind::Layer),
+        ]
+        .concat()
+    }
+}

@@ -1,0 +1,246 @@
+//! Rounds weights so that outputs change little.
+
+use super::gptq_core::{Facts, GptqOptions, Importance, ScaleSearch, rewrite};
+use super::install::{install, outputs};
+use super::options::{FormatName, Grouping, ScaleType, ZeroPoints, scheme};
+use super::round_to_nearest::{float_matrix, selects};
+use super::rows::{Loss, Outputs, pack_rows, write_params};
+use crate::calib::stats::{self, Kind};
+use crate::calib::SiteStats;
+use crate::pass::prelude::*;
+use quantc_ir::formats;
+use quantc_ir::quant::{Groups, ScaleRule, dequantize_block};
+use quantc_ir::scheme::{Scheme, Zero};
+use quantc_ir::weights::{Recipe, WeightView};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+pass! {
+    /// Rounds the weights of matrix products so that what they make of the rows they read changes little.
+    ///
+    /// As `round-to-nearest`, but columns are rounded one after the other, and those still to come make up for the error
+    /// of those before, by what the statistic `hessian` says of the rows (Frantar et al. 2022). Scales are
+    /// searched for with the same measure. No row is worse than rounded to nearest. Where the rows
+    /// say nothing of use, numbers are rounded to nearest, and a remark says so.
+    ///
+    /// ```qir before
+    /// %y = matmul %x, @w
+    /// ```
+    /// ```qir after
+    /// %w = dequantize @w.q, @w.s
+    /// %y = matmul %x, %w
+    /// ```
+    "gptq" => pub struct Gptq {
+        /// The format of the codes.
+        format: FormatName = FormatName(&formats::INT4),
+        /// What shares a scale: `row`, `tensor`, a number of columns, or a tile such as `"16x64"`.
+        group: Grouping = Grouping::Columns(128),
+        /// `asymmetric` gives each group a zero point; integers of 4 and 8 bits are then stored unsigned.
+        zero: ZeroPoints = ZeroPoints::Symmetric,
+        /// The type of the scales; `auto` is `bf16` for groups smaller than a row, `f32` for others and for integers
+        /// of fewer than 4 bits.
+        scale: ScaleType = ScaleType::Auto,
+        /// How a scale follows from the range: `real`, `power-of-two`, or `mx` as in OCP MX.
+        scale_rule: ScaleRule = ScaleRule::Real,
+        /// By what scales are searched for: `none` takes the whole range, `mse` the sum of squared errors, `diagonal` the same
+        /// weighted by the columns' energy, `output` the error that rounding would make in the output.
+        search: Search = Search::Output,
+        /// Whether columns are rounded in the order of their energy, and not from the left.
+        act_order: bool = true,
+        /// What is added to the diagonal of the Hessian, as a part of its mean; ten times as much when that is too little.
+        damp: f32 = 0.01,
+        /// How often single codes are improved afterwards, given all others.
+        sweeps: u32 = 0,
+        /// Weights to quantize, as name patterns; none given means all.
+        only: Vec<Pattern> = vec![],
+        /// Weights left alone, as name patterns. A pattern that matches nothing is an error.
+        skip: Vec<Pattern> = vec![],
+        /// Layers to work on, as name patterns; none given means all.
+        layers: Vec<Pattern> = vec![],
+        /// Layers left alone, as name patterns.
+        skip_layers: Vec<Pattern> = vec![],
+    }
+    needs: [stat(hessian)],
+    scope: Layer, numerics: Requantizes, stats: keeps, version: 1
+}
+
+/// By what scales are searched for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Search {
+    /// Not at all.
+    None,
+    /// The sum of squared errors.
+    Mse,
+    /// The same, weighted by the columns' energy.
+    Diagonal,
+    /// The error in the output.
+    #[default]
+    Output,
+}
+
+/// What is told of a weight; kept beside its blobs.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Told {
+    sqnr_db: f64,
+    damping: Option<f64>,
+    escalations: u32,
+    dead: usize,
+    /// Output error by that of rounding to nearest.
+    by_nearest: f64,
+    /// Output error by the output.
+    relative: f64,
+}
+
+impl Pass for Gptq {
+    fn run(&self, cx: &mut PassCx<'_>) -> Result<Changed> {
+        if !selects(&self.layers, &self.skip_layers, cx.function_name()) {
+            return Ok(Changed::No);
+        }
+        let scheme = self.scheme()?;
+        let mut done = BTreeMap::<(WeightId, ValueId), ValueId>::new();
+        for op in cx.graph().order().to_vec() {
+            let Some((w, _)) = float_matrix(cx.graph(), op) else { continue };
+            if !selects(&self.only, &self.skip, &cx.module.weights[w].name) {
+                continue;
+            }
+            let x = cx.graph().node(op).args[0];
+            let value = match done.get(&(w, x)) {
+                Some(&value) => value,
+                None => self.quantize(cx, op, (w, x), scheme)?,
+            };
+            done.insert((w, x), value);
+            cx.graph_mut().node_mut(op).args[1] = value;
+        }
+        Ok((!done.is_empty()).into())
+    }
+
+    fn validate(&self) -> Result<()> {
+        let scheme = self.scheme()?;
+        if self.scale_rule == ScaleRule::Mx && scheme.zero != Zero::Symmetric {
+            return Err(Diag::pipeline("OCP MX has no zero points").help("use `zero=symmetric`"));
+        }
+        if !(self.damp > 0.0 && self.damp <= 1.0) {
+            return Err(Diag::pipeline(format!("`damp` is {}, not above 0 and at most 1", self.damp)));
+        }
+        Ok(())
+    }
+
+    fn emits(&self) -> Vec<(ElemTy, ElemTy)> {
+        self.scheme().map(|s| (ElemTy::F32, ElemTy::Q(s))).into_iter().collect()
+    }
+
+    fn patterns(&self) -> Vec<PatternUse<'_>> {
+        [
+            PatternUse::all("only", &self.only, NameKind::Weight),
+            PatternUse::all("skip", &self.skip, NameKind::Weight),
+            PatternUse::all("layers", &self.layers, NameKind::Layer),
+            PatternUse::all("skip-layers", &self.skip_layers, NameKind::Layer),
+        ]
+        .concat()
+    }
+}
+
+impl Gptq {
+    fn scheme(&self) -> Result<Scheme> {
+        scheme(self.format, self.group, self.zero, self.scale)
+    }
+
+    fn core(&self) -> GptqOptions {
+        let search = ScaleSearch { rule: self.scale_rule, ..ScaleSearch::default() };
+        let (search, importance) = match self.search {
+            Search::None => (ScaleSearch { steps: 0, ..search }, Importance::Uniform),
+            Search::Mse => (search, Importance::Uniform),
+            Search::Diagonal => (search, Importance::Diagonal),
+            Search::Output => (search, Importance::Block),
+        };
+        let damp = f64::from(self.damp);
+        GptqOptions { act_order: self.act_order, damp, search, importance, sweeps: self.sweeps }
+    }
+
+    /// Quantizes `w`, which multiplies the rows `x`, and puts its `dequantize` in front of `op`.
+    fn quantize(
+        &self,
+        cx: &mut PassCx<'_>,
+        op: OpId,
+        (w, x): (WeightId, ValueId),
+        scheme: Scheme,
+    ) -> Result<ValueId> {
+        cx.check_interrupt()?;
+        let name = cx.module.weights[w].name.clone();
+        let about = |d: Diag| d.at(Loc::Item(format!("@{name}")));
+        let outputs = outputs(scheme, &cx.module.weights[w].ty).map_err(about)?;
+        let rows = stats::key(cx, x, Kind::Hessian).ok_or_else(|| stats::missing(cx, x, Kind::Hessian))?;
+        let core = self.core();
+        let recipe = Recipe {
+            step: Self::INFO.name,
+            version: Self::INFO.version,
+            options: format!("{scheme} {core:?}"),
+            inputs: vec![cx.store.digest(&cx.module.weights, w)?, rows],
+        };
+        let known = cx.store.has(&recipe, outputs.len() + 1);
+        let rows = if known { Arc::default() } else { stats::of(cx, x)? };
+        let (store, weights) = (cx.store, &cx.module.weights);
+        let blobs = store.derive(&recipe, outputs.len() + 1, &mut |out| {
+            let view = store.view(weights, w)?;
+            let [codes, scales, rest @ .., told] = out else {
+                return Err(Diag::bug("fewer outputs than were asked for"));
+            };
+            let mut out = Outputs { codes, scales, zeros: rest.first_mut() };
+            let found = write(&view, &scheme, &rows, &core, &mut out).map_err(about)?;
+            told.write(&serde_json::to_vec(&found).map_err(|e| Diag::bug(format!("facts about a weight: {e}")))?)
+        })?;
+        let told: Told = serde_json::from_slice(&store.read_blob(blobs[outputs.len()])?)
+            .map_err(|e| Diag::input(format!("what the store keeps of @{name} is damaged: {e}")))?;
+        let (value, bits) = install(cx, op, w, outputs, &blobs)?;
+        let mut text = match told.damping {
+            Some(_) => format!(
+                "{scheme}: relative output error {:.3e}, {:.2} of rounding to nearest, SQNR {:.2} dB",
+                told.relative, told.by_nearest, told.sqnr_db
+            ),
+            None => format!("{scheme}: rounded to nearest, SQNR {:.2} dB: the Hessian has no factor", told.sqnr_db),
+        };
+        if told.escalations > 0 {
+            text += &format!(", damping raised {} times", told.escalations);
+        }
+        if told.dead > 0 {
+            text += &format!(", {} columns read nothing but 0", told.dead);
+        }
+        cx.remark(format_args!("@{name}"), format_args!("{text}, {bits:.3} bits per weight"));
+        Ok(value)
+    }
+}
+
+/// Quantizes a whole matrix and writes it.
+fn write(
+    view: &WeightView<'_>,
+    scheme: &Scheme,
+    rows: &SiteStats,
+    options: &GptqOptions,
+    out: &mut Outputs<'_>,
+) -> Result<Told> {
+    let h = rows.hessian.as_ref().ok_or_else(|| Diag::bug("a Hessian that was not taken"))?;
+    let (n, k) = (view.rows(), view.cols());
+    let w = view.read_all_f32()?;
+    view.release(0..n);
+    let made = rewrite(&w, n, k, h, scheme, options)?;
+    let groups = Groups::new(scheme, &view.ty().shape)?;
+    out.codes.write(&pack_rows(scheme.format, &made.codes, k.max(1)))?;
+    write_params(&groups, scheme, &made.params, out)?;
+    let mut after = vec![0.0; w.len()];
+    dequantize_block(&groups, scheme, &made.params, 0, &made.codes, &mut after)?;
+    let Facts { damping, escalations, dead, error, error_nearest, .. } = made.facts;
+    let loss = Loss::between(&w, &after);
+    let output: f64 = super::gptq_core::output_errors(&w, h).iter().sum();
+    let ratio = |a: f64, b: f64| if b > 0.0 { a / b } else { 0.0 };
+    Ok(Told {
+        // JSON has no infinity.
+        sqnr_db: loss.sqnr_db().min(999.0),
+        damping,
+        escalations,
+        dead,
+        by_nearest: ratio(error, error_nearest),
+        relative: ratio(error, output),
+    })
+}

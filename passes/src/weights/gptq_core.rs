@@ -1,0 +1,259 @@
+//! Codes that keep the output of a layer, not each weight by itself: GPTQ, and scales chosen for it.
+//!
+//! The error of a row of weights with the quantization error `d` is `d H d^T`, with `H` the layer's
+//! [`Hessian`]. [`fit_scales`] chooses scales by it, [`rewrite`] rounds column after column and lets the columns still
+//! to come make up for the error of those before (Frantar et al. 2022, GPTQ, algorithm 1), then may improve single codes
+//! while it can. What holds:
+//!
+//! - Scales are fixed before the first column is rounded, so the order of columns does not touch the layout of groups.
+//! - No row is worse, by `d H d^T` without damping, than rounded to nearest with the same scales, and no run of rows
+//!   that share scales is worse than rounded to nearest with the scales of its whole ranges.
+//! - A Hessian that cannot be factored even with much damping is no error: the weight is rounded to nearest, and the
+//!   [`Facts`] say so.
+//! - The result does not depend on the number of threads, which is that of the rayon pool the caller runs in.
+//!
+//! What is not here: reading weights and writing them, which is the work of passes.
+
+mod factor;
+pub(crate) mod product;
+mod round;
+mod scales;
+mod solve;
+
+pub use scales::{ScaleSearch, Weighting, fit_scales};
+
+use crate::calib::hessian::Hessian;
+use factor::factor;
+use quantc_ir::diag::{Diag, Result};
+use quantc_ir::quant::{Groups, Params};
+use quantc_ir::scheme::Scheme;
+use quantc_ir::ty::Shape;
+use rayon::prelude::*;
+use round::Rounder;
+use solve::{ROWS, Slab, Solution};
+
+/// What scales are chosen by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Importance {
+    /// All columns count alike.
+    Uniform,
+    /// Columns count as much as the diagonal of the Hessian says.
+    Diagonal,
+    /// The error that rounding to nearest would make, see [`Weighting::Block`].
+    Block,
+    /// Columns count as much as the rounding errors that GPTQ cannot pass on: the squared pivots of the factor.
+    #[default]
+    Pivots,
+}
+
+/// How [`rewrite`] goes about it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GptqOptions {
+    /// Whether columns are visited by descending diagonal of the Hessian, and not from the left.
+    pub act_order: bool,
+    /// What is added to the diagonal of the Hessian, as a part of its mean.
+    pub damp: f64,
+    /// Which scales are tried.
+    pub search: ScaleSearch,
+    /// What they are chosen by.
+    pub importance: Importance,
+    /// How often coordinate descent goes over all codes afterwards.
+    pub sweeps: u32,
+}
+
+impl Default for GptqOptions {
+    fn default() -> GptqOptions {
+        GptqOptions {
+            act_order: true,
+            damp: 0.01,
+            search: ScaleSearch::default(),
+            importance: Importance::default(),
+            sweeps: 1,
+        }
+    }
+}
+
+/// What happened. Errors are sums of `d H d^T` over rows, without damping.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Facts {
+    /// What was added to the diagonal; `None` when no factor was found and every number was rounded to nearest.
+    pub damping: Option<f64>,
+    /// How often the damping was made ten times as large.
+    pub escalations: u32,
+    /// Columns whose input was always 0.
+    pub dead: usize,
+    /// Error of rounding to nearest with the scales of whole ranges.
+    pub error_nearest: f64,
+    /// Error of rounding to nearest with the chosen scales.
+    pub error_scales: f64,
+    /// Error of the result.
+    pub error: f64,
+    /// Rows for which rounding to nearest was no worse than GPTQ.
+    pub rows_nearest: usize,
+}
+
+/// A weight as it is to be stored.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rewritten {
+    /// One code a byte, row by row.
+    pub codes: Vec<u8>,
+    /// Scales and zero points.
+    pub params: Params,
+    /// What happened.
+    pub facts: Facts,
+}
+
+/// Quantizes `w`, row-major `n x k`, so that `W x` changes little for the tokens `x` that `h` was made of.
+///
+/// # Errors
+/// Numbers that are not finite in `w` or `h`, a Hessian of another size, and a scheme that numbers cannot be quantized
+/// to.
+pub fn rewrite(
+    w: &[f32],
+    n: usize,
+    k: usize,
+    h: &Hessian,
+    scheme: &Scheme,
+    options: &GptqOptions,
+) -> Result<Rewritten> {
+    if n.checked_mul(k) != Some(w.len()) || h.k() != k {
+        let text = format!("{} numbers and a Hessian of {} channels are not {n} x {k}", w.len(), h.k());
+        return Err(Diag::bug(text));
+    }
+    if let Some((i, j)) = h.first_not_finite() {
+        let text = format!("element [{i}, {j}] of the Hessian is {}", h.get(i, j));
+        return Err(Diag::input(text).help("activations of this size need a calibration with fewer tokens"));
+    }
+    let groups = Groups::new(scheme, &Shape::fixed(&[n as u64, k as u64]))?;
+    let whole = ScaleSearch { steps: 0, ..options.search };
+    let plain = fit_scales(w, &groups, scheme, Weighting::Uniform, whole)?;
+    let rounder = Rounder::new(scheme.format)
+        .ok_or_else(|| Diag::pipeline(format!("{} is not a format to quantize to", scheme.format)))?;
+    let diag = h.diag();
+    let (factor, escalations) = factor(h, options.act_order, options.damp);
+    let pivots = || {
+        let mut by_column = diag.clone();
+        let found = factor.iter().flat_map(|f| f.order.iter().zip(&f.pivots));
+        found.for_each(|(&col, &pivot)| by_column[col] = pivot as f32);
+        by_column
+    };
+    let fitted = |weighting: Weighting<'_>| fit_scales(w, &groups, scheme, weighting, options.search);
+    let params = match options.importance {
+        _ if options.search.steps == 0 => plain.clone(),
+        Importance::Uniform => fitted(Weighting::Uniform)?,
+        Importance::Diagonal => fitted(Weighting::Diagonal(&diag))?,
+        Importance::Block => fitted(Weighting::Block(h))?,
+        Importance::Pivots => fitted(Weighting::Diagonal(&pivots()))?,
+    };
+    let facts = Facts {
+        damping: factor.as_ref().map(|f| f.damping),
+        escalations,
+        dead: diag.iter().filter(|&&x| x == 0.0).count(),
+        ..Facts::default()
+    };
+    let mut codes = vec![0; w.len()];
+    let strips = codes.par_chunks_mut((ROWS * k).max(1)).enumerate().with_max_len(1);
+    let errors: Vec<Vec<RowErrors>> = strips
+        .map(|(i, codes)| {
+            let rows = i * ROWS..n.min((i + 1) * ROWS);
+            let slab = |params| Slab::new(w, rows.clone(), &groups, params, rounder);
+            let unfitted = slab(&plain);
+            let plain = unfitted.errors(&unfitted.nearest(), h);
+            drop(unfitted);
+            let slab = slab(&params);
+            let mut best = slab.nearest();
+            let nearest = slab.errors(&best, h);
+            let mut errors = nearest.clone();
+            let mut improve = |best: &mut Solution, next: Solution| {
+                let found = slab.errors(&next, h);
+                // Errors that are not numbers are no improvement.
+                let better: Vec<bool> = found.iter().zip(&errors).map(|(new, old)| new < old).collect();
+                slab.take(best, &next, &better);
+                for ((old, new), _) in errors.iter_mut().zip(found).zip(&better).filter(|x| *x.1) {
+                    *old = new;
+                }
+                better
+            };
+            let mut by_gptq = vec![false; rows.len()];
+            if let Some(factor) = &factor {
+                by_gptq = improve(&mut best, slab.feed_back(factor));
+            }
+            for _ in 0..options.sweeps {
+                let mut next = best.clone();
+                slab.descend(h, &mut next);
+                if !improve(&mut best, next).contains(&true) {
+                    break;
+                }
+            }
+            slab.write(&best, codes);
+            let errors = errors.into_iter().zip(plain.into_iter().zip(nearest)).zip(by_gptq);
+            errors
+                .map(|((error, (plain, nearest)), by_gptq)| RowErrors { plain, nearest, error, by_gptq })
+                .collect()
+        })
+        .collect();
+    let errors: Vec<RowErrors> = errors.into_iter().flatten().collect();
+    let mut rewritten = Rewritten { codes, params, facts };
+    for (band, errors) in errors.chunks(groups.rows_per_group()).enumerate() {
+        let sum = |of: fn(&RowErrors) -> f64| errors.iter().map(of).sum::<f64>();
+        let (plain_error, error) = (sum(|e| e.plain), sum(|e| e.error));
+        let facts = &mut rewritten.facts;
+        facts.error_nearest += plain_error;
+        facts.error_scales += sum(|e| e.nearest);
+        facts.rows_nearest += errors.iter().filter(|e| !e.by_gptq).count();
+        if plain_error < error {
+            facts.error += plain_error;
+            facts.rows_nearest += errors.iter().filter(|e| e.by_gptq).count();
+            rewritten.fall_back(w, &groups, scheme, &plain, band)?;
+        } else {
+            facts.error += error;
+        }
+    }
+    Ok(rewritten)
+}
+
+/// The errors of a row: rounded to nearest with the scales of whole ranges, with the chosen ones, and of the result.
+struct RowErrors {
+    plain: f64,
+    nearest: f64,
+    error: f64,
+    by_gptq: bool,
+}
+
+impl Rewritten {
+    /// Rounds the rows of one row of groups to nearest, with the scales `plain`.
+    fn fall_back(
+        &mut self,
+        w: &[f32],
+        groups: &Groups,
+        scheme: &Scheme,
+        plain: &Params,
+        band: usize,
+    ) -> Result<()> {
+        let (tall, wide, k) = (groups.rows_per_group(), groups.grid().1, groups.cols());
+        let of_band = band * wide..(band + 1) * wide;
+        self.params.scales[of_band.clone()].copy_from_slice(&plain.scales[of_band.clone()]);
+        if !plain.zeros.is_empty() {
+            self.params.zeros[of_band.clone()].copy_from_slice(&plain.zeros[of_band]);
+        }
+        let rows = band * tall..groups.rows().min((band + 1) * tall);
+        let numbers = rows.start * k..rows.end * k;
+        let codes = &mut self.codes[numbers.clone()];
+        quantc_ir::quant::quantize_block(groups, scheme, plain, rows.start, &w[numbers], codes)
+    }
+}
+
+/// The error `d H d^T` of each row of `d`, row-major `n x k`.
+pub fn output_errors(d: &[f32], h: &Hessian) -> Vec<f64> {
+    let k = h.k();
+    let strip = |d: &[f32]| {
+        let n = d.len() / k;
+        let mut by_columns = vec![0.0; d.len()];
+        product::transpose(d, n, k, k, &mut by_columns, n);
+        solve::quadratic(&by_columns, n, h)
+    };
+    d.par_chunks((ROWS * k).max(1)).map(strip).collect::<Vec<_>>().concat()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,130 @@
+//! Rounding sixteen rows at a time, by the rules of `quantc_ir::quant`.
+
+use super::product::LANES;
+use quantc_ir::formats::Format;
+
+/// Numbers of sixteen rows at one column.
+pub(super) type Lanes = [f32; LANES];
+
+/// How numbers become codes of a format of at most 8 bits.
+#[derive(Clone, Copy)]
+pub(super) enum Rounder {
+    /// The least and the greatest integer.
+    Int { min: f32, max: f32, mask: u8 },
+    /// A float format and the number of each code.
+    Table(&'static Format, &'static [f32; 256]),
+}
+
+/// Added and taken off again, it leaves no place for a fraction in numbers below `2^22`.
+const NO_FRACTION: f32 = 12_582_912.0;
+
+impl Rounder {
+    /// For codes of `format`; `None` if it has more than 8 bits.
+    pub(super) fn new(format: &'static Format) -> Option<Rounder> {
+        let table = format.decode_table()?;
+        let (min, max) = format.int_range();
+        Some(match format.is_int() {
+            true => Rounder::Int { min: min as f32, max: max as f32, mask: format.mask() as u8 },
+            false => Rounder::Table(format, table),
+        })
+    }
+
+    /// The numbers that the codes of `x` stand for.
+    #[inline(always)]
+    pub(super) fn round(self, x: &Lanes, scale: &Lanes, zero: &Lanes) -> Lanes {
+        let mut y = [0.0; LANES];
+        match self {
+            Rounder::Int { min, max, .. } => {
+                for l in 0..LANES {
+                    y[l] = nearest(x[l] / scale[l], min - zero[l], max - zero[l]) * scale[l];
+                }
+            }
+            Rounder::Table(format, table) => {
+                for l in 0..LANES {
+                    y[l] = table[format.encode(x[l] / scale[l]) as usize & 255] * scale[l];
+                }
+            }
+        }
+        y
+    }
+
+    /// The codes of `x`.
+    #[inline(always)]
+    pub(super) fn codes(self, x: &Lanes, scale: &Lanes, zero: &Lanes) -> [u8; LANES] {
+        let mut codes = [0; LANES];
+        match self {
+            Rounder::Int { min, max, mask } => {
+                for l in 0..LANES {
+                    let q = nearest(x[l] / scale[l], min - zero[l], max - zero[l]) + zero[l];
+                    codes[l] = q as i32 as u8 & mask;
+                }
+            }
+            Rounder::Table(format, _) => {
+                for l in 0..LANES {
+                    codes[l] = format.encode(x[l] / scale[l]) as u8;
+                }
+            }
+        }
+        codes
+    }
+
+    /// What `x` differs from its rounded number by, for one scale.
+    #[inline(always)]
+    pub(super) fn errors(self, xs: &[f32], scale: f32, zero: i32, out: &mut [f32]) {
+        match self {
+            Rounder::Int { min, max, .. } => {
+                let (min, max) = (min - zero as f32, max - zero as f32);
+                for (e, &x) in out.iter_mut().zip(xs) {
+                    *e = nearest(x / scale, min, max) * scale - x;
+                }
+            }
+            Rounder::Table(format, table) => {
+                for (e, &x) in out.iter_mut().zip(xs) {
+                    *e = table[format.encode(x / scale) as usize & 255] * scale - x;
+                }
+            }
+        }
+    }
+}
+
+/// The integer nearest to `x` within integer bounds, halfway cases to even.
+#[inline(always)]
+fn nearest(x: f32, min: f32, max: f32) -> f32 {
+    let x = if x < min { min } else { x };
+    let x = if x > max { max } else { x };
+    (x + NO_FRACTION) - NO_FRACTION
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use quantc_ir::formats::ALL;
+    use quantc_ir::quant::{dequantize_one, quantize_one};
+
+    #[test]
+    fn it_rounds_as_the_ir_does() {
+        let mut tested = 0;
+        for format in ALL.iter().copied().filter(|f| f.bits <= 8 && f.max() < 1e6) {
+            let rounder = Rounder::new(format).unwrap();
+            let zeros: &[i32] = if format.is_int() { &[0, 3, -2, 1] } else { &[0] };
+            for (i, &zero) in (0..4000).zip(zeros.iter().cycle()) {
+                let x: Lanes = std::array::from_fn(|l| (i * 16 + l as i32 - 32000) as f32 * 0.125);
+                let scale: Lanes = std::array::from_fn(|l| 0.5 + l as f32 * 1.7);
+                let (y, codes) = (
+                    rounder.round(&x, &scale, &[zero as f32; LANES]),
+                    rounder.codes(&x, &scale, &[zero as f32; LANES]),
+                );
+                for l in 0..LANES {
+                    let code = quantize_one(x[l], scale[l], zero, format);
+                    assert_eq!(u32::from(codes[l]), code, "{format} {} / {}", x[l], scale[l]);
+                    assert_eq!(y[l], dequantize_one(code, scale[l], zero, format), "{format}");
+                    let mut e = [0.0];
+                    rounder.errors(&x[l..=l], scale[l], zero, &mut e);
+                    assert_eq!(e[0], y[l] - x[l]);
+                    tested += 1;
+                }
+            }
+        }
+        assert!(tested > 500_000);
+    }
+}
