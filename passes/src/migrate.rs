@@ -1,3 +1,8 @@
-//! Passes that move factors from one place of the graph to another where they cost nothing or quantize better.
+//! Passes that move what is hard to quantize to where it does less harm.
 
-crate::passes! { fold_norm_gain::FoldNormGain }
+pub mod equal;
+pub mod sites;
+
+crate::passes! {
+    fold_norm_gain::FoldNormGain, smoothquant::SmoothQuant, awq::Awq,
+}

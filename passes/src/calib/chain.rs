@@ -218,17 +218,46 @@ impl Calibrator {
         Arc::new(Boundary { key: recipe.digest(), at: 0, values: vec![], made: None })
     }
 
-    /// Runs all samples through the piece of `start`; `see` gets the sample, the index of the value and its rows.
+    /// The results of a function as they are now, to be compared with what they are later; `None` before any calibration.
+    pub fn probe(&mut self, module: &Module, store: &Store, function: Function) -> Result<Option<Start>> {
+        let Some((choice, _)) = self.samples else { return Ok(None) };
+        let results = function.graph(module).results.clone();
+        self.start(module, store, function, &results, choice).map(Some)
+    }
+
+    /// How far the results of two probes of one function lie apart on the first sample: the norm of the difference by that of
+    /// the first.
+    pub fn difference(&mut self, before: &Start, after: &Start, store: &Store) -> Result<f64> {
+        let mut runs = vec![];
+        for start in [before, after] {
+            let mut all: Vec<f32> = vec![];
+            self.run(start, store, 1, None, &mut |_, _, rows| {
+                all.extend_from_slice(rows);
+                Ok(())
+            })?;
+            runs.push(all);
+        }
+        let (mut apart, mut norm) = (0.0, 0.0);
+        for (&a, &b) in runs[0].iter().zip(&runs[1]) {
+            let (a, d) = (f64::from(a), f64::from(b) - f64::from(a));
+            apart += d * d;
+            norm += a * a;
+        }
+        Ok(if apart == 0.0 { 0.0 } else { (apart / norm).sqrt() })
+    }
+
+    /// Runs `most` samples through the piece of `start`; `see` gets the sample, the index of the value and its rows.
     pub fn run(
         &mut self,
         start: &Start,
         store: &Store,
+        most: usize,
         interrupt: Option<&AtomicBool>,
         see: &mut See<'_>,
     ) -> Result<()> {
         let rows = self.rows(&start.boundary, &start.samples, store, interrupt)?;
         let job = Job { exec: &*self.exec, samples: &start.samples, store, interrupt };
-        job.run(&start.piece, &start.boundary, &rows, &mut |sample, i, rows, _| see(sample, i, rows))
+        job.run(&start.piece, &start.boundary, &rows, most, &mut |sample, i, rows, _| see(sample, i, rows))
     }
 
     /// The rows at a point: kept, found in the store's folder, or made from those of the point before.
@@ -374,7 +403,7 @@ impl Boundary {
         let mut sample = vec![0.0; self.sample_len(tokens)];
         let results = made.sources.iter().filter(|s| matches!(s, Source::Result(_))).count();
         let mut seen = 0;
-        job.run(&made.piece, &made.from, from, &mut |_, i, rows, given| {
+        job.run(&made.piece, &made.from, from, usize::MAX, &mut |_, i, rows, given| {
             for ((source, &at), &(_, columns)) in made.sources.iter().zip(&to).zip(&self.values) {
                 let place = &mut sample[at..at + columns * tokens];
                 match *source {
@@ -405,13 +434,14 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// Runs all samples; `see` gets the sample, the index of the result, its rows, and all rows of the sample at the point
+    /// Runs `most` samples; `see` gets the sample, the index of the result, its rows, and all rows of the sample at the point
     /// before.
     fn run(
         &self,
         piece: &Piece,
         boundary: &Boundary,
         rows: &Rows,
+        most: usize,
         see: &mut SeeBoth<'_>,
     ) -> Result<()> {
         let tokens = self.samples.windows[0].len();
@@ -421,7 +451,7 @@ impl Job<'_> {
         let zeros = vec![0; tokens];
         let len = boundary.sample_len(tokens);
         let mut given = vec![0.0; len];
-        for (i, window) in self.samples.windows.iter().enumerate() {
+        for (i, window) in self.samples.windows.iter().enumerate().take(most) {
             if self.interrupt.is_some_and(|flag| flag.load(Ordering::Relaxed)) {
                 return Err(Diag::system("interrupted"));
             }

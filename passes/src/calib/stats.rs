@@ -20,6 +20,8 @@ pub enum Kind {
     Absmax,
     /// The sum of `x x^T` over all tokens, a `k x k` matrix.
     Hessian,
+    /// Some of the rows as they are, evenly taken.
+    Rows,
 }
 
 impl Kind {
@@ -28,6 +30,7 @@ impl Kind {
         match self {
             Kind::Absmax => "absmax",
             Kind::Hessian => "hessian",
+            Kind::Rows => "rows",
         }
     }
 }
@@ -41,11 +44,16 @@ pub struct SiteStats {
     pub absmax: Vec<f32>,
     /// The sum of `x x^T`, when it was asked for.
     pub hessian: Option<Hessian>,
+    /// Some of the rows, when they were asked for.
+    pub rows: Vec<f32>,
 }
+
+/// Rows kept of one value.
+const KEPT: usize = 512;
 
 impl SiteStats {
     /// Folds rows of one sample in.
-    fn see(&mut self, rows: &[f32], columns: usize, hessian: bool) -> Result<()> {
+    fn see(&mut self, rows: &[f32], columns: usize, take: Take) -> Result<()> {
         self.absmax.resize(columns, 0.0);
         for row in rows.chunks_exact(columns) {
             for (most, &x) in self.absmax.iter_mut().zip(row) {
@@ -57,8 +65,13 @@ impl SiteStats {
             return Err(Diag::input(format!("channel {channel} of token {token} is {}", rows[at]))
                 .help("the model overflows on this text; calibrate it in f32"));
         }
+        if take.rows {
+            let kept =
+                rows.chunks_exact(columns).zip(self.tokens..).filter(|(_, token)| token % take.every == 0);
+            kept.for_each(|(row, _)| self.rows.extend_from_slice(row));
+        }
         self.tokens += (rows.len() / columns) as u64;
-        if !hessian {
+        if !take.hessian {
             return Ok(());
         }
         match &mut self.hessian {
@@ -71,14 +84,27 @@ impl SiteStats {
     fn divided(&self, by: &[f32]) -> Result<SiteStats> {
         let absmax = self.absmax.iter().zip(by).map(|(most, s)| most / s).collect();
         let hessian = self.hessian.as_ref().map(|h| h.scaled(by)).transpose()?;
-        Ok(SiteStats { tokens: self.tokens, absmax, hessian })
+        let mut rows = self.rows.clone();
+        for row in rows.chunks_exact_mut(by.len().max(1)) {
+            row.iter_mut().zip(by).for_each(|(x, s)| *x /= s);
+        }
+        Ok(SiteStats { tokens: self.tokens, absmax, hessian, rows })
     }
+}
+
+/// What is taken.
+#[derive(Clone, Copy)]
+struct Take {
+    hessian: bool,
+    rows: bool,
+    /// One row of so many is kept.
+    every: u64,
 }
 
 /// Statistics of one function's values, not taken before they are needed.
 pub struct LayerStats {
     key: Digest,
-    hessian: bool,
+    take: Take,
     sites: BTreeMap<ValueId, Site>,
     start: Start,
 }
@@ -102,7 +128,13 @@ impl LayerStats {
             (v, Site { index, columns, divided: vec![], taken: None })
         };
         let sites = values.iter().enumerate().map(site).collect();
-        LayerStats { key: recipe.digest(), hessian: kinds.contains(&Kind::Hessian), sites, start }
+        let tokens = start.samples.windows.iter().map(Vec::len).sum::<usize>();
+        let take = Take {
+            hessian: kinds.contains(&Kind::Hessian),
+            rows: kinds.contains(&Kind::Rows),
+            every: tokens.div_ceil(KEPT).max(1) as u64,
+        };
+        LayerStats { key: recipe.digest(), take, sites, start }
     }
 }
 
@@ -132,7 +164,12 @@ pub fn key(cx: &mut PassCx<'_>, x: ValueId, kind: Kind) -> Option<Digest> {
     }
     let function = cx.function;
     let stats = cx.session().about::<LayerStats>(function)?;
-    let site = stats.sites.get(&x).filter(|_| kind != Kind::Hessian || stats.hessian)?;
+    let taken = match kind {
+        Kind::Absmax => true,
+        Kind::Hessian => stats.take.hessian,
+        Kind::Rows => stats.take.rows,
+    };
+    let site = stats.sites.get(&x).filter(|_| taken)?;
     let inputs = std::iter::once(stats.key).chain(site.divided.iter().map(|(name, _)| *name)).collect();
     Some(Recipe { step: "site", version: 1, options: site.index.to_string(), inputs }.digest())
 }
@@ -179,10 +216,10 @@ fn take(
     let calibrator = calibrator.ok_or_else(|| Diag::bug("statistics are asked for, and the data is gone"))?;
     let mut by_index: BTreeMap<usize, (usize, SiteStats)> =
         stats.sites.values().map(|site| (site.index, (site.columns, SiteStats::default()))).collect();
-    let hessian = stats.hessian;
-    calibrator.run(&stats.start, store, interrupt, &mut |sample, index, rows| {
+    let take = stats.take;
+    calibrator.run(&stats.start, store, usize::MAX, interrupt, &mut |sample, index, rows| {
         let Some((columns, stats)) = by_index.get_mut(&index) else { return Ok(()) };
-        stats.see(rows, *columns, hessian).map_err(|d| d.at(Loc::Item(format!("sample {sample}"))))
+        stats.see(rows, *columns, take).map_err(|d| d.at(Loc::Item(format!("sample {sample}"))))
     })?;
     for site in stats.sites.values_mut() {
         site.taken = by_index.remove(&site.index).map(|(_, stats)| Arc::new(stats));

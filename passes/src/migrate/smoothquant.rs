@@ -1,0 +1,298 @@
+//! Moves outliers of activations into the weights that read them.
+
+use super::equal;
+use super::sites::{self, Site};
+use crate::calib::SiteStats;
+use crate::calib::stats::{self, Kind};
+use crate::pass::prelude::*;
+use crate::weights::options::FormatName;
+use crate::weights::selects;
+use quantc_ir::formats::{self, Format};
+use quantc_ir::quant::{Groups, Options, dequantize_block, quantize_rows};
+use quantc_ir::scheme::{Group, Scheme, Zero};
+use quantc_ir::weights::Recipe;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+pass! {
+    /// Moves outliers of activations into the weights that read them.
+    ///
+    /// Where channels can be divided (behind a norm, behind the other factor of a gated product, and the values of
+    /// attention), `s[j] = max|x[j]|^alpha / max|w[j]|^(1 - alpha)`: the channel is divided by it where it is made, and the columns
+    /// of the matrices that read it are multiplied (Xiao et al. 2023, SmoothQuant, equation 4). Products stay the same, and that is
+    /// checked on a sample whenever there is data. `alpha=search` tries eleven values for each place and takes the
+    /// one with the least error of the product of rounded rows and rounded weights, on rows of the data. A place
+    /// is left as it is when that is best.
+    ///
+    /// ```qir before
+    /// weight @g : tensor<2xf32> = inline [1.0, 1.0]
+    /// weight @w : tensor<2x2xf32> = inline [[1.0, 1.0], [1.0, 1.0]]
+    /// %n = rmsnorm %x, @g
+    /// %y = matmul %n, @w
+    /// {-# calibration main.n.absmax = [1.0, 16.0] #-}
+    /// ```
+    /// ```qir after
+    /// %n = rmsnorm %x, @g.smoothed
+    /// %y = matmul %n, @w.smoothed
+    /// ```
+    "smoothquant" => pub struct SmoothQuant {
+        /// Migration strength: 0 leaves activations alone, 1 moves the whole range into the weights; or `search`.
+        alpha: Alpha = Alpha::Fixed(0.5),
+        /// The format that rows and weights are rounded to, for `search`.
+        format: FormatName = FormatName(&formats::INT8),
+        /// Matrices that must not be changed, as name patterns: places that they read are left alone. A pattern that
+        /// matches nothing is an error.
+        skip: Vec<Pattern> = vec![],
+        /// Layers to work on, as name patterns; none given means all.
+        layers: Vec<Pattern> = vec![],
+        /// Layers left alone, as name patterns.
+        skip_layers: Vec<Pattern> = vec![],
+    }
+    needs: [stat(absmax)],
+    scope: Layer, numerics: Reassociates, stats: transforms
+}
+
+/// How much is moved.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Alpha {
+    /// So much everywhere.
+    Fixed(f32),
+    /// What is best at each place.
+    Search,
+}
+
+impl Serialize for Alpha {
+    fn serialize<S: serde::Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Alpha::Fixed(alpha) => out.serialize_f32(*alpha),
+            Alpha::Search => out.serialize_str("search"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Alpha {
+    fn deserialize<D: serde::Deserializer<'de>>(input: D) -> Result<Alpha, D::Error> {
+        /// As written.
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Text {
+            Number(f32),
+            Word(String),
+        }
+        match Text::deserialize(input) {
+            Ok(Text::Number(alpha)) => Ok(Alpha::Fixed(alpha)),
+            Ok(Text::Word(word)) if word == "search" => Ok(Alpha::Search),
+            _ => Err(serde::de::Error::custom("expected a number or `search`")),
+        }
+    }
+}
+
+/// What is tried by `search`.
+const ALPHAS: [f32; 11] = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0];
+
+/// Rows of each matrix that errors are measured on.
+const SAMPLED_ROWS: usize = 256;
+
+impl Pass for SmoothQuant {
+    fn run(&self, cx: &mut PassCx<'_>) -> Result<Changed> {
+        if !selects(&self.layers, &self.skip_layers, cx.function_name()) {
+            return Ok(Changed::No);
+        }
+        let before = equal::before(cx)?;
+        let (sites, refused) = sites::find(cx.module, cx.graph());
+        for refused in &refused {
+            cx.remark(cx.place(refused.x), format_args!("left as it is: {}", refused.why));
+        }
+        let mut changed = false;
+        for site in &sites {
+            let names = |cx: &PassCx<'_>, w: WeightId| cx.module.weights[w].name.clone();
+            let skipped = site.matrices(cx.graph()).into_iter().find(|&w| self.skip.any_matches(&names(cx, w)));
+            if let Some(w) = skipped {
+                cx.remark(cx.place(site.x), format_args!("left as it is: @{} is skipped", names(cx, w)));
+                continue;
+            }
+            let (alpha, factors, gain) = self.factors(cx, site)?;
+            if factors.iter().all(|&s| s == 1.0) {
+                cx.remark(cx.place(site.x), format_args!("left as it is: no strength is better than none"));
+                continue;
+            }
+            site.divide(cx, &factors, "smoothed")?;
+            let span = factors.iter().fold((f32::MAX, 0f32), |(low, high), &s| (low.min(s), high.max(s)));
+            cx.remark(
+                cx.place(site.x),
+                format_args!(
+                    "{} into {} matrices, alpha {alpha}, factors {:.3} to {:.3}{}",
+                    site.kind(),
+                    site.readers.len(),
+                    span.0,
+                    span.1,
+                    gain.map_or(String::new(), |g| format!(", error {g:.3} of that without"))
+                ),
+            );
+            changed = true;
+        }
+        if let (true, Some(before)) = (changed, &before) {
+            let difference = equal::check(cx, before)?;
+            let place = format!("@{}", cx.function_name());
+            cx.remark(place, format_args!("results differ by {difference:.1e} of their size"));
+        }
+        Ok(changed.into())
+    }
+
+    fn needs(&self) -> Vec<Fact> {
+        let mut needs = Self::INFO.needs.to_vec();
+        if self.alpha == Alpha::Search {
+            needs.push(Fact::Stat(Kind::Rows.name()));
+        }
+        needs
+    }
+
+    fn validate(&self) -> Result<()> {
+        match self.alpha {
+            Alpha::Fixed(alpha) if !(0.0..=1.0).contains(&alpha) => {
+                Err(Diag::pipeline(format!("`alpha` is {alpha}, not between 0 and 1")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn patterns(&self) -> Vec<PatternUse<'_>> {
+        [
+            PatternUse::all("skip", &self.skip, NameKind::Weight),
+            PatternUse::all("layers", &self.layers, NameKind::Layer),
+            PatternUse::all("skip-layers", &self.skip_layers, NameKind::Layer),
+        ]
+        .concat()
+    }
+}
+
+impl SmoothQuant {
+    /// The strength at a place, its factors, and by how much the error falls when that was measured. Kept in the store, so that
+    /// rows are not needed when nothing has changed.
+    fn factors(&self, cx: &mut PassCx<'_>, site: &Site) -> Result<(f32, Vec<f32>, Option<f64>)> {
+        let kind = if self.alpha == Alpha::Search { Kind::Rows } else { Kind::Absmax };
+        let known = stats::key(cx, site.x, kind).ok_or_else(|| stats::missing(cx, site.x, kind))?;
+        let matrices = site.matrices(cx.graph());
+        let mut inputs = vec![known];
+        for &w in &matrices {
+            inputs.push(cx.store.digest(&cx.module.weights, w)?);
+        }
+        let options = format!("{:?} {} {:?}", self.alpha, self.format, site.class.iter().max());
+        let recipe = Recipe { step: Self::INFO.name, version: Self::INFO.version, options, inputs };
+        let stats = if cx.store.has(&recipe, 1) { None } else { Some(stats::of(cx, site.x)?) };
+        let (store, weights) = (cx.store, &cx.module.weights);
+        let blobs = store.derive(&recipe, 1, &mut |out| {
+            let stats = stats.as_ref().ok_or_else(|| Diag::bug("statistics that were not taken"))?;
+            let mut readers = vec![];
+            for &w in &matrices {
+                readers.push(store.view(weights, w)?.read_all_f32()?);
+            }
+            let (alpha, factors, gain) = choose(self.alpha, self.format.0, site, stats, &readers)?;
+            let numbers: Vec<f32> = [alpha, gain.map_or(-1.0, |g| g as f32)].into_iter().chain(factors).collect();
+            out[0].write_f32(Float::F32, &numbers)
+        })?;
+        let bytes = store.read_blob(blobs[0])?;
+        let numbers: Vec<f32> = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        match &numbers[..] {
+            [alpha, gain, factors @ ..] if factors.len() == site.classes => {
+                Ok((*alpha, factors.to_vec(), (*gain >= 0.0).then_some(f64::from(*gain))))
+            }
+            _ => Err(Diag::input("what the store keeps of the factors of a place is damaged")),
+        }
+    }
+}
+
+fn choose(
+    alpha: Alpha,
+    format: &'static Format,
+    site: &Site,
+    stats: &SiteStats,
+    readers: &[Vec<f32>],
+) -> Result<(f32, Vec<f32>, Option<f64>)> {
+    let columns = site.class.len();
+    let mut most_x = vec![0f32; site.classes];
+    let mut most_w = vec![0f32; site.classes];
+    for (&class, &x) in site.class.iter().zip(&stats.absmax) {
+        most_x[class] = most_x[class].max(x);
+    }
+    for row in readers.iter().flat_map(|w| w.chunks_exact(columns.max(1))) {
+        for (&class, &w) in site.class.iter().zip(row) {
+            most_w[class] = most_w[class].max(w.abs());
+        }
+    }
+    let factors = |alpha: f32| -> Vec<f32> {
+        let factor = |(&x, &w): (&f32, &f32)| match x > 0.0 && w > 0.0 {
+            true => (x.powf(alpha) / w.powf(1.0 - alpha)).clamp(1e-5, 1e5),
+            false => 1.0,
+        };
+        let raw: Vec<f32> = most_x.iter().zip(&most_w).map(factor).collect();
+        // One factor for all changes nothing; near 1 they leave numbers where they were.
+        let logs: f64 = raw.iter().map(|&s| f64::from(s).ln()).sum();
+        let mean = (logs / raw.len().max(1) as f64).exp() as f32;
+        raw.iter().map(|s| s / mean).collect()
+    };
+    match alpha {
+        Alpha::Fixed(alpha) => Ok((alpha, factors(alpha), None)),
+        Alpha::Search => {
+            let ones = vec![1.0; site.classes];
+            let none = error(format, site, &ones, stats, readers)?;
+            let mut best = (0.0, ones, none);
+            for alpha in ALPHAS {
+                let factors = factors(alpha);
+                let error = error(format, site, &factors, stats, readers)?;
+                if error < best.2 {
+                    best = (alpha, factors, error);
+                }
+            }
+            let gain = if none > 0.0 { best.2 / none } else { 1.0 };
+            Ok((best.0, best.1, Some(gain)))
+        }
+    }
+}
+
+/// The squared error of products of rounded rows and rounded weights, on the rows that were kept and on some rows of each matrix.
+fn error(format: &'static Format, site: &Site, factors: &[f32], stats: &SiteStats, readers: &[Vec<f32>]) -> Result<f64> {
+    let by: Vec<f32> = site.class.iter().map(|&c| factors[c]).collect();
+    let k = by.len().max(1);
+    let rounded = |rows: &[f32], group: Group| -> Result<Vec<f32>> {
+        let scheme = Scheme { format, group, zero: Zero::Symmetric, scale: Float::F32 };
+        let groups = Groups::new(&scheme, &Shape::fixed(&[(rows.len() / k) as u64, k as u64]))?;
+        let made = quantize_rows(&groups, &scheme, Options::default(), rows)?;
+        let mut back = vec![0.0; rows.len()];
+        dequantize_block(&groups, &scheme, &made.params, 0, &made.codes, &mut back)?;
+        Ok(back)
+    };
+    let divided: Vec<f32> = stats.rows.chunks_exact(k).flat_map(|row| row.iter().zip(&by).map(|(x, s)| x / s)).collect();
+    let rows = rounded(&divided, Group::Axis(0))?;
+    let mut sum = 0.0;
+    for w in readers {
+        let n = w.len() / k;
+        let step = n.div_ceil(SAMPLED_ROWS).max(1);
+        let picked: Vec<f32> = w.chunks_exact(k).step_by(step).flatten().copied().collect();
+        let scaled: Vec<f32> = picked.chunks_exact(k).flat_map(|row| row.iter().zip(&by).map(|(w, s)| w * s)).collect();
+        let weights = rounded(&scaled, Group::Axis(0))?;
+        let part: Vec<f64> = rows
+            .par_chunks(k)
+            .zip(stats.rows.par_chunks(k))
+            .map(|(q, x)| {
+                let of = |(w, v): (&[f32], &[f32])| f64::from(dot(q, w) - dot(x, v)).powi(2);
+                weights.chunks_exact(k).zip(picked.chunks_exact(k)).map(of).sum()
+            })
+            .collect();
+        sum += step as f64 * part.iter().sum::<f64>();
+    }
+    Ok(sum)
+}
+
+/// In sixteen interleaved sums, so that the order does not depend on the machine.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0f32; 16];
+    let (a16, b16) = (a.chunks_exact(16), b.chunks_exact(16));
+    let rest: f32 = a16.remainder().iter().zip(b16.remainder()).map(|(x, y)| x * y).sum();
+    for (a, b) in a16.zip(b16) {
+        for ((sum, x), y) in sums.iter_mut().zip(a).zip(b) {
+            *sum += x * y;
+        }
+    }
+    sums.iter().sum::<f32>() + rest
+}
