@@ -13,6 +13,7 @@
 
 pub mod chain;
 pub mod hessian;
+pub mod observers;
 pub mod piece;
 pub mod stats;
 
