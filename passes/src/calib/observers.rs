@@ -84,6 +84,11 @@ pub trait Observer: Clone + PartialEq + Send + Sync + Sized {
     fn channel_spans(&self, _scheme: &Scheme) -> Option<Vec<Span>> {
         None
     }
+
+    /// The share of the numbers seen that lie outside of `span`, so that they saturate; when the statistic tells it.
+    fn outside(&self, _span: Span) -> Option<f64> {
+        None
+    }
 }
 
 /// A line of the table of observers.
@@ -169,6 +174,13 @@ macro_rules! observers {
                 match self {
                     _ if self.n_seen() == 0 => None,
                     $(AnyObserver::$name(o) => o.channel_spans(scheme),)*
+                }
+            }
+
+            /// See [`Observer::outside`].
+            pub fn outside(&self, span: Span) -> Option<f64> {
+                match self {
+                    $(AnyObserver::$name(o) => o.outside(span),)*
                 }
             }
 

@@ -34,18 +34,6 @@ const SIDE: usize = BUCKETS / 2;
 const END: usize = (f32::MAX.to_bits() >> DROPPED) as usize + 1;
 
 impl Histogram {
-    /// The share of the numbers seen that lie outside of `span`. Within the buckets at its ends numbers are taken to
-    /// be spread evenly.
-    pub fn outside(&self, span: Span) -> f64 {
-        if self.n == 0 {
-            return 0.0;
-        }
-        let axis = Axis::signed(self);
-        let all = self.n as f64;
-        let inside = axis.between(f64::from(span.min()), f64::from(span.max())).n;
-        ((all - inside) / all).clamp(0.0, 1.0)
-    }
-
     /// Number of buckets that are not empty.
     pub fn n_occupied(&self) -> usize {
         self.counts.iter().filter(|&&c| c > 0).count()
@@ -149,6 +137,14 @@ impl Observer for Histogram {
             Method::Mse => mse::span(self, scheme)?,
             Method::Moments { .. } | Method::MovingAverage { .. } => return Ok(None),
         }))
+    }
+
+    /// Within the buckets at the ends of `span` numbers are taken to be spread evenly. 0 when nothing was seen.
+    fn outside(&self, span: Span) -> Option<f64> {
+        let all = self.n.max(1) as f64;
+        let axis = Axis::signed(self);
+        let inside = axis.between(f64::from(span.min()), f64::from(span.max())).n;
+        Some(((self.n as f64 - inside) / all).clamp(0.0, 1.0))
     }
 }
 

@@ -103,17 +103,15 @@ proptest! {
     /// Bytes that were changed, cut or invented are a state in its one form, or an error.
     #[test]
     fn hostile_bytes_are_refused_or_read_back(
-        which in 0usize..8, samples in samples(2), cut in 0usize..400,
+        which in 0..ALL.len(), samples in samples(2), cut in 0usize..400,
         changes in prop::collection::vec((0usize..400, any::<u8>()), 0..4),
         noise in prop::collection::vec(any::<u8>(), 0..40),
     ) {
-        let mut observer = all_of(2).swap_remove(which % ALL.len());
+        let mut observer = all_of(2).swap_remove(which);
         for (s, data) in &samples {
             observer.see(&Rows::new(*s, data, 2).unwrap()).unwrap();
         }
         let mut bytes = observer.to_bytes();
-        let header = 2 + observer.info().name.len();
-        prop_assert!(AnyObserver::from_bytes(&[&bytes[..header], &noise[..]].concat()).is_err() || noise.len() >= 12);
         for (at, value) in changes {
             let len = bytes.len();
             bytes[at % len] = value;
@@ -129,7 +127,10 @@ proptest! {
                 let merged = read.merge(&twin);
                 prop_assert!(merged.is_err() || AnyObserver::from_bytes(&read.to_bytes()).is_ok());
                 for &method in Method::ALL {
-                    let _ = read.span(method, &ASYMMETRIC);
+                    // It may not tell it; whatever it tells is finite.
+                    if let Ok(span) = read.span(method, &ASYMMETRIC) {
+                        prop_assert!(span.min().is_finite() && span.max().is_finite());
+                    }
                 }
             }
         }
