@@ -142,7 +142,7 @@ impl Observer for Histogram {
     /// Within the buckets at the ends of `span` numbers are taken to be spread evenly. 0 when nothing was seen.
     fn outside(&self, span: Span) -> Option<f64> {
         let all = self.n.max(1) as f64;
-        let axis = Axis::signed(self);
+        let axis = Axis::signed(self, 1);
         let inside = axis.between(f64::from(span.min()), f64::from(span.max())).n;
         Some(((self.n as f64 - inside) / all).clamp(0.0, 1.0))
     }

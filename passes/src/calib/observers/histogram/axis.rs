@@ -3,7 +3,7 @@
 use super::{END, Histogram, SIDE, lower_edge};
 use std::ops::{Add, Sub};
 
-/// The buckets of a histogram in order, taken to hold their numbers spread evenly; the buckets next to 0, zeros.
+/// The buckets of a histogram in order, taken to hold their numbers spread evenly.
 ///
 /// Prefix sums go outward from 0 on each side, so that numbers near 0 are not lost beside large ones.
 pub(super) struct Axis {
@@ -43,21 +43,23 @@ pub(super) struct Sums {
 }
 
 impl Axis {
-    /// Positive and negative numbers.
-    pub fn signed(h: &Histogram) -> Axis {
+    /// Positive and negative numbers. What lies below bucket `core` is spread evenly from there to 0, and is 0 where
+    /// `core` is 1.
+    pub fn signed(h: &Histogram, core: usize) -> Axis {
         let (min, max) = (f64::from(h.extremes.min), f64::from(h.extremes.max));
         Axis {
-            negative: Side::new(|at| h.counts[SIDE + at], -max, -min),
-            positive: Side::new(|at| h.counts[at], min, max),
+            negative: Side::new(|at| h.counts[SIDE + at], -max, -min, core),
+            positive: Side::new(|at| h.counts[at], min, max, core),
         }
     }
 
     /// Magnitudes, as positive numbers.
-    pub fn magnitudes(h: &Histogram) -> Axis {
+    pub fn magnitudes(h: &Histogram, core: usize) -> Axis {
         let (min, max) = (f64::from(h.extremes.min), f64::from(h.extremes.max));
+        let absmax = f64::from(h.extremes.absmax());
         Axis {
-            negative: Side::new(|_| 0, 0.0, 0.0),
-            positive: Side::new(|at| h.magnitudes(at), min.max(-max), f64::from(h.extremes.absmax())),
+            negative: Side::new(|_| 0, 0.0, 0.0, core),
+            positive: Side::new(|at| h.magnitudes(at), min.max(-max), absmax, core),
         }
     }
 
@@ -85,28 +87,28 @@ impl Axis {
 
 impl Side {
     /// The buckets with these counts, whose magnitudes lie from `least` to `largest`.
-    fn new(count: impl Fn(usize) -> u64, least: f64, largest: f64) -> Side {
-        let mut bins = vec![];
-        let mut below = vec![Sums::default()];
-        let mut sum = Sums::default();
-        for (at, n) in (0..END).map(|at| (at, count(at))).filter(|(_, n)| *n > 0) {
-            let (from, to) = (f64::from(lower_edge(at)), f64::from(lower_edge(at + 1)));
-            // Where all numbers of one bucket lie at one place, as zeros do, they are not spread.
-            let (lo, hi) = if at == 0 { (0.0, 0.0) } else { (from.max(least), to.min(largest)) };
-            let n = n as f64;
-            let mean = 0.5 * (lo + hi);
-            let all = Sums {
-                n,
-                x: n * mean,
-                xx: n * (mean * mean + (hi - lo) * (hi - lo) / 12.0),
-                info: n_log(n, to - from),
-                width: to - from,
-            };
-            bins.push(Bin { lo, hi, all });
-            sum = sum + all;
-            below.push(sum);
+    fn new(count: impl Fn(usize) -> u64, least: f64, largest: f64, core: usize) -> Side {
+        let mut side = Side { bins: vec![], below: vec![Sums::default()] };
+        let edge = if core > 1 { f64::from(lower_edge(core)).min(largest) } else { 0.0 };
+        side.push((0..core).map(&count).sum(), 0.0, edge, edge);
+        for at in core..END {
+            let (lo, hi) = (f64::from(lower_edge(at)), f64::from(lower_edge(at + 1)));
+            side.push(count(at), lo.max(least), hi.min(largest), hi - lo);
         }
-        Side { bins, below }
+        side
+    }
+
+    /// Adds a bin, if there is anything in it.
+    fn push(&mut self, n: u64, lo: f64, hi: f64, width: f64) {
+        if n == 0 {
+            return;
+        }
+        let n = n as f64;
+        let mean = 0.5 * (lo + hi);
+        let xx = n * (mean * mean + (hi - lo) * (hi - lo) / 12.0);
+        let all = Sums { n, x: n * mean, xx, info: n_log(n, width), width };
+        self.below.push(self.below[self.bins.len()] + all);
+        self.bins.push(Bin { lo, hi, all });
     }
 
     pub fn bins(&self) -> &[Bin] {
@@ -116,11 +118,6 @@ impl Side {
     /// How many numbers lie in the bin `at` and those below it.
     pub fn n_up_to(&self, at: usize) -> f64 {
         self.below[at + 1].n
-    }
-
-    /// How many zeros there are.
-    pub fn n_zeros(&self) -> f64 {
-        self.bins.first().filter(|bin| bin.hi == 0.0).map_or(0.0, |bin| bin.all.n)
     }
 
     /// The sums over magnitudes from `a` to `b`, where `b >= 0`.

@@ -21,7 +21,7 @@ pub(super) fn span(h: &Histogram, scheme: &Scheme) -> Result<Span> {
         return Err(Diag::pipeline(format!("there is no range of least error for {format}: it is too fine"))
             .help("use `whole`"));
     }
-    let axis = Axis::signed(h);
+    let axis = Axis::signed(h, 1);
     match scheme.zero {
         Zero::Symmetric => {
             let absmax = h.extremes.absmax();

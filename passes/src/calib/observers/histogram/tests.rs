@@ -114,16 +114,26 @@ fn entropy_keeps_uniform_data() {
 }
 
 /// The relative entropy straight from its definition, over buckets cut at the ends of the intervals.
-fn divergence_by_definition(h: &Histogram, reach: f64, levels: u32) -> f64 {
+fn divergence_by_definition(xs: &[f32], reach: f64, levels: u32) -> f64 {
     let step = reach / f64::from(levels - 1);
-    let absmax = f64::from(h.extremes.absmax());
+    let mut magnitudes: Vec<f32> = xs.iter().map(|x| x.abs()).filter(|x| *x > 0.0).collect();
+    magnitudes.sort_by(f32::total_cmp);
+    let absmax = f64::from(magnitudes[magnitudes.len() - 1]);
+    let bucket = |x: f32| x.to_bits() >> 15 << 15;
+    let core = bucket(magnitudes[magnitudes.len() / 2] / 16.0);
+    // Buckets: from, to, how many; the first is from 0 to the core's edge.
+    let n_core = magnitudes.iter().filter(|x| x.to_bits() < core).count();
+    let mut buckets = vec![(0.0, f64::from(f32::from_bits(core)), n_core as f64)];
+    for same in magnitudes[n_core..].chunk_by(|a, b| bucket(*a) == bucket(*b)) {
+        let from = bucket(same[0]);
+        buckets.push((f32::from_bits(from).into(), f32::from_bits(from + (1 << 15)).into(), same.len() as f64));
+    }
+    // Pieces of them within one interval: its number, how many, width.
     let mut pieces: Vec<(usize, f64, f64)> = vec![];
     let mut outside = 0.0;
-    for at in (0..END).filter(|&at| h.magnitudes(at) > 0) {
-        let (lo, to) = (f64::from(lower_edge(at)), f64::from(lower_edge(at + 1)));
+    for (lo, to, n) in buckets {
         let hi = to.min(absmax);
-        let n = h.magnitudes(at) as f64;
-        let mut edges = vec![lo, hi, reach, step / 16.0];
+        let mut edges = vec![lo, hi, reach];
         edges.extend((0..levels).map(|k| (f64::from(k) + 0.5) * step));
         edges.retain(|e| (lo..=hi).contains(e));
         edges.sort_by(f64::total_cmp);
@@ -133,33 +143,27 @@ fn divergence_by_definition(h: &Histogram, reach: f64, levels: u32) -> f64 {
             let middle = 0.5 * (pair[0] + pair[1]);
             if middle > reach {
                 outside += n * share;
-            } else if middle > step / 16.0 {
-                let cell = ((middle / step).round() as usize).min(levels as usize - 1);
-                pieces.push((cell, n * share, (to - lo) * share));
             } else {
-                pieces.push((usize::MAX, n * share, 0.0));
+                let interval = ((middle / step).round() as usize).min(levels as usize - 1);
+                pieces.push((interval, n * share, (to - lo) * share));
             }
         }
     }
-    // All near 0 is one bucket.
-    let core: f64 = pieces.iter().filter(|p| p.0 == usize::MAX).map(|p| p.1).sum();
-    pieces.retain(|p| p.0 != usize::MAX);
-    pieces.push((0, core, step / 16.0));
     let inside: f64 = pieces.iter().map(|p| p.1).sum();
     let n = inside + outside;
     let last = pieces.iter().map(|p| p.0).max().unwrap();
-    let cell = |k: usize| {
+    let interval = |k: usize| {
         let of = pieces.iter().filter(move |p| p.0 == k);
         of.fold((0.0, 0.0), |sum, p| (sum.0 + p.1, sum.1 + p.2))
     };
     let mut sum = 0.0;
     for &(k, c, w) in pieces.iter().filter(|p| p.1 > 0.0) {
-        let (cell_n, cell_w) = cell(k);
-        let q = cell_n * w / cell_w / inside;
+        let (of_interval, width) = interval(k);
+        let q = of_interval * w / width / inside;
         sum += c / n * (c / n / q).ln();
     }
     // In the last interval P has the numbers outside too.
-    let c = cell(last).0;
+    let c = interval(last).0;
     let (p, q) = ((c + outside) / n, c / inside);
     n * (sum - c / n * (c / n / q).ln() + p * (p / q).ln())
 }
@@ -167,19 +171,40 @@ fn divergence_by_definition(h: &Histogram, reach: f64, levels: u32) -> f64 {
 #[test]
 fn entropy_is_what_it_is_defined_as() {
     let mut xs = gaussian(2, 4000);
-    xs.extend([9.005, -12.01]);
-    let h = of(&xs);
-    let axis = Axis::magnitudes(&h);
+    xs.extend([9.005, -12.01, 0.0, -0.0, 0.0]);
+    let h = entropy::without_zeros(&of(&xs));
+    let axis = Axis::magnitudes(&h, entropy::core(&h));
     for levels in [8, 128] {
         let bins = axis.positive().bins();
         for from_top in [1, 2, 3, 10, 50, 150] {
             // A range ends where a bucket does that is not empty.
             let reach = bins[bins.len() - from_top].hi;
             let fast = entropy::divergence(&axis, h.n as f64, 0.0, reach, levels);
-            let slow = divergence_by_definition(&h, reach, levels);
+            let slow = divergence_by_definition(&xs, reach, levels);
             assert!((fast - slow).abs() < 1e-6 * slow.abs().max(1.0), "{levels} {reach}: {fast} {slow}");
         }
     }
+}
+
+#[test]
+fn entropy_sees_past_zeros_and_far_outliers() {
+    let xs = gaussian(7, 100_000);
+    let t = span(&of(&xs), Method::Entropy, &SYMMETRIC);
+    let mut zeros = xs.clone();
+    zeros.extend([0.0; 300_000]);
+    assert_eq!(span(&of(&zeros), Method::Entropy, &SYMMETRIC), t);
+    for format in [&INT8, &INT4] {
+        for outlier in [1e2, 1e3, 1e5] {
+            let mut far = xs.clone();
+            far.push(outlier);
+            let t = span(&of(&far), Method::Entropy, &Scheme { format, ..SYMMETRIC }).max();
+            assert!(t > 2.0 && t < 7.0, "{format} {outlier}: {t}");
+        }
+    }
+    // Half of a normal distribution, as a rectifier leaves it.
+    let half: Vec<f32> = xs.iter().map(|x| x.max(0.0)).collect();
+    let s = span(&of(&half), Method::Entropy, &ASYMMETRIC);
+    assert!(s.min() == 0.0 && s.max() > 3.0, "{s:?}");
 }
 
 fn error_of(xs: &[f32], span: Span, scheme: &Scheme) -> f64 {
@@ -207,7 +232,7 @@ fn mse_is_that_of_the_numbers_themselves() {
         ] {
             let found = span(&h, Method::Mse, &scheme);
             let error = error_of(&xs, found, &scheme);
-            let estimate = mse::squared_error(&Axis::signed(&h), found, &scheme).unwrap();
+            let estimate = mse::squared_error(&Axis::signed(&h, 1), found, &scheme).unwrap();
             assert!((estimate - error).abs() < 0.03 * error, "{scheme}: {estimate} {error}");
             if scheme.zero != Zero::Symmetric {
                 // Brute force over both ends.
