@@ -34,11 +34,6 @@ const SIDE: usize = BUCKETS / 2;
 const END: usize = (f32::MAX.to_bits() >> DROPPED) as usize + 1;
 
 impl Histogram {
-    /// Number of buckets that are not empty.
-    pub fn n_occupied(&self) -> usize {
-        self.counts.iter().filter(|&&c| c > 0).count()
-    }
-
     /// How many numbers have a magnitude in bucket `at`.
     fn magnitudes(&self, at: usize) -> u64 {
         self.counts[at] + self.counts[SIDE + at]

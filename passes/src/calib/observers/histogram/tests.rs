@@ -74,7 +74,7 @@ fn numbers_outside_by_hand() {
     assert_eq!(h.outside(Span::new(-1.5, 1.5)), Some(3.0 / 8.0));
     assert_eq!(h.outside(Span::new(0.0, 0.0)), Some(6.0 / 8.0));
     assert_eq!(Histogram::new(1).unwrap().outside(Span::default()), Some(0.0));
-    assert_eq!(h.n_occupied(), 7);
+    assert_eq!(h.counts.iter().filter(|&&c| c > 0).count(), 7);
 }
 
 #[test]
@@ -191,7 +191,7 @@ fn entropy_sees_past_zeros_and_far_outliers() {
     let xs = gaussian(7, 100_000);
     let t = span(&of(&xs), Method::Entropy, &SYMMETRIC);
     let mut zeros = xs.clone();
-    zeros.extend([0.0; 300_000]);
+    zeros.resize(400_000, 0.0);
     assert_eq!(span(&of(&zeros), Method::Entropy, &SYMMETRIC), t);
     for format in [&INT8, &INT4] {
         for outlier in [1e2, 1e3, 1e5] {
