@@ -23,7 +23,7 @@ mod solve;
 pub use scales::{ScaleSearch, Weighting, fit_scales};
 
 use crate::calib::hessian::Hessian;
-use factor::factor;
+use factor::{Factor, factor};
 use quantc_ir::diag::{Diag, Result};
 use quantc_ir::quant::{Groups, Params};
 use quantc_ir::scheme::Scheme;
@@ -31,18 +31,19 @@ use quantc_ir::ty::Shape;
 use rayon::prelude::*;
 use round::Rounder;
 use solve::{ROWS, Slab, Solution};
+use std::ops::Range;
 
-/// What scales are chosen by.
+/// What scales are chosen by. On made-up inputs, `Pivots` is best for feedback alone and `Diagonal` when descent follows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Importance {
     /// All columns count alike.
     Uniform,
     /// Columns count as much as the diagonal of the Hessian says.
+    #[default]
     Diagonal,
     /// The error that rounding to nearest would make, see [`Weighting::Block`].
     Block,
-    /// Columns count as much as the rounding errors that GPTQ cannot pass on: the squared pivots of the factor.
-    #[default]
+    /// Columns count as much as the rounding errors that feedback cannot pass on: the squared pivots of the factor.
     Pivots,
 }
 
@@ -57,7 +58,7 @@ pub struct GptqOptions {
     pub search: ScaleSearch,
     /// What they are chosen by.
     pub importance: Importance,
-    /// How often coordinate descent goes over all codes afterwards.
+    /// How often coordinate descent goes over all codes afterwards, at most; it ends when nothing gets better.
     pub sweeps: u32,
 }
 
@@ -68,7 +69,7 @@ impl Default for GptqOptions {
             damp: 0.01,
             search: ScaleSearch::default(),
             importance: Importance::default(),
-            sweeps: 1,
+            sweeps: 2,
         }
     }
 }
@@ -106,8 +107,8 @@ pub struct Rewritten {
 /// Quantizes `w`, row-major `n x k`, so that `W x` changes little for the tokens `x` that `h` was made of.
 ///
 /// # Errors
-/// Numbers that are not finite in `w` or `h`, a Hessian of another size, and a scheme that numbers cannot be quantized
-/// to.
+/// Numbers that are not finite in `w`, `h` or the options, a Hessian of another size, and a scheme that numbers cannot
+/// be quantized to.
 pub fn rewrite(
     w: &[f32],
     n: usize,
@@ -120,6 +121,10 @@ pub fn rewrite(
         let text = format!("{} numbers and a Hessian of {} channels are not {n} x {k}", w.len(), h.k());
         return Err(Diag::bug(text));
     }
+    if !(options.damp >= 0.0 && options.damp.is_finite()) {
+        let text = format!("the damping {} is not finite and at least 0", options.damp);
+        return Err(Diag::pipeline(text).help("0.01 is usual"));
+    }
     if let Some((i, j)) = h.first_not_finite() {
         let text = format!("element [{i}, {j}] of the Hessian is {}", h.get(i, j));
         return Err(Diag::input(text).help("activations of this size need a calibration with fewer tokens"));
@@ -129,93 +134,136 @@ pub fn rewrite(
     let plain = fit_scales(w, &groups, scheme, Weighting::Uniform, whole)?;
     let rounder = Rounder::new(scheme.format)
         .ok_or_else(|| Diag::pipeline(format!("{} is not a format to quantize to", scheme.format)))?;
-    let diag = h.diag();
     let (factor, escalations) = factor(h, options.act_order, options.damp);
-    let pivots = || {
-        let mut by_column = diag.clone();
-        let found = factor.iter().flat_map(|f| f.order.iter().zip(&f.pivots));
-        found.for_each(|(&col, &pivot)| by_column[col] = pivot as f32);
-        by_column
-    };
-    let fitted = |weighting: Weighting<'_>| fit_scales(w, &groups, scheme, weighting, options.search);
-    let params = match options.importance {
-        _ if options.search.steps == 0 => plain.clone(),
-        Importance::Uniform => fitted(Weighting::Uniform)?,
-        Importance::Diagonal => fitted(Weighting::Diagonal(&diag))?,
-        Importance::Block => fitted(Weighting::Block(h))?,
-        Importance::Pivots => fitted(Weighting::Diagonal(&pivots()))?,
-    };
     let facts = Facts {
         damping: factor.as_ref().map(|f| f.damping),
         escalations,
-        dead: diag.iter().filter(|&&x| x == 0.0).count(),
+        dead: h.diag().iter().filter(|&&x| x == 0.0).count(),
         ..Facts::default()
     };
+    let fitted = match options.search.steps {
+        0 => plain.clone(),
+        _ => fit(w, &groups, scheme, h, factor.as_ref(), options)?,
+    };
+    let job = Job { w, groups, rounder, h, factor, plain: &plain, fitted: &fitted, sweeps: options.sweeps };
     let mut codes = vec![0; w.len()];
     let strips = codes.par_chunks_mut((ROWS * k).max(1)).enumerate().with_max_len(1);
     let errors: Vec<Vec<RowErrors>> = strips
         .map(|(i, codes)| {
             let rows = i * ROWS..n.min((i + 1) * ROWS);
-            let slab = |params| Slab::new(w, rows.clone(), &groups, params, rounder);
-            let unfitted = slab(&plain);
-            let plain = unfitted.errors(&unfitted.nearest(), h);
-            drop(unfitted);
-            let slab = slab(&params);
-            let mut best = slab.nearest();
-            let nearest = slab.errors(&best, h);
-            let mut errors = nearest.clone();
-            let mut improve = |best: &mut Solution, next: Solution| {
-                let found = slab.errors(&next, h);
-                // Errors that are not numbers are no improvement.
-                let better: Vec<bool> = found.iter().zip(&errors).map(|(new, old)| new < old).collect();
-                slab.take(best, &next, &better);
-                for ((old, new), _) in errors.iter_mut().zip(found).zip(&better).filter(|x| *x.1) {
-                    *old = new;
-                }
-                better
-            };
-            let mut by_gptq = vec![false; rows.len()];
-            if let Some(factor) = &factor {
-                by_gptq = improve(&mut best, slab.feed_back(factor));
-            }
-            for _ in 0..options.sweeps {
-                let mut next = best.clone();
-                slab.descend(h, &mut next);
-                if !improve(&mut best, next).contains(&true) {
-                    break;
-                }
-            }
-            slab.write(&best, codes);
-            let errors = errors.into_iter().zip(plain.into_iter().zip(nearest)).zip(by_gptq);
-            errors
-                .map(|((error, (plain, nearest)), by_gptq)| RowErrors { plain, nearest, error, by_gptq })
-                .collect()
+            job.run(rows, codes)
         })
         .collect();
     let errors: Vec<RowErrors> = errors.into_iter().flatten().collect();
-    let mut rewritten = Rewritten { codes, params, facts };
+    let mut rewritten = Rewritten { codes, params: fitted, facts };
     for (band, errors) in errors.chunks(groups.rows_per_group()).enumerate() {
         let sum = |of: fn(&RowErrors) -> f64| errors.iter().map(of).sum::<f64>();
         let (plain_error, error) = (sum(|e| e.plain), sum(|e| e.error));
         let facts = &mut rewritten.facts;
         facts.error_nearest += plain_error;
-        facts.error_scales += sum(|e| e.nearest);
-        facts.rows_nearest += errors.iter().filter(|e| !e.by_gptq).count();
+        facts.error_scales += sum(|e| e.fitted);
+        facts.rows_nearest += errors.iter().filter(|e| !e.by_gptq || plain_error < error).count();
+        facts.error += error.min(plain_error);
         if plain_error < error {
-            facts.error += plain_error;
-            facts.rows_nearest += errors.iter().filter(|e| e.by_gptq).count();
             rewritten.fall_back(w, &groups, scheme, &plain, band)?;
-        } else {
-            facts.error += error;
         }
     }
     Ok(rewritten)
 }
 
+/// The scales that the options ask for.
+fn fit(
+    w: &[f32],
+    groups: &Groups,
+    scheme: &Scheme,
+    h: &Hessian,
+    factor: Option<&Factor>,
+    options: &GptqOptions,
+) -> Result<Params> {
+    let mut by_column = h.diag();
+    let weighting = match options.importance {
+        Importance::Uniform => Weighting::Uniform,
+        Importance::Diagonal => Weighting::Diagonal(&by_column),
+        Importance::Block => Weighting::Block(h),
+        Importance::Pivots => {
+            for (&col, &pivot) in factor.iter().flat_map(|f| f.order.iter().zip(&f.pivots)) {
+                by_column[col] = pivot as f32;
+            }
+            Weighting::Diagonal(&by_column)
+        }
+    };
+    fit_scales(w, groups, scheme, weighting, options.search)
+}
+
+/// What [`rewrite`] does to each strip of rows.
+struct Job<'a> {
+    w: &'a [f32],
+    groups: Groups,
+    rounder: Rounder,
+    h: &'a Hessian,
+    factor: Option<Factor>,
+    /// The scales of whole ranges.
+    plain: &'a Params,
+    /// The chosen scales.
+    fitted: &'a Params,
+    sweeps: u32,
+}
+
+impl Job<'_> {
+    /// Writes the best codes of `rows` for the chosen scales.
+    fn run(&self, rows: Range<usize>, codes: &mut [u8]) -> Vec<RowErrors> {
+        let slab = |params| Slab::new(self.w, rows.clone(), &self.groups, params, self.rounder);
+        let plain = {
+            let slab = slab(self.plain);
+            slab.errors(&slab.nearest(), self.h)
+        };
+        let slab = slab(self.fitted);
+        let mut best = slab.nearest();
+        let fitted = slab.errors(&best, self.h);
+        let mut errors = fitted.clone();
+        let mut by_gptq = vec![false; rows.len()];
+        if let Some(factor) = &self.factor {
+            by_gptq = self.improve(&slab, &mut best, &mut errors, &slab.feed_back(factor));
+        }
+        for _ in 0..self.sweeps {
+            let mut next = best.clone();
+            slab.descend(self.h, &mut next);
+            if !self.improve(&slab, &mut best, &mut errors, &next).contains(&true) {
+                break;
+            }
+        }
+        slab.write(&best, codes);
+        let row = |i: usize| RowErrors {
+            plain: plain[i],
+            fitted: fitted[i],
+            error: errors[i],
+            by_gptq: by_gptq[i],
+        };
+        (0..rows.len()).map(row).collect()
+    }
+
+    /// Takes over from `next` the rows with less error, and says which. An error that is not a number is not less.
+    fn improve(
+        &self,
+        slab: &Slab<'_>,
+        best: &mut Solution,
+        errors: &mut [f64],
+        next: &Solution,
+    ) -> Vec<bool> {
+        let found = slab.errors(next, self.h);
+        let better: Vec<bool> = found.iter().zip(errors.iter()).map(|(new, old)| new < old).collect();
+        slab.take(best, next, &better);
+        for (error, new) in errors.iter_mut().zip(found) {
+            *error = if new < *error { new } else { *error };
+        }
+        better
+    }
+}
+
 /// The errors of a row: rounded to nearest with the scales of whole ranges, with the chosen ones, and of the result.
 struct RowErrors {
     plain: f64,
-    nearest: f64,
+    fitted: f64,
     error: f64,
     by_gptq: bool,
 }

@@ -1,7 +1,8 @@
 //! Matrix products with checked bounds, on one thread.
 //!
 //! Work is spread over threads by whoever calls: each call writes a part of its own, so that what is summed in which
-//! order does not depend on the number of threads.
+//! order does not depend on the number of threads. It does depend on the processor's vector units: machines that differ
+//! in them may differ in the last bits.
 
 /// A number that products are made of.
 pub(crate) trait Real: Copy + 'static {}
@@ -80,7 +81,7 @@ pub(crate) fn product<T: Real + Default + PartialEq>(
     }
 }
 
-/// Sums of 16 neighbours that are worked on together.
+/// Rows that are worked on together, next to each other in memory.
 pub(crate) const LANES: usize = 16;
 
 /// Transposes `rows x cols` of `from`, rows `cols` apart, into `to`, rows `stride` apart.

@@ -1,7 +1,7 @@
 //! Rounding sixteen rows at a time, by the rules of `quantc_ir::quant`.
 
 use super::product::LANES;
-use quantc_ir::formats::Format;
+use quantc_ir::formats::{Class, Format};
 
 /// Numbers of sixteen rows at one column.
 pub(super) type Lanes = [f32; LANES];
@@ -11,22 +11,27 @@ pub(super) type Lanes = [f32; LANES];
 pub(super) enum Rounder {
     /// The least and the greatest integer.
     Int { min: f32, max: f32, mask: u8 },
-    /// A float format and the number of each code.
-    Table(&'static Format, &'static [f32; 256]),
+    /// A float format with its largest finite number, fraction bits, and the exponent of its least normal number.
+    Float { format: &'static Format, max: f32, man: i32, least: i32 },
 }
 
 /// Added and taken off again, it leaves no place for a fraction in numbers below `2^22`.
 const NO_FRACTION: f32 = 12_582_912.0;
 
 impl Rounder {
-    /// For codes of `format`; `None` if it has more than 8 bits.
+    /// For codes of `format`; `None` if it has more than 8 bits or no negative numbers and no zero.
     pub(super) fn new(format: &'static Format) -> Option<Rounder> {
-        let table = format.decode_table()?;
-        let (min, max) = format.int_range();
-        Some(match format.is_int() {
-            true => Rounder::Int { min: min as f32, max: max as f32, mask: format.mask() as u8 },
-            false => Rounder::Table(format, table),
-        })
+        match format.class {
+            _ if format.bits > 8 => None,
+            Class::Int { .. } => {
+                let (min, max) = format.int_range();
+                Some(Rounder::Int { min: min as f32, max: max as f32, mask: format.mask() as u8 })
+            }
+            Class::Float { man, bias, .. } => {
+                Some(Rounder::Float { format, max: Format::max(format), man: man as i32, least: 1 - bias })
+            }
+            Class::Exponent => None,
+        }
     }
 
     /// The numbers that the codes of `x` stand for.
@@ -39,9 +44,9 @@ impl Rounder {
                     y[l] = nearest(x[l] / scale[l], min - zero[l], max - zero[l]) * scale[l];
                 }
             }
-            Rounder::Table(format, table) => {
+            Rounder::Float { max, man, least, .. } => {
                 for l in 0..LANES {
-                    y[l] = table[format.encode(x[l] / scale[l]) as usize & 255] * scale[l];
+                    y[l] = nearest_float(x[l] / scale[l], max, man, least) * scale[l];
                 }
             }
         }
@@ -59,7 +64,7 @@ impl Rounder {
                     codes[l] = q as i32 as u8 & mask;
                 }
             }
-            Rounder::Table(format, _) => {
+            Rounder::Float { format, .. } => {
                 for l in 0..LANES {
                     codes[l] = format.encode(x[l] / scale[l]) as u8;
                 }
@@ -78,13 +83,26 @@ impl Rounder {
                     *e = nearest(x / scale, min, max) * scale - x;
                 }
             }
-            Rounder::Table(format, table) => {
+            Rounder::Float { max, man, least, .. } => {
                 for (e, &x) in out.iter_mut().zip(xs) {
-                    *e = table[format.encode(x / scale) as usize & 255] * scale - x;
+                    *e = nearest_float(x / scale, max, man, least) * scale - x;
                 }
             }
         }
     }
+}
+
+/// The number nearest to `x` with `man` fraction bits, of magnitude up to `max`, halfway cases to even. Numbers below
+/// `2^least` are as far apart as those above it.
+#[inline(always)]
+fn nearest_float(x: f32, max: f32, man: i32, least: i32) -> f32 {
+    let x = if x < -max { -max } else { x };
+    let x = if x > max { max } else { x };
+    let exponent = (x.to_bits() >> 23 & 0xff) as i32;
+    let exponent = if exponent < least + 127 { least + 127 } else { exponent };
+    // `NO_FRACTION` times the distance of neighbours, `2^(exponent - 127 - man)`.
+    let no_fraction = f32::from_bits(((exponent - man + 23) << 23 | 1 << 22) as u32);
+    (x + no_fraction) - no_fraction
 }
 
 /// The integer nearest to `x` within integer bounds, halfway cases to even.
@@ -104,11 +122,12 @@ mod tests {
     #[test]
     fn it_rounds_as_the_ir_does() {
         let mut tested = 0;
-        for format in ALL.iter().copied().filter(|f| f.bits <= 8 && f.max() < 1e6) {
+        for format in ALL.iter().copied().filter(|f| f.bits <= 8 && Format::max(f) < 1e6) {
             let rounder = Rounder::new(format).unwrap();
             let zeros: &[i32] = if format.is_int() { &[0, 3, -2, 1] } else { &[0] };
             for (i, &zero) in (0..4000).zip(zeros.iter().cycle()) {
-                let x: Lanes = std::array::from_fn(|l| (i * 16 + l as i32 - 32000) as f32 * 0.125);
+                let x = (i * 16 - 32000) as f32 * [0.125, 0.0003][i as usize / 4 % 2];
+                let x: Lanes = std::array::from_fn(|l| x + l as f32 * 0.125);
                 let scale: Lanes = std::array::from_fn(|l| 0.5 + l as f32 * 1.7);
                 let (y, codes) = (
                     rounder.round(&x, &scale, &[zero as f32; LANES]),

@@ -52,10 +52,12 @@ const ROWS: usize = 64;
 ///
 /// The candidates of a group are `scale_for` its range times `1 - (1 - least) i / steps`. Symmetric integers of 3 and
 /// 2 bits also try ranges beyond the whole one, up to where the largest positive code meets the largest number. The
-/// first candidate is the whole range; later ones are taken when they are better.
+/// first candidate is the whole range; later ones are taken when they are better. With zero points, the ends of the best
+/// range are then moved each by itself.
 ///
 /// # Errors
-/// Numbers that are not finite, a scheme that numbers cannot be quantized to, weights or a Hessian of another size.
+/// Numbers or options that are not finite, a scheme that numbers cannot be quantized to, weights or a Hessian of another
+/// size.
 pub fn fit_scales(
     w: &[f32],
     groups: &Groups,
@@ -78,6 +80,11 @@ pub fn fit_scales(
             w.len()
         )));
     }
+    if !(search.least > 0.0 && search.least <= 1.0) {
+        let text =
+            format!("the narrowest range, {} of the whole one, is not above 0 and at most 1", search.least);
+        return Err(Diag::pipeline(text));
+    }
     let options = Options { rule: search.rule, ..Options::default() };
     let mut fit = Fit::new(*groups, scheme, options);
     fit.add_ranges(0, w)?;
@@ -85,52 +92,44 @@ pub fn fit_scales(
     if factors.len() == 1 || n * k == 0 {
         return fit.finish();
     }
-    let weights = Weights::new(weighting, groups);
-    let trial = Trial { w, groups, scheme, rule: search.rule, rounder, factors, weights, spans: fit.spans() };
-    // Whole groups a task, unless one is tall: then what its rows lose is added up in order.
-    let tall = groups.rows_per_group();
-    let step = if tall > ROWS { ROWS } else { ROWS / tall * tall };
-    let tasks: Vec<usize> = (0..n).step_by(step).collect();
-    let mut all: Vec<Tried> = Vec::with_capacity(groups.len());
-    // Batches bound the memory of what was tried.
-    for batch in tasks.chunks(4 * rayon::current_num_threads()) {
-        let run = |&from: &usize| trial.run(from, n.min(from + step));
-        let done: Vec<(usize, Vec<Tried>)> =
-            batch.par_iter().with_max_len(1).map(run).collect::<Result<_>>()?;
-        for (group, tried) in done {
-            // What is there already are groups that began in rows before.
-            let (again, new) = tried.split_at(all.len() - group);
-            for (sum, tried) in all[group..].iter_mut().zip(again) {
-                sum.iter_mut().zip(tried).for_each(|(sum, tried)| sum.loss += tried.loss);
-            }
-            // Groups that no later row belongs to are decided, and only what was best is kept.
-            if tall <= ROWS {
-                all.extend(new.iter().map(|tried| vec![best(tried)]));
-            } else {
-                all.extend_from_slice(new);
-            }
-        }
+    let mut trial = Trial {
+        w,
+        groups,
+        scheme,
+        rule: search.rule,
+        rounder,
+        spans: fit.spans(),
+        weights: Weights::new(weighting, groups),
+        factors: factors.into_iter().map(|f| [f, f]).collect(),
+        start: vec![],
+    };
+    let mut found = trial.decide()?;
+    if scheme.zero != Zero::Symmetric {
+        trial.factors = AROUND.iter().flat_map(|&a| AROUND.map(|b| [a, b])).collect();
+        trial.start = found.iter().map(|c| c.ends).collect();
+        found = trial.decide()?;
     }
-    let mut params = Params::default();
-    for tried in &all {
-        let best = best(tried);
-        params.scales.push(best.scale);
-        if scheme.zero != Zero::Symmetric {
-            params.zeros.push(best.zero);
-        }
-    }
-    Ok(params)
+    let zeros = if scheme.zero == Zero::Symmetric { &[] } else { &found[..] };
+    Ok(Params {
+        scales: found.iter().map(|c| c.scale).collect(),
+        zeros: zeros.iter().map(|c| c.zero).collect(),
+    })
 }
+
+/// What each end of the best range is multiplied by when there are zero points.
+const AROUND: [f32; 4] = [1.0, 0.8, 0.9, 1.1];
 
 /// A scale with its zero point, and what the numbers of the group lose by it.
 #[derive(Clone, Copy)]
 struct Candidate {
+    /// The ends of its range, as parts of those of the group's.
+    ends: [f32; 2],
     scale: f32,
     zero: i32,
     loss: f64,
 }
 
-/// The candidates of one group; the first is that of the whole range.
+/// The candidates of one group; the first is where the search begins.
 type Tried = Vec<Candidate>;
 
 /// The first candidate with the least loss.
@@ -148,7 +147,7 @@ fn factors(scheme: &Scheme, search: ScaleSearch) -> Vec<f32> {
         _ => 1.0,
     };
     let grid = (0..=search.steps).map(|i| most - (most - search.least) * i as f32 / search.steps as f32);
-    let others = grid.filter(|&f| search.steps > 0 && f != 1.0 && f > 0.0);
+    let others = grid.filter(|&f| search.steps > 0 && f != 1.0);
     std::iter::once(1.0).chain(others).collect()
 }
 
@@ -187,20 +186,51 @@ struct Trial<'a> {
     scheme: &'a Scheme,
     rule: ScaleRule,
     rounder: Rounder,
-    factors: Vec<f32>,
-    weights: Weights<'a>,
     spans: &'a [Span],
+    weights: Weights<'a>,
+    /// What the ends of ranges are multiplied by; the first are 1.
+    factors: Vec<[f32; 2]>,
+    /// For each group, the ends that are multiplied, as parts of those of its range; nothing for whole ranges.
+    start: Vec<[f32; 2]>,
 }
 
 impl Trial<'_> {
+    /// The best candidate of each group.
+    fn decide(&self) -> Result<Vec<Candidate>> {
+        let (n, tall) = (self.groups.rows(), self.groups.rows_per_group());
+        // Whole groups a task, unless one is tall: then what its rows lose is added up in order.
+        let step = if tall > ROWS { ROWS } else { ROWS / tall * tall };
+        let tasks: Vec<usize> = (0..n).step_by(step).collect();
+        let mut all: Vec<Tried> = Vec::with_capacity(self.groups.len());
+        // Batches bound the memory of what was tried.
+        for batch in tasks.chunks(4 * rayon::current_num_threads()) {
+            let run = |&from: &usize| self.run(from, n.min(from + step));
+            let done: Vec<(usize, Vec<Tried>)> =
+                batch.par_iter().with_max_len(1).map(run).collect::<Result<_>>()?;
+            for (group, tried) in done {
+                // What is there already are groups that began in rows before.
+                let (again, new) = tried.split_at(all.len() - group);
+                for (sum, tried) in all[group..].iter_mut().zip(again) {
+                    sum.iter_mut().zip(tried).for_each(|(sum, tried)| sum.loss += tried.loss);
+                }
+                // Groups that no later row belongs to are decided, and only what was best is kept.
+                if tall <= ROWS {
+                    all.extend(new.iter().map(|tried| vec![best(tried)]));
+                } else {
+                    all.extend_from_slice(new);
+                }
+            }
+        }
+        Ok(all.iter().map(|tried| best(tried)).collect())
+    }
+
     /// The candidates of all groups in the rows `from..to` with their losses there, and the first of these groups.
     fn run(&self, from: usize, to: usize) -> Result<(usize, Vec<Tried>)> {
         let (groups, k) = (self.groups, self.groups.cols());
         let wide = groups.grid().1;
         let first = groups.index(from, 0);
         let last = groups.index(to - 1, 0) + wide;
-        let mut all: Vec<Tried> =
-            self.spans[first..last].iter().map(|&span| self.candidates(span)).collect::<Result<_>>()?;
+        let mut all: Vec<Tried> = (first..last).map(|group| self.candidates(group)).collect::<Result<_>>()?;
         let (mut errors, mut slopes) = (vec![], vec![]);
         let mut piece = 0;
         for at in 0..wide {
@@ -238,18 +268,21 @@ impl Trial<'_> {
         Ok((first, all))
     }
 
-    /// What a group with the range `span` is tried with. Scales that occur again are left out.
-    fn candidates(&self, span: Span) -> Result<Tried> {
-        let (scale, zero) = scale_for(span, self.scheme, self.rule)?;
-        let mut found = vec![Candidate { scale, zero, loss: 0.0 }];
-        for &factor in &self.factors[1..] {
-            let end = |x: f32| (x * factor).clamp(-f32::MAX, f32::MAX);
-            // A wider range may have a scale that is too large for its type.
-            if let Ok((scale, zero)) =
-                scale_for(Span::new(end(span.min()), end(span.max())), self.scheme, self.rule)
-                && !found.iter().any(|c| (c.scale, c.zero) == (scale, zero))
-            {
-                found.push(Candidate { scale, zero, loss: 0.0 });
+    /// What a group is tried with. Scales that occur again are left out.
+    fn candidates(&self, group: usize) -> Result<Tried> {
+        let (span, start) = (self.spans[group], self.start.get(group).unwrap_or(&[1.0; 2]));
+        let mut found: Tried = vec![];
+        for factors in &self.factors {
+            let ends = [start[0] * factors[0], start[1] * factors[1]];
+            let end = |x: f32, factor: f32| (x * factor).clamp(-f32::MAX, f32::MAX);
+            let range = Span::new(end(span.min(), ends[0]), end(span.max(), ends[1]));
+            match scale_for(range, self.scheme, self.rule) {
+                Ok((scale, zero)) if !found.iter().any(|c| (c.scale, c.zero) == (scale, zero)) => {
+                    found.push(Candidate { ends, scale, zero, loss: 0.0 });
+                }
+                // The scale of a range that is wider than the first may be too large for its type.
+                Err(diag) if found.is_empty() => return Err(diag),
+                _ => {}
             }
         }
         Ok(found)
