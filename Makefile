@@ -23,4 +23,5 @@ lint:
 
 bench: deps
 	$(CARGO) bench --bench models
+	$(CARGO) bench --bench quality
 	$(CARGO) bench --bench kernels

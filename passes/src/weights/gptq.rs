@@ -44,14 +44,15 @@ pass! {
         /// How a scale follows from the range: `real`, `power-of-two`, or `mx` as in OCP MX.
         scale_rule: ScaleRule = ScaleRule::Real,
         /// By what scales are searched for: `none` takes the whole range, `mse` the sum of squared errors, `diagonal` the same
-        /// weighted by the columns' energy, `output` the error that rounding would make in the output.
-        search: Search = Search::Output,
+        /// weighted by the columns' energy, `output` the error that rounding would make in the output, `pivots` the error that no
+        /// other column can make up for.
+        search: Search = Search::Diagonal,
         /// Whether columns are rounded in the order of their energy, and not from the left.
         act_order: bool = true,
         /// What is added to the diagonal of the Hessian, as a part of its mean; ten times as much when that is too little.
         damp: f32 = 0.01,
         /// How often single codes are improved afterwards, given all others.
-        sweeps: u32 = 0,
+        sweeps: u32 = 2,
         /// Weights to quantize, as name patterns; none given means all.
         only: Vec<Pattern> = vec![],
         /// Weights left alone, as name patterns. A pattern that matches nothing is an error.
@@ -62,7 +63,7 @@ pass! {
         skip_layers: Vec<Pattern> = vec![],
     }
     needs: [stat(hessian)],
-    scope: Layer, numerics: Requantizes, stats: keeps, version: 1
+    scope: Layer, numerics: Requantizes, stats: keeps, version: 2
 }
 
 /// By what scales are searched for.
@@ -74,10 +75,12 @@ pub enum Search {
     /// The sum of squared errors.
     Mse,
     /// The same, weighted by the columns' energy.
+    #[default]
     Diagonal,
     /// The error in the output.
-    #[default]
     Output,
+    /// The error that no other column can make up for.
+    Pivots,
 }
 
 /// What is told of a weight; kept beside its blobs.
@@ -154,6 +157,7 @@ impl Gptq {
             Search::Mse => (search, Importance::Uniform),
             Search::Diagonal => (search, Importance::Diagonal),
             Search::Output => (search, Importance::Block),
+            Search::Pivots => (search, Importance::Pivots),
         };
         let damp = f64::from(self.damp);
         GptqOptions { act_order: self.act_order, damp, search, importance, sweeps: self.sweeps }
