@@ -136,6 +136,118 @@ presets! {
         "fuse-dequant-matmul",
     ];
 
+    /// As `w8a8`, with outliers of activations moved into the weights first.
+    "w8a8-smoothquant", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
+        "calibrate{stats=[absmax, rows]}",
+        "smoothquant{alpha=search}",
+        "round-to-nearest{format=int8, group=row}",
+        "quantize-activations{format=int8}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// As `w4a16-g128`, rounded so that outputs change little.
+    "w4a16-gptq-g128", embedding: "as in the checkpoint", head: "int8 per row, bf16 activations", [
+        "calibrate{stats=[hessian], skip-layers=[head]}",
+        "gptq{format=int4, group=128, skip-layers=[head]}",
+        "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "cast-activations{to=bf16}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// As `w4a16-g64`, rounded so that outputs change little.
+    "w4a16-gptq-g64", embedding: "as in the checkpoint", head: "int8 per row, bf16 activations", [
+        "calibrate{stats=[hessian], skip-layers=[head]}",
+        "gptq{format=int4, group=64, skip-layers=[head]}",
+        "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "cast-activations{to=bf16}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// As `w4a16-g32`, rounded so that outputs change little.
+    "w4a16-gptq-g32", embedding: "as in the checkpoint", head: "int8 per row, bf16 activations", [
+        "calibrate{stats=[hessian], skip-layers=[head]}",
+        "gptq{format=int4, group=32, skip-layers=[head]}",
+        "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "cast-activations{to=bf16}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// As `w4a16-g128`, with the channels that matter made larger and ranges searched for.
+    "w4a16-awq-g128", embedding: "as in the checkpoint", head: "int8 per row, bf16 activations", [
+        "calibrate{stats=[hessian], skip-layers=[head]}",
+        "awq{format=int4, group=128, skip-layers=[head]}",
+        "round-to-nearest{format=int4, group=128, skip-layers=[head], search=output}",
+        "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "cast-activations{to=bf16}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// As `w4a16-g32`, with the channels that matter made larger and ranges searched for.
+    "w4a16-awq-g32", embedding: "as in the checkpoint", head: "int8 per row, bf16 activations", [
+        "calibrate{stats=[hessian], skip-layers=[head]}",
+        "awq{format=int4, group=32, skip-layers=[head]}",
+        "round-to-nearest{format=int4, group=32, skip-layers=[head], search=output}",
+        "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "cast-activations{to=bf16}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// As `w4a16-gptq-g128`, with channels made larger where that helps.
+    "w4a16-awq-gptq-g128", embedding: "as in the checkpoint", head: "int8 per row, bf16 activations", [
+        "calibrate{stats=[hessian], skip-layers=[head]}",
+        "awq{format=int4, group=128, skip-layers=[head], rounding=gptq}",
+        "gptq{format=int4, group=128, skip-layers=[head]}",
+        "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "cast-activations{to=bf16}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// As `w4a16-gptq-g32`, with channels made larger where that helps.
+    "w4a16-awq-gptq-g32", embedding: "as in the checkpoint", head: "int8 per row, bf16 activations", [
+        "calibrate{stats=[hessian], skip-layers=[head]}",
+        "awq{format=int4, group=32, skip-layers=[head], rounding=gptq}",
+        "gptq{format=int4, group=32, skip-layers=[head]}",
+        "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "cast-activations{to=bf16}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// As `w4a8-g128`, rounded so that outputs change little.
+    "w4a8-gptq-g128", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
+        "calibrate{stats=[hessian], skip-layers=[head]}",
+        "gptq{format=int4, group=128, skip-layers=[head]}",
+        "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "quantize-activations{format=int8}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// As `w4a8-g32`, rounded so that outputs change little.
+    "w4a8-gptq-g32", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
+        "calibrate{stats=[hessian], skip-layers=[head]}",
+        "gptq{format=int4, group=32, skip-layers=[head]}",
+        "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "quantize-activations{format=int8}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// Symmetric int3 weights with an f32 scale per 64 columns, rounded so that outputs change little, bf16 activations.
+    "w3a16-gptq-g64", embedding: "as in the checkpoint", head: "int8 per row, bf16 activations", [
+        "calibrate{stats=[hessian], skip-layers=[head]}",
+        "gptq{format=int3, group=64, skip-layers=[head]}",
+        "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "cast-activations{to=bf16}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// Symmetric int3 weights with an f32 scale per 32 columns, rounded so that outputs change little, bf16 activations.
+    "w3a16-gptq-g32", embedding: "as in the checkpoint", head: "int8 per row, bf16 activations", [
+        "calibrate{stats=[hessian], skip-layers=[head]}",
+        "gptq{format=int3, group=32, skip-layers=[head]}",
+        "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "cast-activations{to=bf16}",
+        "fuse-dequant-matmul",
+    ];
+
     /// e4m3 weights with a scale per row, bf16 activations.
     "fp8", embedding: "as in the checkpoint", head: "int8 per row, bf16 activations", [
         "round-to-nearest{format=e4m3, group=row, skip-layers=[head]}",
@@ -149,6 +261,7 @@ presets! {
 mod tests {
     use super::*;
     use crate::Registry;
+    use crate::pass::Fact;
     use crate::pipeline;
     use quantc_ir::module::Module;
     use quantc_ir::target::{CpuDesc, TargetDesc};
@@ -172,8 +285,9 @@ mod tests {
         let target = TargetDesc { name: "cpu", doc: "", cpu };
         for preset in ALL {
             let parsed = pipeline::parse(preset.pipeline).unwrap();
+            let (registry, module) = (Registry::builtin(), Module::new("m"));
             let checked =
-                pipeline::check(&parsed, &Registry::builtin(), &Module::new("m"), Some(&target), None);
+                pipeline::check_given(&parsed, &registry, &module, Some(&target), None, &[Fact::Data]);
             let checked = checked.unwrap_or_else(|e| panic!("{}: {e}", preset.name));
             assert!(checked.passes().len() >= 6, "{}", preset.name);
             assert!(preset.doc.trim().ends_with('.'));

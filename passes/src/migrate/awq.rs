@@ -6,13 +6,16 @@ use crate::calib::SiteStats;
 use crate::calib::hessian::Hessian;
 use crate::calib::stats::{self, Kind};
 use crate::pass::prelude::*;
-use crate::weights::gptq_core::{ScaleSearch, Weighting, fit_scales, output_errors};
+use crate::weights::gptq_core::{
+    GptqOptions, Importance, ScaleSearch, Weighting, fit_scales, output_errors, rewrite,
+};
 use crate::weights::options::{FormatName, Grouping, ScaleType, ZeroPoints, scheme};
 use crate::weights::selects;
 use quantc_ir::formats;
 use quantc_ir::quant::{Groups, dequantize_block, quantize_block};
 use quantc_ir::scheme::Scheme;
 use quantc_ir::weights::Recipe;
+use serde::{Deserialize, Serialize};
 
 pass! {
     /// Makes the columns of weights larger whose rows carry much, so that rounding hurts them less.
@@ -46,6 +49,8 @@ pass! {
         scale: ScaleType = ScaleType::Auto,
         /// Whether ranges narrower than the whole are tried as well.
         clip: bool = true,
+        /// How weights are rounded afterwards: to the `nearest` code, or by `gptq`, which leaves less to gain.
+        rounding: Rounding = Rounding::Nearest,
         /// Matrices that must not be changed, as name patterns: places that they read are left alone. A pattern that
         /// matches nothing is an error.
         skip: Vec<Pattern> = vec![],
@@ -58,8 +63,22 @@ pass! {
     scope: Layer, numerics: Reassociates, stats: transforms
 }
 
+/// How weights are rounded afterwards.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rounding {
+    /// To the nearest code.
+    #[default]
+    Nearest,
+    /// By the pass `gptq`.
+    Gptq,
+}
+
 /// Exponents that are tried.
 const EXPONENTS: u32 = 20;
+
+/// A place is changed when the error falls below this part of what it was: less is noise of the samples.
+const WORTH_IT: f64 = 0.97;
 
 /// Rows of each matrix that errors are measured on.
 const SAMPLED_ROWS: usize = 128;
@@ -140,7 +159,7 @@ impl Awq {
         for &w in &matrices {
             inputs.push(cx.store.digest(&cx.module.weights, w)?);
         }
-        let options = format!("{scheme} clip {} of {}", self.clip, site.classes);
+        let options = format!("{scheme} clip {} {:?} of {}", self.clip, self.rounding, site.classes);
         let recipe = Recipe { step: Self::INFO.name, version: Self::INFO.version, options, inputs };
         let stats = if cx.store.has(&recipe, 1) { None } else { Some(stats::of(cx, site.x)?) };
         let (store, weights) = (cx.store, &cx.module.weights);
@@ -151,7 +170,8 @@ impl Awq {
                 samples.push(sampled(&store.view(weights, w)?)?);
             }
             let search = ScaleSearch { steps: if self.clip { 12 } else { 0 }, ..ScaleSearch::default() };
-            let Chosen { exponent, gain, factors } = choose(site, stats, &samples, &scheme, search)?;
+            let how = How { scheme: &scheme, search, rounding: self.rounding };
+            let Chosen { exponent, gain, factors } = choose(site, stats, &samples, how)?;
             let numbers: Vec<f32> = [exponent, gain].into_iter().chain(factors).collect();
             out[0].write_f32(Float::F32, &numbers)
         })?;
@@ -186,12 +206,19 @@ fn sampled(view: &quantc_ir::weights::WeightView<'_>) -> Result<Sampled> {
     Ok(Sampled { stand_for: step as f64, rows })
 }
 
+/// How errors are measured.
+#[derive(Clone, Copy)]
+struct How<'a> {
+    scheme: &'a Scheme,
+    search: ScaleSearch,
+    rounding: Rounding,
+}
+
 fn choose(
     site: &Site,
     stats: &SiteStats,
     samples: &[Sampled],
-    scheme: &Scheme,
-    search: ScaleSearch,
+    how: How<'_>,
 ) -> Result<Chosen> {
     let h = stats.hessian.as_ref().ok_or_else(|| Diag::bug("a Hessian that was not taken"))?;
     let mut energy = vec![0f64; site.classes];
@@ -211,12 +238,17 @@ fn choose(
     if most == 0.0 {
         return Ok(best);
     }
-    let without = error(site, &best.factors, samples, h, scheme, search)?;
-    let mut least = without;
-    for i in 1..=EXPONENTS {
+    let without = error(site, &best.factors, samples, h, how)?;
+    let mut least = without * WORTH_IT;
+    // Rounding by gptq takes longer, and what is best lies lower.
+    let tried: Vec<u32> = match how.rounding {
+        Rounding::Nearest => (1..=EXPONENTS).collect(),
+        Rounding::Gptq => (1..=EXPONENTS / 2).step_by(2).collect(),
+    };
+    for i in tried {
         let exponent = f64::from(i) / f64::from(EXPONENTS);
         let factors = factors(exponent);
-        let error = error(site, &factors, samples, h, scheme, search)?;
+        let error = error(site, &factors, samples, h, how)?;
         if error < least {
             least = error;
             best = Chosen { exponent: exponent as f32, gain: (error / without) as f32, factors };
@@ -231,14 +263,21 @@ fn error(
     factors: &[f32],
     samples: &[Sampled],
     h: &Hessian,
-    scheme: &Scheme,
-    search: ScaleSearch,
+    how: How<'_>,
 ) -> Result<f64> {
+    let How { scheme, search, rounding } = how;
     let by: Vec<f32> = site.class.iter().map(|&c| factors[c]).collect();
     let (k, scaled_h) = (by.len(), h.scaled(&by)?);
     let mut sum = 0.0;
     for Sampled { rows, stand_for } in samples {
         let scaled: Vec<f32> = rows.chunks_exact(k).flat_map(|row| row.iter().zip(&by).map(|(w, s)| w * s)).collect();
+        if rounding == Rounding::Gptq {
+            let importance = Importance::Diagonal;
+            let options = GptqOptions { search, importance, sweeps: 1, ..GptqOptions::default() };
+            let made = rewrite(&scaled, rows.len() / k, k, &scaled_h, scheme, &options)?;
+            sum += stand_for * made.facts.error;
+            continue;
+        }
         let groups = Groups::new(scheme, &Shape::fixed(&[(rows.len() / k) as u64, k as u64]))?;
         let params = fit_scales(&scaled, &groups, scheme, Weighting::Block(&scaled_h), search)?;
         let mut codes = vec![0; scaled.len()];

@@ -131,6 +131,10 @@ pub enum RangeSearch {
     None,
     /// The part of it with the least squared error.
     Mse,
+    /// The same, weighted by the energy of the columns' rows.
+    Diagonal,
+    /// The part of it with the least error in the output.
+    Output,
 }
 
 /// The scheme of weights with these options. Asymmetric integers of 4 and 8 bits are stored unsigned.

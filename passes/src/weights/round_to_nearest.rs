@@ -2,13 +2,17 @@
 
 use super::install::{install, outputs};
 use super::options::{FormatName, Grouping, RangeSearch, ScaleType, ZeroPoints, scheme};
-use super::rows::{Loss, Outputs, quantize};
+use super::gptq_core::{ScaleSearch, Weighting, fit_scales};
+use super::rows::{Loss, Outputs, pack_rows, quantize, write_params};
+use crate::calib::SiteStats;
+use crate::calib::stats::{self, Kind};
 use crate::pass::prelude::*;
 use quantc_ir::formats;
-use quantc_ir::quant::{self, ScaleRule, Search};
+use quantc_ir::quant::{self, Groups, ScaleRule, Search};
 use quantc_ir::scheme::{Scheme, Zero};
-use quantc_ir::weights::Recipe;
+use quantc_ir::weights::{Recipe, WeightView};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 pass! {
     /// Rounds the weights of matrix products to the nearest code of a narrow format.
@@ -38,7 +42,9 @@ pass! {
         scale: ScaleType = ScaleType::Auto,
         /// How a scale follows from the range: `real`, `power-of-two`, or `mx` as in OCP MX.
         scale_rule: ScaleRule = ScaleRule::Real,
-        /// `mse` looks for the range that makes the sum of squared errors least; `none` takes the whole range.
+        /// `none` takes the whole range; `mse` looks for the one that makes the sum of squared errors least, `diagonal` weighs
+        /// them by the energy of what each column reads, `output` takes the error in the output. The last two need the
+        /// statistic `hessian`.
         search: RangeSearch = RangeSearch::None,
         /// Weights to quantize, as name patterns; none given means all.
         only: Vec<Pattern> = vec![],
@@ -61,17 +67,19 @@ impl Pass for RoundToNearest {
             return Ok(Changed::No);
         }
         let scheme = self.scheme()?;
-        let mut done = BTreeMap::<WeightId, ValueId>::new();
+        let mut done = BTreeMap::<(WeightId, Option<ValueId>), ValueId>::new();
         for op in cx.graph().order().to_vec() {
             let Some((w, _)) = float_matrix(cx.graph(), op) else { continue };
             if !selects(&self.only, &self.skip, &cx.module.weights[w].name) {
                 continue;
             }
-            let value = match done.get(&w) {
+            // What is read decides codes only when it is looked at.
+            let x = self.weighs_rows().then(|| cx.graph().node(op).args[0]);
+            let value = match done.get(&(w, x)) {
                 Some(&value) => value,
-                None => self.quantize(cx, op, w, scheme)?,
+                None => self.quantize(cx, op, (w, x), scheme)?,
             };
-            done.insert(w, value);
+            done.insert((w, x), value);
             cx.graph_mut().node_mut(op).args[1] = value;
         }
         Ok((!done.is_empty()).into())
@@ -83,6 +91,10 @@ impl Pass for RoundToNearest {
             return Err(Diag::pipeline("OCP MX has no zero points").help("use `zero=symmetric`"));
         }
         Ok(())
+    }
+
+    fn needs(&self) -> Vec<Fact> {
+        if self.weighs_rows() { vec![Fact::Stat(Kind::Hessian.name())] } else { vec![] }
     }
 
     fn emits(&self) -> Vec<(ElemTy, ElemTy)> {
@@ -105,12 +117,23 @@ impl RoundToNearest {
         scheme(self.format, self.group, self.zero, self.scale)
     }
 
-    /// Quantizes `w` and puts its `dequantize` in front of `op`.
-    fn quantize(&self, cx: &mut PassCx<'_>, op: OpId, w: WeightId, scheme: Scheme) -> Result<ValueId> {
+    /// Whether scales depend on the rows that products read.
+    fn weighs_rows(&self) -> bool {
+        matches!(self.search, RangeSearch::Diagonal | RangeSearch::Output)
+    }
+
+    /// Quantizes `w`, which multiplies the rows `x` when those matter, and puts its `dequantize` in front of `op`.
+    fn quantize(
+        &self,
+        cx: &mut PassCx<'_>,
+        op: OpId,
+        (w, x): (WeightId, Option<ValueId>),
+        scheme: Scheme,
+    ) -> Result<ValueId> {
         cx.check_interrupt()?;
         let search = match self.search {
-            RangeSearch::None => Search::None,
             RangeSearch::Mse => Search::Mse { steps: MSE_STEPS },
+            RangeSearch::None | RangeSearch::Diagonal | RangeSearch::Output => Search::None,
         };
         let options = quant::Options { rule: self.scale_rule, search };
         let decl = &cx.module.weights[w];
@@ -119,12 +142,20 @@ impl RoundToNearest {
 
         let outputs = outputs(scheme, &decl.ty).map_err(about)?;
         // Names of other weights do not decide these bytes.
-        let recipe = Recipe {
+        let mut recipe = Recipe {
             step: Self::INFO.name,
             version: Self::INFO.version,
             options: format!("{scheme} {:?} {:?}", self.scale_rule, search),
             inputs: vec![cx.store.digest(&cx.module.weights, w)?],
         };
+        let mut rows = None;
+        if let Some(x) = x {
+            let key = stats::key(cx, x, Kind::Hessian).ok_or_else(|| stats::missing(cx, x, Kind::Hessian))?;
+            recipe.options += &format!(" {:?}", self.search);
+            recipe.inputs.push(key);
+            let known = cx.store.has(&recipe, outputs.len() + 1);
+            rows = Some(if known { Arc::default() } else { stats::of(cx, x)? });
+        }
         let (store, weights, threads) = (cx.store, &cx.module.weights, cx.env.threads);
         let blobs = store.derive(&recipe, outputs.len() + 1, &mut |out| {
             let view = store.view(weights, w)?;
@@ -132,7 +163,11 @@ impl RoundToNearest {
                 return Err(Diag::bug("fewer outputs than were asked for"));
             };
             let mut out = Outputs { codes, scales, zeros: rest.first_mut() };
-            let found = quantize(&view, &scheme, options, threads, &mut out).map_err(about)?;
+            let found = match &rows {
+                None => quantize(&view, &scheme, options, threads, &mut out),
+                Some(rows) => self.by_output(&view, &scheme, rows, &mut out),
+            };
+            let found = found.map_err(about)?;
             loss.write(&found.to_bytes())
         })?;
         let loss = Loss::from_bytes(&store.read_blob(blobs[outputs.len()])?)?;
@@ -144,6 +179,36 @@ impl RoundToNearest {
         };
         cx.remark(format_args!("@{name}"), format_args!("{scheme}: {told}, {bits:.3} bits per weight"));
         Ok(value)
+    }
+}
+
+impl RoundToNearest {
+    /// Quantizes a whole matrix with scales that are searched for by what the rows say.
+    fn by_output(
+        &self,
+        view: &WeightView<'_>,
+        scheme: &Scheme,
+        rows: &SiteStats,
+        out: &mut Outputs<'_>,
+    ) -> Result<Loss> {
+        let h = rows.hessian.as_ref().ok_or_else(|| Diag::bug("a Hessian that was not taken"))?;
+        let groups = Groups::new(scheme, &view.ty().shape)?;
+        let w = view.read_all_f32()?;
+        view.release(0..view.rows());
+        let diagonal = h.diag();
+        let weighting = match self.search {
+            RangeSearch::Diagonal => Weighting::Diagonal(&diagonal),
+            _ => Weighting::Block(h),
+        };
+        let search = ScaleSearch { rule: self.scale_rule, ..ScaleSearch::default() };
+        let params = fit_scales(&w, &groups, scheme, weighting, search)?;
+        let mut codes = vec![0; w.len()];
+        quant::quantize_block(&groups, scheme, &params, 0, &w, &mut codes)?;
+        out.codes.write(&pack_rows(scheme.format, &codes, groups.cols().max(1)))?;
+        write_params(&groups, scheme, &params, out)?;
+        let mut after = vec![0.0; w.len()];
+        quant::dequantize_block(&groups, scheme, &params, 0, &codes, &mut after)?;
+        Ok(Loss::between(&w, &after))
     }
 }
 
