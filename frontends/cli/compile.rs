@@ -47,7 +47,7 @@ pub struct Args {
     #[arg(long)]
     data: Option<PathBuf>,
     /// Number format of the key/value cache: f32, f16 or bf16, or codes of 8 bits with a scale for each token and head:
-    /// int8 or e4m3 (also called fp8).
+    /// int8 or e4m3 (also called fp8). With --data, channels are first made alike, so that the scale fits them all.
     #[arg(long)]
     kv_cache: Option<String>,
     /// Tokens that a sequence may have, instead of the model's context.
@@ -87,7 +87,7 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
         (None, None) => String::new(),
     };
     if let Some(format) = &args.kv_cache {
-        text = with_cache_format(&text, format)?;
+        text = with_cache_format(&text, format, args.data.is_some())?;
     }
     let dir = match &args.store {
         Some(dir) => dir.clone(),
@@ -186,8 +186,9 @@ fn read_tuning(path: &Path, target: &TargetDesc) -> Outcome<(Tuning, String)> {
     Ok((table, quantc_ir::weights::Digest::of(text.as_bytes()).to_string()))
 }
 
-/// The pipeline with the cache's format changed first.
-fn with_cache_format(text: &str, format: &str) -> Outcome<String> {
+/// The pipeline with the cache's format changed first. With a text to calibrate on, what goes into a cache of 8 bits is made
+/// to fit one scale a head.
+fn with_cache_format(text: &str, format: &str, data: bool) -> Outcome<String> {
     let pass = match format {
         "f32" => return Ok(text.to_string()),
         "f16" | "bf16" => format!("cast-cache{{to={format}}}"),
@@ -198,6 +199,10 @@ fn with_cache_format(text: &str, format: &str) -> Outcome<String> {
             return Err(diag.help("use f32, f16, bf16, int8 or fp8").into());
         }
     };
+    if data && pass.starts_with("quantize-cache") {
+        let smooth = "outline-layers, fold-constants, dedupe, layers(calibrate{stats=[cache]}, smooth-cache)";
+        return Ok(format!("{smooth}, {pass}, {text}"));
+    }
     Ok(format!("{pass}, {text}"))
 }
 

@@ -4,5 +4,5 @@ pub mod equal;
 pub mod sites;
 
 crate::passes! {
-    fold_norm_gain::FoldNormGain, smoothquant::SmoothQuant, awq::Awq,
+    fold_norm_gain::FoldNormGain, smoothquant::SmoothQuant, awq::Awq, smooth_cache::SmoothCache,
 }

@@ -22,6 +22,8 @@ pub enum Kind {
     Hessian,
     /// Some of the rows as they are, evenly taken.
     Rows,
+    /// The largest magnitude of each channel of each head of what goes into caches.
+    Cache,
 }
 
 impl Kind {
@@ -31,6 +33,7 @@ impl Kind {
             Kind::Absmax => "absmax",
             Kind::Hessian => "hessian",
             Kind::Rows => "rows",
+            Kind::Cache => "cache",
         }
     }
 }
@@ -112,6 +115,8 @@ pub struct LayerStats {
 struct Site {
     /// Index among the results of the piece.
     index: usize,
+    /// Whether products read it, so that more is taken of it than magnitudes.
+    read: bool,
     columns: usize,
     /// What channels have been divided by since, with a name for it.
     divided: Vec<(Digest, Vec<f32>)>,
@@ -119,13 +124,13 @@ struct Site {
 }
 
 impl LayerStats {
-    /// Of the `values` with their columns that `start` leads to.
-    pub fn new(start: Start, values: &[(ValueId, usize)], kinds: &[Kind]) -> LayerStats {
+    /// Of the `values` with their columns that `start` leads to; the first `read` of them are read by products.
+    pub fn new(start: Start, values: &[(ValueId, usize)], read: usize, kinds: &[Kind]) -> LayerStats {
         let names: Vec<&str> = kinds.iter().map(|k| k.name()).collect();
         let inputs = vec![start.boundary.key(), start.piece.key];
         let recipe = Recipe { step: "statistics", version: 1, options: names.join(", "), inputs };
         let site = |(index, &(v, columns)): (usize, &(ValueId, usize))| {
-            (v, Site { index, columns, divided: vec![], taken: None })
+            (v, Site { index, columns, read: index < read, divided: vec![], taken: None })
         };
         let sites = values.iter().enumerate().map(site).collect();
         let tokens = start.samples.windows.iter().map(Vec::len).sum::<usize>();
@@ -155,6 +160,31 @@ pub fn sites(graph: &Graph, reads: impl Fn(OpId) -> bool) -> Vec<(ValueId, usize
     found
 }
 
+/// The rows that a graph appends to caches, as they are before they are rounded, with the columns of all heads.
+pub fn cached(graph: &Graph) -> Vec<(ValueId, usize)> {
+    let mut found: Vec<(ValueId, usize)> = vec![];
+    for (_, node) in graph.ops() {
+        if !matches!(node.op, Op::CacheAppend(_)) {
+            continue;
+        }
+        let mut rows = node.args[1];
+        while let Some((_, rounding)) =
+            graph.def(rows).filter(|(_, n)| matches!(n.op, Op::Quantize(_) | Op::Cast(_)))
+        {
+            rows = rounding.args[0];
+        }
+        let ty = graph.ty(rows);
+        let columns = ty.shape.0[1..].iter().try_fold(1, |n, d| Some(n * d.fixed()? as usize));
+        let of_scales = graph.def(rows).is_some_and(|(_, n)| matches!(n.op, Op::DynamicScale(_)));
+        if let (ElemTy::F32, Some(columns), false) = (ty.elem, columns, of_scales)
+            && !found.iter().any(|&(v, _)| v == rows)
+        {
+            found.push((rows, columns));
+        }
+    }
+    found
+}
+
 /// A name for what is known of the rows `x`: decided by samples, layers before and what was divided out. There is none when
 /// nothing is known.
 pub fn key(cx: &mut PassCx<'_>, x: ValueId, kind: Kind) -> Option<Digest> {
@@ -165,7 +195,7 @@ pub fn key(cx: &mut PassCx<'_>, x: ValueId, kind: Kind) -> Option<Digest> {
     let function = cx.function;
     let stats = cx.session().about::<LayerStats>(function)?;
     let taken = match kind {
-        Kind::Absmax => true,
+        Kind::Absmax | Kind::Cache => true,
         Kind::Hessian => stats.take.hessian,
         Kind::Rows => stats.take.rows,
     };
@@ -214,15 +244,19 @@ fn take(
     }
     let calibrator = session.get_mut::<Calibrator>();
     let calibrator = calibrator.ok_or_else(|| Diag::bug("statistics are asked for, and the data is gone"))?;
-    let mut by_index: BTreeMap<usize, (usize, SiteStats)> =
-        stats.sites.values().map(|site| (site.index, (site.columns, SiteStats::default()))).collect();
+    let mut by_index: BTreeMap<usize, (usize, bool, SiteStats)> = stats
+        .sites
+        .values()
+        .map(|site| (site.index, (site.columns, site.read, SiteStats::default())))
+        .collect();
     let take = stats.take;
     calibrator.run(&stats.start, store, usize::MAX, interrupt, &mut |sample, index, rows| {
-        let Some((columns, stats)) = by_index.get_mut(&index) else { return Ok(()) };
+        let Some((columns, read, stats)) = by_index.get_mut(&index) else { return Ok(()) };
+        let take = Take { hessian: take.hessian && *read, rows: take.rows && *read, ..take };
         stats.see(rows, *columns, take).map_err(|d| d.at(Loc::Item(format!("sample {sample}"))))
     })?;
     for site in stats.sites.values_mut() {
-        site.taken = by_index.remove(&site.index).map(|(_, stats)| Arc::new(stats));
+        site.taken = by_index.remove(&site.index).map(|(.., stats)| Arc::new(stats));
     }
     Ok(())
 }

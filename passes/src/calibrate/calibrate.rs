@@ -19,7 +19,8 @@ pass! {
         length: u32 = 0,
         /// 0 takes the samples from the beginning of the text on, any other number shuffles them first.
         seed: u64 = 0,
-        /// What to take: `absmax`, the largest magnitude of each channel; `hessian`, the sum of `x x^T`.
+        /// What to take: `absmax`, the largest magnitude of each channel; `hessian`, the sum of `x x^T`; `rows`, some rows as
+        /// they are; `cache`, the largest magnitude of each channel of what goes into caches.
         stats: Vec<Kind> = vec![Kind::Absmax, Kind::Hessian],
         /// Weights whose rows are looked at, as name patterns; none given means all.
         only: Vec<Pattern> = vec![],
@@ -46,7 +47,12 @@ impl Pass for Calibrate {
         let read = |op: OpId| {
             float_matrix(graph, op).is_some_and(|(w, _)| selects(&self.only, &self.skip, &cx.module.weights[w].name))
         };
-        let sites = stats::sites(graph, read);
+        let products = self.stats.iter().any(|kind| *kind != Kind::Cache);
+        let mut sites = if products { stats::sites(graph, read) } else { vec![] };
+        let read = sites.len();
+        if self.stats.contains(&Kind::Cache) {
+            sites.extend(stats::cached(graph));
+        }
         if sites.is_empty() {
             return Ok(Changed::No);
         }
@@ -73,7 +79,7 @@ impl Pass for Calibrate {
         let digest = start.samples.digest.to_string();
         let place = format!("@{}", cx.function_name());
         cx.remark(place, format_args!("{} values on {n} samples of {each} tokens of {name}, {}", values.len(), &digest[..16]));
-        cx.session().put_about(function, LayerStats::new(start, &sites, &self.stats));
+        cx.session().put_about(function, LayerStats::new(start, &sites, read, &self.stats));
         Ok(Changed::No)
     }
 

@@ -103,14 +103,14 @@ fn site(module: &Module, graph: &Graph, x: ValueId) -> Result<Site, String> {
 }
 
 /// Query heads that share key/value heads.
-struct Heads {
+pub(super) struct Heads {
     queries: usize,
     shared: usize,
     size: usize,
 }
 
 /// Follows `x` back to what its channels can be divided in.
-fn trace(graph: &Graph, x: ValueId) -> Result<(Source, Option<Heads>), String> {
+pub(super) fn trace(graph: &Graph, x: ValueId) -> Result<(Source, Option<Heads>), String> {
     let mut heads = None;
     let mut biases = vec![];
     let mut v = x;
@@ -195,7 +195,7 @@ fn trace(graph: &Graph, x: ValueId) -> Result<(Source, Option<Heads>), String> {
 }
 
 /// Whether `reader` alone reads `v`. A rounding and the computation of its scale count as one reader.
-fn alone(graph: &Graph, v: ValueId, reader: OpId) -> bool {
+pub(super) fn alone(graph: &Graph, v: ValueId, reader: OpId) -> bool {
     !graph.is_result(v) && graph.users(v).into_iter().all(|user| user == reader)
 }
 
@@ -218,24 +218,42 @@ impl Site {
     /// names of the weights that are made.
     pub fn divide(&self, cx: &mut PassCx<'_>, factors: &[f32], label: &str) -> Result<()> {
         let by: Vec<f32> = self.class.iter().map(|&c| factors[c]).collect();
-        for &op in &self.readers {
-            let (w, _) =
-                float_matrix(cx.graph(), op).ok_or_else(|| Diag::bug("a reader without its matrix"))?;
-            let value = scaled(cx, w, label, &by, |rows, _, by| {
-                rows.chunks_exact_mut(by.len().max(1))
-                    .for_each(|row| row.iter_mut().zip(by).for_each(|(w, s)| *w *= s));
-            })?;
-            cx.graph_mut().node_mut(op).args[1] = value;
-        }
+        multiply_columns(cx, &self.readers, &by, label)?;
+        self.source.divide(cx, factors, label)?;
+        crate::calib::stats::divide(cx, self.x, &by)
+    }
+}
+
+/// Multiplies the columns of the matrices of some products.
+pub(super) fn multiply_columns(
+    cx: &mut PassCx<'_>,
+    products: &[OpId],
+    by: &[f32],
+    label: &str,
+) -> Result<()> {
+    for &op in products {
+        let (w, _) = float_matrix(cx.graph(), op).ok_or_else(|| Diag::bug("a reader without its matrix"))?;
+        let value = scaled(cx, "columns", w, label, by, |rows, _, by| {
+            let rows = rows.chunks_exact_mut(by.len().max(1));
+            rows.for_each(|row| row.iter_mut().zip(by).for_each(|(w, s)| *w *= s));
+        })?;
+        cx.graph_mut().node_mut(op).args[1] = value;
+    }
+    Ok(())
+}
+
+impl Source {
+    /// Divides what it makes by `factors`, one for each row of the matrix or element of the gain.
+    pub fn divide(&self, cx: &mut PassCx<'_>, factors: &[f32], label: &str) -> Result<()> {
         // A vector is one row.
         let vector =
             |rows: &mut [f32], _: usize, by: &[f32]| rows.iter_mut().zip(by).for_each(|(x, s)| *x /= s);
-        match &self.source {
+        match self {
             Source::Norm(op) => {
                 let args = cx.graph().node(*op).args.clone();
                 for (i, &a) in args.iter().enumerate().skip(1) {
                     let value = match cx.graph().as_weight(a) {
-                        Some(w) => scaled(cx, w, label, factors, vector)?,
+                        Some(w) => scaled(cx, "elements", w, label, factors, vector)?,
                         None if i == 1 => inverse(cx, label, factors)?,
                         None => continue,
                     };
@@ -247,7 +265,7 @@ impl Site {
                     float_matrix(cx.graph(), *op).ok_or_else(|| Diag::bug("a source without its matrix"))?;
                 let columns =
                     cx.module.weights[w].ty.shape.last().and_then(|d| d.fixed()).unwrap_or(1) as usize;
-                let value = scaled(cx, w, label, factors, |rows, first, by| {
+                let value = scaled(cx, "rows", w, label, factors, |rows, first, by| {
                     for (row, s) in rows.chunks_exact_mut(columns.max(1)).zip(&by[first..]) {
                         row.iter_mut().for_each(|w| *w /= s);
                     }
@@ -256,18 +274,19 @@ impl Site {
                 for &(add, i) in biases {
                     let b = cx.graph().as_weight(cx.graph().node(add).args[i]);
                     let b = b.ok_or_else(|| Diag::bug("a bias that is no weight"))?;
-                    let value = scaled(cx, b, label, factors, vector)?;
+                    let value = scaled(cx, "elements", b, label, factors, vector)?;
                     cx.graph_mut().node_mut(add).args[i] = value;
                 }
             }
         }
-        crate::calib::stats::divide(cx, self.x, &by)
+        Ok(())
     }
 }
 
 /// The value of a weight derived from `w` by blocks of rows: `change` gets numbers, the first row and the factors.
 fn scaled(
     cx: &mut PassCx<'_>,
+    role: &str,
     w: WeightId,
     label: &str,
     by: &[f32],
@@ -279,7 +298,8 @@ fn scaled(
         decl.ty.with_elem(ElemTy::F32),
     );
     let budget = cx.env.budget;
-    let role = if ty.rank() == 1 { "vector" } else { "matrix" };
+    // A square matrix has as many rows as columns.
+    let role = format!("{role} {}", ty.rank());
     let more = format!("{role} {}", name_of(by));
     let made =
         cx.derive_weight(&name, ty, &[w], &more, &mut |views: &[WeightView<'_>], out: &mut BlobWriter| {

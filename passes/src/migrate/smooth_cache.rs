@@ -1,0 +1,233 @@
+//! Makes the channels of cached keys and values alike, so that one scale fits them all.
+
+use super::equal;
+use super::sites::{Source, alone, trace};
+use crate::calib::stats;
+use crate::pass::prelude::*;
+use crate::weights::{float_matrix, selects};
+use quantc_ir::ops::{Attention, Rope, RopeStyle};
+
+pass! {
+    /// Makes the channels of cached keys and values alike, so that one scale fits them all.
+    ///
+    /// A key's channel is only ever multiplied with the same channel of queries: dividing it by a factor and multiplying that of
+    /// the queries changes no score. Channels that are rotated together share a factor, and query heads that share a key head its
+    /// factors. Values are divided likewise, and the columns of the matrix behind attention multiplied. A factor is
+    /// `m[c]^strength` with `m[c]` the largest magnitude of the channel by the geometric mean over its head, from the statistic
+    /// `cache`. Results stay the same, and that is checked on a sample whenever there is data.
+    "smooth-cache" => pub struct SmoothCache {
+        /// 0 leaves channels as they are, 1 makes their largest magnitudes equal.
+        strength: f32 = 1.0,
+        /// Layers to work on, as name patterns; none given means all.
+        layers: Vec<Pattern> = vec![],
+        /// Layers left alone, as name patterns.
+        skip_layers: Vec<Pattern> = vec![],
+    }
+    needs: [stat(cache)],
+    scope: Layer, numerics: Reassociates, stats: drops
+}
+
+impl Pass for SmoothCache {
+    fn run(&self, cx: &mut PassCx<'_>) -> Result<Changed> {
+        if !selects(&self.layers, &self.skip_layers, cx.function_name()) {
+            return Ok(Changed::No);
+        }
+        let ops = cx.graph().order().to_vec();
+        let attentions: Vec<OpId> = ops.into_iter().filter(|&op| cx.graph().node(op).op.is::<Attention>().is_some()).collect();
+        if attentions.is_empty() {
+            return Ok(Changed::No);
+        }
+        let before = equal::before(cx)?;
+        let mut changed = false;
+        for op in attentions {
+            let (keys, values) = (keys(cx.graph(), op), values(cx.graph(), op));
+            for (what, pair) in [("keys", keys), ("values", values)] {
+                let place = cx.place(cx.graph().node(op).result);
+                match pair {
+                    Err(why) => cx.remark(place, format_args!("{what} left as they are: {why}")),
+                    Ok(pair) => {
+                        let span = self.smooth(cx, &pair)?;
+                        cx.remark(place, format_args!("{what} by factors {:.3} to {:.3}", span.0, span.1));
+                        changed = true;
+                    }
+                }
+            }
+        }
+        if let (true, Some(before)) = (changed, &before) {
+            let difference = equal::check(cx, before)?;
+            let place = format!("@{}", cx.function_name());
+            cx.remark(place, format_args!("results differ by {difference:.1e} of their size"));
+        }
+        Ok(changed.into())
+    }
+
+    fn validate(&self) -> Result<()> {
+        if (0.0..=1.0).contains(&self.strength) {
+            return Ok(());
+        }
+        Err(Diag::pipeline(format!("`strength` is {}, not between 0 and 1", self.strength)))
+    }
+
+    fn patterns(&self) -> Vec<PatternUse<'_>> {
+        [
+            PatternUse::all("layers", &self.layers, NameKind::Layer),
+            PatternUse::all("skip-layers", &self.skip_layers, NameKind::Layer),
+        ]
+        .concat()
+    }
+}
+
+/// Rows that go into a cache, and what makes up for dividing their channels.
+struct Pair {
+    /// The rows, of heads.
+    rows: ValueId,
+    /// Makes them.
+    source: Source,
+    /// Channels of a head.
+    size: usize,
+    /// The channel of the head whose factor a channel shares: the first of those that are rotated together.
+    lead: Vec<usize>,
+    other: Other,
+    /// How many heads of the other side share one of this.
+    shared_by: usize,
+}
+
+/// The other side of the product.
+enum Other {
+    /// Queries: the rows of their matrix are multiplied.
+    Queries(Source),
+    /// What attention gives: the columns of the matrix that reads it are multiplied.
+    Columns(Vec<OpId>),
+}
+
+/// The rows behind a cache, and what makes them; `steps` sees each op in between.
+fn behind_cache(graph: &Graph, cached: ValueId, mut reader: OpId) -> Result<(ValueId, OpId), String> {
+    let mut v = cached;
+    loop {
+        let Some((op, node)) = graph.def(v) else { return Err("they are an input".into()) };
+        match &node.op {
+            Op::CacheAppend(_) if alone(graph, v, reader) => (v, reader) = (node.args[1], op),
+            // The scale of codes follows them.
+            Op::Quantize(_) => (v, reader) = (node.args[0], op),
+            Op::Cast(_) if alone(graph, v, reader) => (v, reader) = (node.args[0], op),
+            Op::CacheAppend(_) | Op::Cast(_) => return Err("a cache is read elsewhere".into()),
+            _ => return Ok((v, reader)),
+        }
+    }
+}
+
+fn heads(graph: &Graph, v: ValueId) -> Result<(usize, usize), String> {
+    let fixed = |i: usize| graph.ty(v).shape.0.get(i).and_then(|d| d.fixed()).map(|n| n as usize);
+    Ok((fixed(1).ok_or("heads of unknown number")?, fixed(2).ok_or("heads of unknown size")?))
+}
+
+/// A rotation, or nothing, before the product that makes `rows`.
+fn before_rotation(graph: &Graph, rows: ValueId) -> (ValueId, Option<(Rope, usize)>) {
+    match graph.def(rows) {
+        Some((_, node)) if node.op.is::<Rope>().is_some() => {
+            let rope = node.op.is::<Rope>().cloned();
+            let size = graph.ty(node.args[1]).shape.last().and_then(|d| d.fixed()).unwrap_or(0) as usize;
+            (node.args[0], rope.map(|rope| (rope, size)))
+        }
+        _ => (rows, None),
+    }
+}
+
+fn keys(graph: &Graph, attention: OpId) -> Result<Pair, String> {
+    let node = graph.node(attention);
+    let (q, k) = (node.args[0], node.args[1]);
+    let (rows, _) = behind_cache(graph, k, attention)?;
+    let ((queries, size), (shared, key_size)) = (heads(graph, q)?, heads(graph, rows)?);
+    if size != key_size || shared == 0 || !queries.is_multiple_of(shared) || !alone(graph, q, attention) {
+        return Err("queries and keys do not match".into());
+    }
+    let ((q_in, q_rope), (k_in, k_rope)) = (before_rotation(graph, q), before_rotation(graph, rows));
+    if q_rope != k_rope {
+        return Err("queries and keys are rotated in different ways".into());
+    }
+    let product = |v: ValueId| match trace(graph, v)? {
+        (source @ Source::Product(..), None) => Ok(source),
+        _ => Err("no product makes them".to_string()),
+    };
+    let lead = match k_rope {
+        None => (0..size).collect(),
+        Some((rope, turned)) => (0..size).map(|c| partner(rope.style, turned, c)).collect(),
+    };
+    let (source, other) = (product(k_in)?, Other::Queries(product(q_in)?));
+    Ok(Pair { rows, source, size, lead, other, shared_by: queries / shared })
+}
+
+/// The first of the channels that are rotated together with channel `c` of a head, of which `turned` are rotated.
+fn partner(style: RopeStyle, turned: usize, c: usize) -> usize {
+    match style {
+        _ if c >= turned => c,
+        RopeStyle::Half => c % (turned / 2),
+        RopeStyle::Interleaved => c / 2 * 2,
+    }
+}
+
+fn values(graph: &Graph, attention: OpId) -> Result<Pair, String> {
+    let node = graph.node(attention);
+    let (rows, _) = behind_cache(graph, node.args[2], attention)?;
+    let ((queries, _), (shared, size)) = (heads(graph, node.args[0])?, heads(graph, rows)?);
+    if shared == 0 || !queries.is_multiple_of(shared) {
+        return Err("queries and values do not match".into());
+    }
+    let (Source::Product(op, biases), None) = trace(graph, rows)? else { return Err("no product makes them".into()) };
+    let mut x = node.result;
+    while let [reader] = graph.users(x)[..] {
+        match graph.node(reader).op {
+            Op::Reshape(_) => x = graph.node(reader).result,
+            _ => break,
+        }
+    }
+    let readers = graph.users(x);
+    let reads = |&op: &OpId| float_matrix(graph, op).is_some() && graph.node(op).args[0] == x;
+    if readers.is_empty() || graph.is_result(x) || !readers.iter().all(reads) {
+        return Err("what attention gives is not read by products alone".into());
+    }
+    let source = Source::Product(op, biases);
+    Ok(Pair { rows, source, size, lead: (0..size).collect(), other: Other::Columns(readers), shared_by: queries / shared })
+}
+
+impl SmoothCache {
+    /// Divides and multiplies; returns the least and the largest factor.
+    fn smooth(&self, cx: &mut PassCx<'_>, pair: &Pair) -> Result<(f32, f32)> {
+        let known = stats::of(cx, pair.rows)?;
+        let mut most = known.absmax.clone();
+        for head in most.chunks_exact_mut(pair.size) {
+            for c in 0..pair.size {
+                let lead = pair.lead[c];
+                head[lead] = head[lead].max(head[c]);
+            }
+            for c in 0..pair.size {
+                head[c] = head[pair.lead[c]];
+            }
+        }
+        let factors: Vec<f32> = most.chunks_exact(pair.size).flat_map(|head| self.of_head(head)).collect();
+        pair.source.divide(cx, &factors, "even")?;
+        let per_head = pair.size * pair.shared_by;
+        let wide: Vec<f32> = (0..factors.len() * pair.shared_by)
+            .map(|c| factors[c / per_head * pair.size + c % pair.size])
+            .collect();
+        match &pair.other {
+            Other::Queries(source) => {
+                let inverse: Vec<f32> = wide.iter().map(|s| 1.0 / s).collect();
+                source.divide(cx, &inverse, "even")?;
+            }
+            Other::Columns(readers) => super::sites::multiply_columns(cx, readers, &wide, "even")?,
+        }
+        Ok(factors.iter().fold((f32::MAX, 0f32), |(low, high), &s| (low.min(s), high.max(s))))
+    }
+
+    /// The factors of the channels of a head; those that were never anything but 0 stay.
+    fn of_head(&self, most: &[f32]) -> Vec<f32> {
+        let logs: Vec<f64> = most.iter().filter(|&&x| x > 0.0).map(|&x| f64::from(x).ln()).collect();
+        let mean = logs.iter().sum::<f64>() / logs.len().max(1) as f64;
+        let factor = |&x: &f32| match x > 0.0 {
+            true => (f64::from(self.strength) * (f64::from(x).ln() - mean)).exp().clamp(1e-4, 1e4) as f32,
+            false => 1.0,
+        };
+        most.iter().map(factor).collect()
+    }
+}
