@@ -43,7 +43,7 @@ pub struct Args {
     /// The folder to write.
     #[arg(short, long)]
     output: PathBuf,
-    /// A text for passes that need data.
+    /// A text for passes that need data, or token ids in rows, as a NumPy array (`.npy`).
     #[arg(long)]
     data: Option<PathBuf>,
     /// Number format of the key/value cache: f32, f16 or bf16, or codes of 8 bits with a scale for each token and head:
@@ -367,8 +367,18 @@ fn read_data(
     tokenizer: &quantc_frontends::Tokenizer,
     module: &quantc_ir::module::Module,
 ) -> Outcome<Data> {
-    let tokens = tokenizer.encode(&subject::read_text(path)?, false)?;
-    let bos = module.fact_u64("bos").ok().flatten().and_then(|id| u32::try_from(id).ok());
+    let array = path.extension().is_some_and(|e| e == "npy");
+    let tokens = match array {
+        true => {
+            let place = path.display().to_string();
+            let bytes = std::fs::read(path)
+                .map_err(|e| Diag::input(format!("cannot read it: {e}")).in_file(&place))?;
+            quantc_frontends::data::npy_tokens(&bytes).map_err(|e| e.in_file(place))?
+        }
+        false => tokenizer.encode(&subject::read_text(path)?, false)?,
+    };
+    // An array holds samples as they are.
+    let bos = module.fact_u64("bos").ok().flatten().and_then(|id| u32::try_from(id).ok()).filter(|_| !array);
     let vocab = module.fact_u64("vocab")?.unwrap_or(u64::from(u32::MAX));
     if let Some(id) = tokens.iter().chain(&bos).find(|&&id| u64::from(id) >= vocab) {
         let text = format!("the tokenizer makes token {id}, but the model knows {vocab} tokens only");

@@ -39,6 +39,10 @@ impl LayerExec for Compiled {
         format!("compiled for {}", self.target.name)
     }
 
+    fn multiplies_bf16(&self) -> bool {
+        self.target.cpu.bf16_mac_per_cycle > 0.0
+    }
+
     fn prepare<'a>(
         &self,
         piece: &'a Module,

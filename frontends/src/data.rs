@@ -81,9 +81,91 @@ impl TokenWindows {
     }
 }
 
+/// Token ids of a NumPy array file (`.npy`, versions 1 to 3): little-endian integers of 2 to 8 bytes, in rows.
+///
+/// The header is a Python literal; what it says is checked against the length of the file before anything is allocated.
+pub fn npy_tokens(bytes: &[u8]) -> Result<Vec<u32>> {
+    let bad = |why: &str| {
+        Diag::input(format!("this is no array of token ids: {why}"))
+            .help("save ids as a C-ordered array of int32 or int64 with `numpy.save`")
+    };
+    let rest = bytes.strip_prefix(b"\x93NUMPY").ok_or_else(|| bad("it does not begin as an .npy file"))?;
+    let (len, rest) = match rest {
+        [1, _, a, b, rest @ ..] => (usize::from(u16::from_le_bytes([*a, *b])), rest),
+        [2 | 3, _, a, b, c, d, rest @ ..] => (u32::from_le_bytes([*a, *b, *c, *d]) as usize, rest),
+        _ => return Err(bad("its version is unknown")),
+    };
+    let (header, data) = rest.split_at_checked(len).ok_or_else(|| bad("its header is cut off"))?;
+    let header = std::str::from_utf8(header).map_err(|_| bad("its header is not text"))?;
+    let after = |key: &str| {
+        let at = header.find(&format!("'{key}':"))? + key.len() + 3;
+        Some(header[at..].trim_start())
+    };
+    let text = |key: &str| after(key)?.strip_prefix('\'')?.split('\'').next();
+    if !after("fortran_order").is_some_and(|t| t.starts_with("False")) {
+        return Err(bad("its elements are not in rows"));
+    }
+    let (size, signed) = match text("descr") {
+        Some("<i8") => (8, true),
+        Some("<i4") => (4, true),
+        Some("<i2") => (2, true),
+        Some("<u8") => (8, false),
+        Some("<u4") => (4, false),
+        Some("<u2" | "<H") => (2, false),
+        other => return Err(bad(&format!("its elements are {}", other.unwrap_or("unknown")))),
+    };
+    let shape = after("shape").and_then(|t| t.strip_prefix('(')?.split(')').next());
+    let shape = shape.ok_or_else(|| bad("it has no shape"))?;
+    let extents = shape.split(',').map(str::trim).filter(|t| !t.is_empty());
+    let count = extents.map(|t| t.parse::<usize>().ok()).try_fold(1usize, |n, e| n.checked_mul(e?));
+    if count.and_then(|n| n.checked_mul(size)) != Some(data.len()) {
+        return Err(bad("its length does not fit its shape"));
+    }
+    let id = |bytes: &[u8]| {
+        let mut wide = [0; 8];
+        wide[..size].copy_from_slice(bytes);
+        let negative = signed && bytes[size - 1] >= 0x80;
+        u32::try_from(u64::from_le_bytes(wide)).ok().filter(|_| !negative)
+    };
+    let ids: Option<Vec<u32>> = data.chunks_exact(size).map(id).collect();
+    ids.ok_or_else(|| bad("it has elements that are no ids"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn npy(descr: &str, shape: &str, data: &[u8]) -> Vec<u8> {
+        let header = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}\n");
+        let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+        bytes.extend((header.len() as u16).to_le_bytes());
+        bytes.extend(header.bytes());
+        bytes.extend(data);
+        bytes
+    }
+
+    #[test]
+    fn arrays_of_ids_are_read_and_lies_refused() {
+        let data: Vec<u8> = [7i64, 0, 300, 65536].iter().flat_map(|x| x.to_le_bytes()).collect();
+        assert_eq!(npy_tokens(&npy("<i8", "(2, 2)", &data)).unwrap(), [7, 0, 300, 65536]);
+        assert_eq!(
+            npy_tokens(&npy("<u2", "(4,)", &[1, 0, 2, 1, 3, 0, 255, 255])).unwrap(),
+            [1, 258, 3, 65535]
+        );
+        for (descr, shape, data) in [
+            ("<i8", "(2, 3)", &data[..]),
+            ("<f4", "(2, 2)", &data[..16]),
+            ("<i8", "(99999999999999999999,)", &data[..]),
+            ("<i8", "(4611686018427387904, 4)", &data[..]),
+            ("<i4", "(1,)", &(-1i32).to_le_bytes()[..]),
+        ] {
+            assert!(npy_tokens(&npy(descr, shape, data)).is_err(), "{descr} {shape}");
+        }
+        let whole = npy("<i8", "(2, 2)", &data);
+        for cut in 0..whole.len() {
+            assert!(npy_tokens(&whole[..cut]).is_err(), "{cut}");
+        }
+    }
 
     #[test]
     fn windows_follow_the_protocol() {

@@ -35,6 +35,11 @@ pub trait LayerExec: Send + Sync {
     /// Names what decides the last places of results: the kind of execution and its target.
     fn name(&self) -> String;
 
+    /// Whether products of bf16 rows are much faster than those of f32.
+    fn multiplies_bf16(&self) -> bool {
+        false
+    }
+
     /// Makes the `main` of `piece` ready for calls of `tokens` tokens.
     fn prepare<'a>(&self, piece: &'a Module, store: &'a Store, tokens: usize)
     -> Result<Box<dyn Runner + 'a>>;
@@ -52,10 +57,11 @@ pub trait Runner {
     ) -> Result<()>;
 }
 
-/// A piece with products that read quantized weights as they are, which kernels want.
-fn runnable(piece: &Module, store: &Store) -> Result<Module> {
+/// A piece with products that read quantized weights as they are, which kernels want; and rows of bf16, when asked for.
+fn runnable(piece: &Module, store: &Store, bf16: bool) -> Result<Module> {
     let mut module = piece.clone();
-    let parsed = pipeline::parse("fuse-dequant-matmul, fuse-epilogue")?;
+    let rows = if bf16 { "cast-activations{to=bf16}, " } else { "" };
+    let parsed = pipeline::parse(&format!("{rows}fuse-dequant-matmul, fuse-epilogue"))?;
     let checked = pipeline::check(&parsed, &Registry::builtin(), &module, None, None);
     let checked = checked.map_err(|e| Diag::bug(format!("fusion of a piece: {e}")))?;
     manager::run(&mut module, &checked, Env::new(store), Session::default(), &mut [])?;

@@ -149,6 +149,8 @@ pub struct Start {
     pub boundary: Arc<Boundary>,
     /// The part of the model from there to the rows wanted.
     pub piece: Piece,
+    /// Whether products in it read bf16 rows.
+    pub bf16: bool,
 }
 
 impl Calibrator {
@@ -183,7 +185,7 @@ impl Calibrator {
         let Function::Layer(layer) = function else {
             let boundary = self.first(&samples);
             let piece = piece::cut(module, store, &[], Wanted::Main(values), tokens)?;
-            return Ok(Start { samples, boundary, piece });
+            return Ok(Start { samples, boundary, piece, bf16: false });
         };
         let name = &module.layers[layer].name;
         let calls = |(_, op): &(usize, &OpId)| {
@@ -209,7 +211,12 @@ impl Calibrator {
         self.last = Some(boundary.clone());
         let given: Vec<ValueId> = boundary.values.iter().map(|&(v, _)| v).collect();
         let piece = piece::cut(module, store, &given, Wanted::Inside(call, values), tokens)?;
-        Ok(Start { samples, boundary, piece })
+        Ok(Start { samples, boundary, piece, bf16: false })
+    }
+
+    /// Whether there is something to gain from products of bf16 rows.
+    pub fn multiplies_bf16(&self) -> bool {
+        self.exec.multiplies_bf16()
     }
 
     fn first(&self, samples: &Samples) -> Arc<Boundary> {
@@ -256,7 +263,7 @@ impl Calibrator {
         see: &mut See<'_>,
     ) -> Result<()> {
         let rows = self.rows(&start.boundary, &start.samples, store, interrupt)?;
-        let job = Job { exec: &*self.exec, samples: &start.samples, store, interrupt };
+        let job = Job { exec: &*self.exec, samples: &start.samples, store, interrupt, bf16: start.bf16 };
         job.run(&start.piece, &start.boundary, &rows, most, &mut |sample, i, rows, _| see(sample, i, rows))
     }
 
@@ -280,7 +287,7 @@ impl Calibrator {
             (None, None) => Rows::Memory(vec![]),
             (None, Some(made)) => {
                 let from = self.rows(&made.from, samples, store, interrupt)?;
-                let job = Job { exec: &*self.exec, samples, store, interrupt };
+                let job = Job { exec: &*self.exec, samples, store, interrupt, bf16: false };
                 let rows = boundary.make(made, &from, &job, path.as_deref(), tokens)?;
                 drop(from);
                 // Nobody goes back behind a point that is there.
@@ -431,6 +438,7 @@ struct Job<'a> {
     samples: &'a Samples,
     store: &'a Store,
     interrupt: Option<&'a AtomicBool>,
+    bf16: bool,
 }
 
 impl Job<'_> {
@@ -445,7 +453,7 @@ impl Job<'_> {
         see: &mut SeeBoth<'_>,
     ) -> Result<()> {
         let tokens = self.samples.windows[0].len();
-        let ready = super::runnable(&piece.module, self.store)?;
+        let ready = super::runnable(&piece.module, self.store, self.bf16)?;
         let mut runner = self.exec.prepare(&ready, self.store, tokens)?;
         let ids = ready.main.params.iter().filter(|&&p| ready.main.ty(p).elem == ElemTy::I32).count();
         let zeros = vec![0; tokens];

@@ -9,8 +9,10 @@ use quantc_ir::graph::Graph;
 use quantc_ir::ops::{Op, Real};
 use quantc_ir::ty::ElemTy;
 use quantc_ir::weights::{Digest, Recipe};
+use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// The statistics that there are, as options and texts name them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
@@ -54,19 +56,34 @@ pub struct SiteStats {
 /// Rows kept of one value.
 const KEPT: usize = 512;
 
+/// Rows that one task looks at.
+const TOGETHER: usize = 64;
+
 impl SiteStats {
     /// Folds rows of one sample in.
     fn see(&mut self, rows: &[f32], columns: usize, take: Take) -> Result<()> {
         self.absmax.resize(columns, 0.0);
-        for row in rows.chunks_exact(columns) {
-            for (most, &x) in self.absmax.iter_mut().zip(row) {
-                *most = most.max(x.abs());
+        // The largest of some rows and whether all are finite; their order does not matter.
+        let largest = |rows: &[f32]| {
+            let (mut most, mut finite) = (vec![0f32; columns], true);
+            for row in rows.chunks_exact(columns) {
+                for (most, x) in most.iter_mut().zip(row.iter().map(|x| x.abs())) {
+                    *most = if x > *most { x } else { *most };
+                    finite &= x <= f32::MAX;
+                }
             }
-        }
-        if let Some(at) = rows.iter().position(|x| !x.is_finite()) {
+            (most, finite)
+        };
+        let parts: Vec<(Vec<f32>, bool)> = rows.par_chunks(columns * TOGETHER).map(largest).collect();
+        if parts.iter().any(|(_, finite)| !finite)
+            && let Some(at) = rows.iter().position(|x| !x.is_finite())
+        {
             let (token, channel) = (at / columns, at % columns);
             return Err(Diag::input(format!("channel {channel} of token {token} is {}", rows[at]))
                 .help("the model overflows on this text; calibrate it in f32"));
+        }
+        for (part, _) in &parts {
+            self.absmax.iter_mut().zip(part).for_each(|(most, &x)| *most = most.max(x));
         }
         if take.rows {
             let kept =
@@ -128,7 +145,9 @@ impl LayerStats {
     pub fn new(start: Start, values: &[(ValueId, usize)], read: usize, kinds: &[Kind]) -> LayerStats {
         let names: Vec<&str> = kinds.iter().map(|k| k.name()).collect();
         let inputs = vec![start.boundary.key(), start.piece.key];
-        let recipe = Recipe { step: "statistics", version: 1, options: names.join(", "), inputs };
+        let rows = if start.bf16 { " of bf16" } else { "" };
+        let options = format!("{}{rows}", names.join(", "));
+        let recipe = Recipe { step: "statistics", version: 1, options, inputs };
         let site = |(index, &(v, columns)): (usize, &(ValueId, usize))| {
             (v, Site { index, columns, read: index < read, divided: vec![], taken: None })
         };
@@ -223,12 +242,14 @@ pub fn of(cx: &mut PassCx<'_>, x: ValueId) -> Result<Arc<SiteStats>> {
     let Some(mut stats) = session.take_about::<LayerStats>(function) else {
         return Err(missing(cx, x, Kind::Absmax));
     };
+    let clock = Instant::now();
     let taken = take(session, &mut stats, store, env.interrupt);
     let found = stats.sites.get(&x).map(|site| {
         let plain = site.taken.clone().unwrap_or_default();
         site.divided.iter().try_fold(plain, |stats, (_, by)| stats.divided(by).map(Arc::new))
     });
     session.put_about(function, stats);
+    cx.add_span("running samples", clock.elapsed());
     taken.map_err(|d| d.context(format!("calibrating for {place}")))?;
     found.unwrap_or_else(|| Err(missing(cx, x, Kind::Absmax)))
 }

@@ -1,9 +1,10 @@
 //! Takes statistics of what products read.
 
-use crate::calib::chain::{Calibrator, Choice};
+use crate::calib::chain::{Calibrator, Choice, Start};
 use crate::calib::stats::{self, Kind, LayerStats};
 use crate::pass::prelude::*;
 use crate::weights::{float_matrix, selects};
+use serde::{Deserialize, Serialize};
 
 pass! {
     /// Takes statistics of the rows that products read, from a text.
@@ -22,6 +23,9 @@ pass! {
         /// What to take: `absmax`, the largest magnitude of each channel; `hessian`, the sum of `x x^T`; `rows`, some rows as
         /// they are; `cache`, the largest magnitude of each channel of what goes into caches.
         stats: Vec<Kind> = vec![Kind::Absmax, Kind::Hessian],
+        /// What products that make the statistics read: `f32`, `bf16`, or `auto`, which is bf16 for matrices that are bf16 in the
+        /// checkpoint, where that is faster.
+        rows: RowType = RowType::Auto,
         /// Weights whose rows are looked at, as name patterns; none given means all.
         only: Vec<Pattern> = vec![],
         /// Weights whose rows are not looked at, as name patterns. A pattern that matches nothing is an error.
@@ -33,6 +37,19 @@ pass! {
     }
     needs: [data],
     scope: Layer, numerics: Exact, stats: keeps
+}
+
+/// What products read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RowType {
+    /// bf16 where nothing of the matrices is lost by it and it is faster.
+    #[default]
+    Auto,
+    /// As in the float model.
+    F32,
+    /// Rounded to 8 bits of mantissa.
+    Bf16,
 }
 
 /// Tokens of a sample unless the pipeline says otherwise.
@@ -72,9 +89,18 @@ impl Pass for Calibrate {
             Diag::pipeline("there is no text to calibrate on").help("give one with `--data`")
         })?;
         let start = calibrator.start(cx.module, cx.store, function, &values, choice);
+        let plain = |(_, node): (OpId, &Node)| {
+            let matrix = node.args.get(1).filter(|_| matches!(node.op, Op::MatMul(_)));
+            matrix.is_none_or(|&w| cx.graph().ty(w).elem == ElemTy::Bf16)
+        };
+        let bf16 = match self.rows {
+            RowType::Auto => calibrator.multiplies_bf16() && cx.graph().ops().all(plain),
+            RowType::F32 => false,
+            RowType::Bf16 => true,
+        };
         let name = calibrator.data().name.clone();
         cx.session().put(calibrator);
-        let start = start?;
+        let start = Start { bf16, ..start? };
         let (n, each) = (start.samples.windows.len(), start.samples.windows[0].len());
         let digest = start.samples.digest.to_string();
         let place = format!("@{}", cx.function_name());
