@@ -286,7 +286,9 @@ the embedding counts as a matrix of its own); neither counts padding. `MB` is th
         let [calibration, evaluation] =
             [self.text(&format!("{stem}_calib.txt"))?, self.text(&format!("{stem}_eval.txt"))?];
         if kind == Kind::Encoder {
-            let lines = inputs::sentences(&read(&evaluation)?, SENTENCES);
+            let whole = read(&evaluation)?;
+            inputs::check_apart(&read(&calibration)?, &whole)?;
+            let lines = inputs::sentences(&whole, SENTENCES);
             let path = self.work.join(format!("{name}_eval.txt"));
             write(&path, &(lines.join("\n") + "\n"))?;
             let texts = format!(
