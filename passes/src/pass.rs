@@ -128,7 +128,7 @@ impl fmt::Display for Numerics {
 pub enum Stats {
     /// They stay true.
     Keeps,
-    /// The pass changes values and their statistics alike.
+    /// The pass changes values and their statistics alike; those of whole tensors are no longer true.
     Transforms,
     /// They are no longer true.
     Drops,

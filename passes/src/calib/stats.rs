@@ -2,21 +2,25 @@
 
 use super::chain::{Calibrator, Start};
 use super::hessian::Hessian;
-use crate::pass::{PassCx, Session};
-use quantc_ir::diag::{Diag, Loc, Result};
+use super::observers::{
+    AnyObserver, Convergence, Histogram, Method, MinMax, Moments, MovingAverage, Observer, Rows,
+};
+use crate::pass::{PassCx, Session, quoted};
+use quantc_ir::diag::{Diag, Loc, Result, near_misses};
 use quantc_ir::entity::{OpId, ValueId};
 use quantc_ir::graph::Graph;
 use quantc_ir::ops::{Op, Real};
+use quantc_ir::scheme::Scheme;
 use quantc_ir::ty::ElemTy;
 use quantc_ir::weights::{Digest, Recipe};
 use rayon::prelude::*;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
 /// The statistics that there are, as options and texts name them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
     /// The largest magnitude of each channel.
     Absmax,
@@ -26,7 +30,12 @@ pub enum Kind {
     Rows,
     /// The largest magnitude of each channel of each head of what goes into caches.
     Cache,
+    /// What the observer of this name, one of [`TENSOR`], tells of the tensor as a whole.
+    Tensor(&'static str),
 }
+
+/// The observers of whole tensors that may be asked for. What they tell does not outlive a change of channels.
+pub const TENSOR: [&str; 4] = [MinMax::NAME, Moments::NAME, MovingAverage::NAME, Histogram::NAME];
 
 impl Kind {
     /// The name.
@@ -36,7 +45,35 @@ impl Kind {
             Kind::Hessian => "hessian",
             Kind::Rows => "rows",
             Kind::Cache => "cache",
+            Kind::Tensor(name) => name,
         }
+    }
+
+    /// What tells the range `method` with the least memory.
+    pub fn of(method: Method) -> Kind {
+        Kind::Tensor(method.statistic())
+    }
+
+    fn all() -> impl Iterator<Item = Kind> {
+        [Kind::Absmax, Kind::Hessian, Kind::Rows, Kind::Cache].into_iter().chain(TENSOR.map(Kind::Tensor))
+    }
+}
+
+impl Serialize for Kind {
+    fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        out.serialize_str(self.name())
+    }
+}
+
+impl<'de> Deserialize<'de> for Kind {
+    fn deserialize<D: Deserializer<'de>>(input: D) -> Result<Kind, D::Error> {
+        let name = String::deserialize(input)?;
+        Kind::all().find(|kind| kind.name() == name).ok_or_else(|| {
+            let all: Vec<&str> = Kind::all().map(Kind::name).collect();
+            let near = near_misses(&name, all.iter().copied());
+            let listed = quoted(if near.is_empty() { &all } else { &near });
+            serde::de::Error::custom(format!("unknown statistic `{name}`, there is {listed}"))
+        })
     }
 }
 
@@ -51,6 +88,15 @@ pub struct SiteStats {
     pub hessian: Option<Hessian>,
     /// Some of the rows, when they were asked for.
     pub rows: Vec<f32>,
+    /// What observers of the whole tensor tell, those that were asked for.
+    tensors: Vec<Watched>,
+}
+
+/// An observer, and what it had seen after half of the samples.
+#[derive(Clone, Debug)]
+struct Watched {
+    all: AnyObserver,
+    half: Option<AnyObserver>,
 }
 
 /// Rows kept of one value.
@@ -60,8 +106,20 @@ const KEPT: usize = 512;
 const TOGETHER: usize = 64;
 
 impl SiteStats {
+    /// What the observer `name` of the whole tensor tells, when it was asked for.
+    pub fn tensor(&self, name: &str) -> Option<&AnyObserver> {
+        self.tensors.iter().map(|watched| &watched.all).find(|o| o.info().name == name)
+    }
+
+    /// How far the second half of the samples moved the scale of a range; `None` when there were no two halves.
+    pub fn convergence(&self, method: Method, scheme: &Scheme) -> Result<Option<Convergence>> {
+        let watched = self.tensors.iter().find(|w| w.all.info().name == method.statistic());
+        let Some(Watched { all, half: Some(half) }) = watched else { return Ok(None) };
+        Convergence::of(half, all, method, scheme).map(Some)
+    }
+
     /// Folds rows of one sample in.
-    fn see(&mut self, rows: &[f32], columns: usize, take: Take) -> Result<()> {
+    fn see(&mut self, sample: usize, rows: &[f32], columns: usize, take: &Take) -> Result<()> {
         self.absmax.resize(columns, 0.0);
         // The largest of some rows and whether all are finite; their order does not matter.
         let largest = |rows: &[f32]| {
@@ -85,6 +143,7 @@ impl SiteStats {
         for (part, _) in &parts {
             self.absmax.iter_mut().zip(part).for_each(|(most, &x)| *most = most.max(x));
         }
+        self.watch(sample, rows, columns, take)?;
         if take.rows {
             let kept =
                 rows.chunks_exact(columns).zip(self.tokens..).filter(|(_, token)| token % take.every == 0);
@@ -100,7 +159,26 @@ impl SiteStats {
         }
     }
 
-    /// What holds when each channel is divided by its factor.
+    /// Lets the observers see rows.
+    fn watch(&mut self, sample: usize, rows: &[f32], columns: usize, take: &Take) -> Result<()> {
+        if take.tensors.is_empty() {
+            return Ok(());
+        }
+        let rows = Rows::new(sample as u64, rows, columns)?;
+        for (i, &name) in take.tensors.iter().enumerate() {
+            if i == self.tensors.len() {
+                self.tensors.push(Watched { all: AnyObserver::new(name, columns)?, half: None });
+            }
+            let Watched { all, half } = &mut self.tensors[i];
+            if sample > 0 && sample == take.half {
+                *half = Some(all.clone());
+            }
+            all.see(&rows)?;
+        }
+        Ok(())
+    }
+
+    /// What holds when each channel is divided by its factor. Of the tensor as a whole nothing is known then.
     fn divided(&self, by: &[f32]) -> Result<SiteStats> {
         let absmax = self.absmax.iter().zip(by).map(|(most, s)| most / s).collect();
         let hessian = self.hessian.as_ref().map(|h| h.scaled(by)).transpose()?;
@@ -108,15 +186,19 @@ impl SiteStats {
         for row in rows.chunks_exact_mut(by.len().max(1)) {
             row.iter_mut().zip(by).for_each(|(x, s)| *x /= s);
         }
-        Ok(SiteStats { tokens: self.tokens, absmax, hessian, rows })
+        Ok(SiteStats { tokens: self.tokens, absmax, hessian, rows, tensors: vec![] })
     }
 }
 
 /// What is taken.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct Take {
     hessian: bool,
     rows: bool,
+    /// Observers of the whole tensor.
+    tensors: Vec<&'static str>,
+    /// The sample before which half of them have been seen.
+    half: usize,
     /// One row of so many is kept.
     every: u64,
 }
@@ -153,7 +235,10 @@ impl LayerStats {
         };
         let sites = values.iter().enumerate().map(site).collect();
         let tokens = start.samples.windows.iter().map(Vec::len).sum::<usize>();
+        let tensor = |kind: &Kind| if let Kind::Tensor(name) = kind { Some(*name) } else { None };
         let take = Take {
+            tensors: kinds.iter().filter_map(tensor).collect(),
+            half: start.samples.windows.len() / 2,
             hessian: kinds.contains(&Kind::Hessian),
             rows: kinds.contains(&Kind::Rows),
             every: tokens.div_ceil(KEPT).max(1) as u64,
@@ -217,16 +302,25 @@ pub fn key(cx: &mut PassCx<'_>, x: ValueId, kind: Kind) -> Option<Digest> {
         Kind::Absmax | Kind::Cache => true,
         Kind::Hessian => stats.take.hessian,
         Kind::Rows => stats.take.rows,
+        Kind::Tensor(name) => stats.take.tensors.contains(&name),
     };
-    let site = stats.sites.get(&x).filter(|_| taken)?;
+    let stays = |site: &&Site| site.divided.is_empty() || !matches!(kind, Kind::Tensor(_));
+    let site = stats.sites.get(&x).filter(|_| taken).filter(stays)?;
     let inputs = std::iter::once(stats.key).chain(site.divided.iter().map(|(name, _)| *name)).collect();
     Some(Recipe { step: "site", version: 1, options: site.index.to_string(), inputs }.digest())
 }
 
 /// An error that says how to get statistics.
-pub fn missing(cx: &PassCx<'_>, x: ValueId, kind: Kind) -> Diag {
-    let what = format!("the statistic `{}` of {} is not known", kind.name(), cx.place(x));
-    Diag::pipeline(what)
+pub fn missing(cx: &mut PassCx<'_>, x: ValueId, kind: Kind) -> Diag {
+    let (name, place, function) = (kind.name(), cx.place(x), cx.function);
+    let stats = cx.session().about::<LayerStats>(function);
+    let site = stats.and_then(|stats| stats.sites.get(&x));
+    if matches!(kind, Kind::Tensor(_)) && site.is_some_and(|site| !site.divided.is_empty()) {
+        let what = format!("the statistic `{name}` of {place} is stale: channels were divided since");
+        return Diag::pipeline(what)
+            .help("let `calibrate` take it again, behind the pass that moves scales between channels");
+    }
+    Diag::pipeline(format!("the statistic `{name}` of {place} is not known"))
         .help("let `calibrate` take it in front, of the layers and weights that this pass works on")
 }
 
@@ -270,11 +364,13 @@ fn take(
         .values()
         .map(|site| (site.index, (site.columns, site.read, SiteStats::default())))
         .collect();
-    let take = stats.take;
+    let take = stats.take.clone();
+    // Of what goes into caches only magnitudes are taken.
+    let magnitudes = Take { hessian: false, rows: false, tensors: vec![], ..take.clone() };
     calibrator.run(&stats.start, store, usize::MAX, interrupt, &mut |sample, index, rows| {
         let Some((columns, read, stats)) = by_index.get_mut(&index) else { return Ok(()) };
-        let take = Take { hessian: take.hessian && *read, rows: take.rows && *read, ..take };
-        stats.see(rows, *columns, take).map_err(|d| d.at(Loc::Item(format!("sample {sample}"))))
+        let take = if *read { &take } else { &magnitudes };
+        stats.see(sample, rows, *columns, take).map_err(|d| d.at(Loc::Item(format!("sample {sample}"))))
     })?;
     for site in stats.sites.values_mut() {
         site.taken = by_index.remove(&site.index).map(|(.., stats)| Arc::new(stats));
@@ -282,12 +378,14 @@ fn take(
     Ok(())
 }
 
-/// Statistics that stand in the module's text.
+/// Statistics that stand in the module's text. For observers of the whole tensor, the numbers that they have seen.
 fn from_text(cx: &PassCx<'_>, x: ValueId) -> Result<Option<SiteStats>> {
     let numbers =
         |kind: Kind| cx.stat(x, kind.name()).map(|n| n.iter().map(|&Real(x)| x as f32).collect::<Vec<f32>>());
     let (absmax, hessian) = (numbers(Kind::Absmax), numbers(Kind::Hessian));
-    if absmax.is_none() && hessian.is_none() {
+    let tensors: Vec<(&str, Vec<f32>)> =
+        TENSOR.iter().filter_map(|&name| Some((name, numbers(Kind::Tensor(name))?))).collect();
+    if absmax.is_none() && hessian.is_none() && tensors.is_empty() {
         return Ok(None);
     }
     let columns = cx.graph().ty(x).shape.last().and_then(|d| d.fixed()).unwrap_or(0) as usize;
@@ -307,6 +405,12 @@ fn from_text(cx: &PassCx<'_>, x: ValueId) -> Result<Option<SiteStats>> {
         fits(Kind::Hessian, hessian.len(), columns * columns)?;
         stats.hessian = Some(from_numbers(columns, &hessian)?);
     }
+    for (name, numbers) in tensors {
+        let mut all = AnyObserver::new(name, 1)?;
+        all.see(&Rows::new(0, &numbers, 1)?)
+            .map_err(|d| d.context(format!("reading `{name}` of {}", cx.place(x))))?;
+        stats.tensors.push(Watched { all, half: None });
+    }
     Ok(Some(stats))
 }
 
@@ -321,7 +425,8 @@ fn from_numbers(k: usize, numbers: &[f32]) -> Result<Hessian> {
     Hessian::from_bytes(&bytes)
 }
 
-/// Says that the channels of `x` are divided by `by` from now on, so that what is known of it stays true.
+/// Says that the channels of `x` are divided by `by` from now on, so that what is known of it stays true. What was known of
+/// the tensor as a whole is not known any more.
 pub fn divide(cx: &mut PassCx<'_>, x: ValueId, by: &[f32]) -> Result<()> {
     if let Some(stats) = from_text(cx, x)? {
         let divided = stats.divided(by)?;
@@ -332,6 +437,7 @@ pub fn divide(cx: &mut PassCx<'_>, x: ValueId, by: &[f32]) -> Result<()> {
         if let Some(hessian) = &divided.hessian {
             cx.set_stat(x, Kind::Hessian.name(), reals(&hessian.mirrored()))?;
         }
+        TENSOR.iter().for_each(|name| cx.drop_stat(x, name));
         return Ok(());
     }
     let bytes: Vec<u8> = by.iter().flat_map(|s| s.to_le_bytes()).collect();

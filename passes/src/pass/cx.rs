@@ -295,6 +295,14 @@ impl<'a> PassCx<'a> {
         Ok(())
     }
 
+    /// Forgets a statistic of a value of the function.
+    pub fn drop_stat(&mut self, v: ValueId, statistic: &str) {
+        if let Some(name) = self.graph().value(v).name.clone() {
+            let key = format!("{}.{name}.{statistic}", self.function_name());
+            self.module.calibration.remove(&key);
+        }
+    }
+
     /// The value of a weight in the function.
     pub fn weight_value(&mut self, w: WeightId) -> ValueId {
         let ty = self.module.weights[w].ty.clone();

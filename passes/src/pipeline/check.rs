@@ -1,6 +1,7 @@
 //! What can be found wrong with a pipeline before any weight is read.
 
 use super::{Element, Pipeline, What, list};
+use crate::calib::stats::TENSOR;
 use crate::pass::{Fact, NameKind, Pass, PassInfo, PatternUse, Scope, Stats, quoted};
 use crate::registry::Registry;
 use quantc_ir::diag::{Diag, Diags, Kind, Loc, near_misses};
@@ -97,6 +98,7 @@ pub fn check_given(
         backend,
         facts: given(module, target, more),
         text_stale: None,
+        tensor_stale: None,
         diags: Diags::default(),
     };
     let steps = cx.elements(&pipeline.elements, false);
@@ -119,6 +121,8 @@ struct Cx<'a> {
     facts: BTreeMap<Fact, Known>,
     /// The pass that made the statistics in the module's text stale.
     text_stale: Option<&'static str>,
+    /// The pass that made those of whole tensors stale, in the text and elsewhere.
+    tensor_stale: Option<&'static str>,
     diags: Diags,
 }
 
@@ -192,12 +196,15 @@ impl Cx<'_> {
             let Some(Err(diag)) = self.backend.map(|b| b.supports_matmul(x, w)) else { continue };
             self.problem(at, diag.context(format!("checking what `{}` leaves to be multiplied", info.name)));
         }
-        if info.stats == Stats::Drops {
-            self.text_stale.get_or_insert(info.name);
-            for (fact, known) in &mut self.facts {
-                if matches!(fact, Fact::Stat(_)) && *known == Known::Holds {
-                    *known = Known::Stale(info.name);
-                }
+        match info.stats {
+            Stats::Keeps => {}
+            Stats::Transforms => {
+                self.tensor_stale.get_or_insert(info.name);
+                self.stale(info.name, |name| TENSOR.contains(&name));
+            }
+            Stats::Drops => {
+                self.text_stale.get_or_insert(info.name);
+                self.stale(info.name, |_| true);
             }
         }
         for fact in pass.provides() {
@@ -205,6 +212,15 @@ impl Cx<'_> {
         }
         let step = Step::Pass(Arc::from(pass));
         Some(if info.scope == Scope::Layer && !in_layers { Step::Layers(vec![step]) } else { step })
+    }
+
+    /// Makes statistics stale.
+    fn stale(&mut self, by: &'static str, of: impl Fn(&str) -> bool) {
+        for (fact, known) in &mut self.facts {
+            if matches!(fact, Fact::Stat(name) if of(name)) && *known == Known::Holds {
+                *known = Known::Stale(by);
+            }
+        }
     }
 
     /// A problem with options whose place counts from the start of their text.
@@ -227,8 +243,9 @@ impl Cx<'_> {
     fn need(&mut self, at: &Range<usize>, info: &PassInfo, need: Fact) {
         // Statistics may stand in the module's own text, under any function and value.
         let known = self.facts.get(&need).cloned();
-        let known =
-            known.or_else(|| self.in_text(need).then(|| self.text_stale.map_or(Known::Holds, Known::Stale)));
+        let of_tensor = matches!(need, Fact::Stat(name) if TENSOR.contains(&name));
+        let stale = self.text_stale.or(self.tensor_stale.filter(|_| of_tensor));
+        let known = known.or_else(|| self.in_text(need).then(|| stale.map_or(Known::Holds, Known::Stale)));
         let diag = match known {
             Some(Known::Holds) => return,
             Some(Known::Stale(by)) => {
@@ -241,6 +258,9 @@ impl Cx<'_> {
                 match (need, &self.providers(need)[..]) {
                     (Fact::Target, _) => diag.help("choose one with `--target`"),
                     (Fact::Data, _) => diag.help("give one with `--data`"),
+                    (Fact::Stat(name), []) => {
+                        diag.help(format!("put `calibrate{{stats=[{name}]}}` in front of it"))
+                    }
                     (_, []) => diag,
                     (_, some) => diag.help(format!("put {} in front of it", quoted(some))),
                 }
