@@ -11,10 +11,10 @@ use rayon::prelude::*;
 op! {
     /// `y[i, n] = epilogue(xs[i] * sum_g ws[n, g] * sum_{k in g} x[i, k] (w[n, k] - wz[n, g]))`.
     ///
-    /// `x` is float, or symmetric with one scale per token, given as `x_scale`. When both sides are integers the inner
+    /// `x` is float, or symmetric with one scale per token or for all of it, given as `x_scale`. When both sides are integers the inner
     /// sum is an exact integer. The weight is never expanded.
     "qmatmul" => pub struct QMatMul (
-        /// Rows to multiply, `[.., K]`, float or quantized per token.
+        /// Rows to multiply, `[.., K]`, float or quantized per token or as a whole.
         x: One,
         /// Quantized matrix, `[N, K]`.
         w: One,
@@ -52,9 +52,9 @@ impl OpSpec for QMatMul {
                 }
             }
             Some(scheme) => {
-                if scheme.group != Group::Token || scheme.zero != Zero::Symmetric {
+                if !matches!(scheme.group, Group::Token | Group::Tensor) || scheme.zero != Zero::Symmetric {
                     return Err(Diag::input(format!(
-                        "rows of type {x} must be symmetric with one scale per token"
+                        "rows of type {x} must be symmetric with one scale per token or for all"
                     )));
                 }
                 scales::check(cx, scheme, &x.shape, 4, None)?;
@@ -94,7 +94,7 @@ impl OpSpec for QMatMul {
                     *sum += inner * f64::from(w_scale[group[at] as usize]);
                     at += len;
                 }
-                *sum *= x_scale.map_or(1.0, |s| f64::from(s[i]));
+                *sum *= x_scale.map_or(1.0, |s| f64::from(s[if s.len() == 1 { 0 } else { i }]));
             }
         });
         epilogue::apply(&self.epilogue, &mut sums, n, &args[QMATMUL_EXTRAS..])?;

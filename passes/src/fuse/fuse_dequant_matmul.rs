@@ -11,7 +11,7 @@ pass! {
     /// Makes products read quantized operands as they are.
     ///
     /// A `matmul` with a dequantized weight becomes a `qmatmul`, which never expands the weight. When its other operand
-    /// is dequantized too, symmetric with one scale per token, the `qmatmul` reads those codes as well; several products
+    /// is dequantized too, symmetric with one scale per token or for all, and both are integers, the `qmatmul` reads those codes as well; several products
     /// of the same activation share its codes and scales. Epilogues stay.
     ///
     /// ```qir before
@@ -52,11 +52,12 @@ fn product_of_rows(m: &Match<'_>) -> Option<Op> {
     let product: &QMatMul = m.op("m")?;
     let rows: &Dequantize = m.op("d")?;
     let (x, w) = (m.ty("q")?.elem.scheme()?, m.ty("w")?.elem.scheme()?);
-    let per_token = x.group == Group::Token && x.zero == Zero::Symmetric && !m.is_constant("q");
-    // Integers with floats have no product that is worth having.
-    if !per_token
+    let per_row = matches!(x.group, Group::Token | Group::Tensor) && x.zero == Zero::Symmetric;
+    // Codes of floats have no product that is worth having: it would read them as the floats they stand for.
+    let integers = x.format.is_int() && w.format.is_int();
+    if !per_row || m.is_constant("q")
         || rows.to != Float::F32
-        || x.format.is_int() != w.format.is_int()
+        || !integers
         || !product.packed.is_empty()
     {
         return None;
@@ -112,7 +113,7 @@ pub static RULES: &[Rule] = &[
         },
     },
     rule! {
-        /// `(xs xq) w^T = xs (xq w^T)`: the scale of a token is a factor of its row.
+        /// `(xs xq) w^T = xs (xq w^T)`: the scale of a token, or of all of them, is a factor of its row.
         "tokens-into-qmatmul", Exact,
         "(qmatmul:m (dequantize:d ?q ?xs none) ?w ?s ?z none ?e*)" => "(qmatmul ?q ?w ?s ?z ?xs ?e*)",
         root: product_of_rows,
@@ -125,7 +126,9 @@ pub static RULES: &[Rule] = &[
             let with_epilogue = weight(rows(Sample::new()), schemes()[2])
                 .rest("e", vec![f32(&[6])])
                 .op("m", QMatMul { epilogue: vec![Step::Gelu, Step::Add(0)], packed: String::new() });
-            plain.chain([with_epilogue]).collect()
+            let one = Scheme { group: Group::Tensor, ..DYNAMIC_INT8 };
+            let one = Sample::new().value("q", TensorTy::fixed(ElemTy::Q(one), &[3, 12])).value("xs", f32(&[1, 1]));
+            plain.chain([with_epilogue, weight(one, schemes()[3])]).collect()
         },
     },
 ];

@@ -8,7 +8,7 @@ pass! {
     /// Rounds the rows that products multiply to another float type, to nearest even.
     ///
     /// In front of each `matmul` of f32 rows a `cast` is put, which products of the same rows share. Sums are f32 as before.
-    /// Rows that `quantize-activations` rounds are left alone. Targets with a dot product of bf16 multiply such rows
+    /// Rows that `quantize-activations` rounds to integers are left alone: products read their codes. Targets with a dot product of bf16 multiply such rows
     /// several times as fast as f32; the others widen them and give results that differ in the last bits.
     ///
     /// ```qir before
@@ -70,12 +70,14 @@ impl CastActivations {
     }
 }
 
-/// The rows of f32 that `op` multiplies, when they are computed and not codes expanded.
+/// The rows of f32 that `op` multiplies, when they are computed and not integers expanded.
 fn operand(graph: &Graph, op: OpId) -> Option<ValueId> {
     let node = graph.node(op);
     let matmul: &MatMul = node.op.is()?;
     let x = *node.args.first()?;
-    let expanded = graph.def(x).is_some_and(|(_, n)| n.op.kind() == OpKind::Dequantize);
+    let integers = |v: ValueId| graph.ty(v).elem.scheme().is_some_and(|s| s.format.is_int());
+    let expanded =
+        graph.def(x).is_some_and(|(_, n)| n.op.kind() == OpKind::Dequantize && integers(n.args[0]));
     let fits = graph.ty(x).elem == ElemTy::F32 && graph.as_weight(x).is_none();
     (fits && !expanded && matmul.packed.is_empty()).then_some(x)
 }
