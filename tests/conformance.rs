@@ -263,6 +263,39 @@ fn quantized_weights_and_int8_activations() {
     }
 }
 
+/// The module with what calibration of a value of every layer would have seen.
+fn seen(mut module: Module, value: &str, numbers: [f64; 2]) -> Module {
+    for layer in module.layers.values() {
+        let key = format!("{}.{value}.min-max", layer.name);
+        module.calibration.insert(key, numbers.map(ops::Real).to_vec());
+    }
+    module
+}
+
+#[test]
+fn quantized_weights_and_int8_activations_with_one_scale() {
+    for &shape in SHAPES {
+        let static_scales = "quantize-activations{format=int8, scale=static, range=whole}, ";
+        let (module, text) = quantized(static_scales, FORMATS, shape);
+        // Rows go up to 2: they saturate on both sides.
+        conforms(&seen(module, "x", [-1.0, 1.5]), &text, 2e-6);
+    }
+}
+
+#[test]
+fn quantized_weights_and_e4m3_activations() {
+    for &shape in SHAPES {
+        for scale in ["dynamic", "static"] {
+            for cast in ["", "cast-activations{to=bf16}, "] {
+                let activations =
+                    format!("quantize-activations{{format=e4m3, scale={scale}, range=whole}}, {cast}");
+                let (module, text) = quantized(&activations, FLOAT_FORMATS, shape);
+                conforms(&seen(module, "x", [-1.0, 1.5]), &text, 2e-6);
+            }
+        }
+    }
+}
+
 #[test]
 fn quantized_weights_and_bf16_activations() {
     let formats: Vec<_> = FORMATS.iter().chain(FLOAT_FORMATS).copied().collect();
@@ -305,14 +338,22 @@ fn norms_are_rounded_where_they_are_computed_and_kept_where_they_are_read() {
         cases.case(name, 43, |cx, g, x| {
             let (w, ty) = cx.weight(&format!("{name}.w"), Float::F32, &[43, 43], 0.5);
             let w = g.weight(w, &ty);
-            let n = g.append(ops::RmsNorm::default(), &[x], None)?;
+            let n = g.append(ops::RmsNorm::default(), &[x], Some("n"))?;
             let y = g.append(ops::MatMul::default(), &[n, w], None)?;
             g.append(ops::Add::default(), &[y, if shared { n } else { x }], None)
         });
     }
-    let text = "layers(round-to-nearest{format=int8, group=row}, quantize-activations{format=int8}, \
-                fuse-dequant-matmul, fuse-epilogue), pack-weights";
-    conforms(&cases.finish(), text, 2e-6);
+    let module = seen(cases.finish(), "n", [-1.0, 1.5]);
+    for format in ["int8", "e4m3"] {
+        for scale in ["dynamic", "static"] {
+            let text = format!(
+                "layers(round-to-nearest{{format={format}, group=row}}, \
+                 quantize-activations{{format={format}, scale={scale}, range=whole}}, \
+                 fuse-dequant-matmul, fuse-epilogue), pack-weights"
+            );
+            conforms(&module, &text, 2e-6);
+        }
+    }
 }
 
 #[test]

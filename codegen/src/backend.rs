@@ -92,7 +92,7 @@ impl Backend for CpuBackend {
             ElemTy::F32 | ElemTy::Bf16 => Ok(()),
             ElemTy::Q(s)
                 if *s.format == formats::INT8
-                    && s.group == Group::Token
+                    && matches!(s.group, Group::Token | Group::Tensor)
                     && s.zero == scheme::Zero::Symmetric =>
             {
                 if fmt.code.is_int() {
@@ -107,7 +107,7 @@ impl Backend for CpuBackend {
                 "activations of type {x} have no matmul kernel on {}",
                 self.target.name
             ))
-            .help("kernels take f32, bf16, or symmetric int8 with one scale per token")),
+            .help("kernels take f32, bf16, or symmetric int8 with one scale per token or for all")),
         }
     }
 

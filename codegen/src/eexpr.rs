@@ -23,7 +23,8 @@
 //! - A reduction runs over all columns of the row and gives every column the same value. The order of its sums is
 //!   the lowering's; `max` and `absmax` do not depend on order and pass over NaN (of a row of nothing else they give
 //!   minus infinity and zero).
-//! - A store to `I8` rounds half to even and clamps to -127..=127 (NaN becomes 0). A store to `F16` or `Bf16`
+//! - `round_e4m3(x)` is the number nearest to x that OCP E4M3 has, ties to even, beyond 448 the largest; NaN stays NaN.
+//! - A store to `I8` rounds half to even and clamps to -128..=127 (NaN becomes 0). A store to `F16` or `Bf16`
 //!   rounds to nearest even; out of range gives infinity.
 use std::fmt;
 
@@ -111,6 +112,8 @@ pub enum InputKind {
     Col,
     /// One value per row: scales.
     Row,
+    /// One value for all rows and columns: static scales.
+    One,
 }
 
 /// One buffer an expression reads.
@@ -187,6 +190,7 @@ pub enum UnaryOp {
     Relu,
     Round,
     OneIfZero,
+    RoundE4m3,
 }
 
 /// Functions of two values.
@@ -231,7 +235,7 @@ pub enum Node {
     },
     /// `input[col]`.
     Col(InputId),
-    /// `input[row]`.
+    /// `input[row]`, or the one value there is.
     Row(InputId),
     /// A constant.
     Const(F32),
@@ -351,6 +355,12 @@ impl EExpr {
     /// Declares an input with a value per row, and reads it.
     pub fn row_input(&mut self, ty: MemTy) -> NodeId {
         let input = self.input(ty, InputKind::Row);
+        self.push(Node::Row(input))
+    }
+
+    /// Declares an input with one value, and reads it.
+    pub fn one_input(&mut self, ty: MemTy) -> NodeId {
+        let input = self.input(ty, InputKind::One);
         self.push(Node::Row(input))
     }
 
@@ -524,7 +534,7 @@ impl EExpr {
                     matches!(input(id), Some(InputKind::Elem { stride }) if reach_ok(place, col_offset, stride))
                 }
                 Node::Col(id) => input(id) == Some(InputKind::Col),
-                Node::Row(id) => input(id) == Some(InputKind::Row),
+                Node::Row(id) => matches!(input(id), Some(InputKind::Row | InputKind::One)),
                 _ => true,
             };
             if !fits {

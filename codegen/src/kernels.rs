@@ -4,6 +4,7 @@ use crate::cpu::llvm::Unit;
 use crate::cpu::matmul::MatmulSchedule;
 use crate::cpu::matmul::schedule::{Inner, schedule_from};
 use crate::cpu::{attention, cache, gather, matmul, rope, row};
+use crate::eexpr::{Node, UnaryOp};
 use crate::spec::{Code, KernelSpec, MatmulSpec, Rows};
 use crate::tune::{Product, Tuning};
 use inkwell::context::Context;
@@ -68,6 +69,10 @@ impl Work {
     }
 }
 
+/// What is told of kernels that round rows to e4m3.
+const ROUNDED_ROWS: &str = "e4m3 and back: no instruction multiplies such codes, products read the numbers they stand for, \
+                            and are no faster than without";
+
 /// Compiles the kernels of `specs`, which map symbols to specs; returns the object and a report for each. Tiles are those
 /// of `tuning` where it has any, else the cost model's.
 pub fn compile(
@@ -101,7 +106,12 @@ pub fn compile(
                 report.refused = refused(spec, &schedule, target);
                 matmul::emit(&unit, symbol, spec, &schedule)?;
             }
-            KernelSpec::Row(spec) => row::emit(&unit, spec, symbol)?,
+            KernelSpec::Row(spec) => {
+                if spec.body.nodes.iter().any(|n| matches!(n, Node::Unary(UnaryOp::RoundE4m3, _))) {
+                    report.choice = ROUNDED_ROWS.into();
+                }
+                row::emit(&unit, spec, symbol)?;
+            }
             KernelSpec::Attention(spec) => attention::emit(&unit, spec, symbol)?,
             KernelSpec::Gather(spec) => gather::emit_gather(&unit, spec, symbol)?,
             KernelSpec::CacheAppend(spec) => cache::emit_append(&unit, spec, symbol)?,

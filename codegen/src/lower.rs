@@ -23,8 +23,8 @@ use quantc_ir::formats;
 use quantc_ir::graph::{Def, Graph, Node};
 use quantc_ir::module::Module;
 use quantc_ir::ops::{self, Op, QMATMUL_EXTRAS, Step as EpilogueStep};
-use quantc_ir::scheme::Scheme;
-use quantc_ir::ty::{Dim, ElemTy, TensorTy};
+use quantc_ir::scheme::{Group, Scheme};
+use quantc_ir::ty::{Dim, ElemTy, Float, TensorTy};
 use quantc_ir::weights::{Digest, Store};
 use quantc_runtime::format::{Input, Items, MAX_BUFFER_BYTES, Ref, Sym, slot_rows};
 use std::collections::BTreeMap;
@@ -639,13 +639,18 @@ impl Lowering<'_> {
             Op::DynamicScale(_) if only_scales_codes(graph, node) => Ok(get(0)?.val.clone()),
             Op::DynamicScale(_) => Err(Diag::target("a scale that is read as a number has no kernel")
                 .help("kernels compute the scales of rows together with their codes")),
-            Op::Quantize(_) => self.quantize(&name, graph, node, get(0)?),
+            // Codes of floats are read as the numbers they stand for; `dequantize` makes the launch.
+            Op::Quantize(_) if only_rounds_to_e4m3(graph, node) => Ok(get(0)?.val.clone()),
+            Op::Quantize(_) => self.quantize(&name, graph, node, get(0)?, get(1)?),
             Op::MatMul(matmul) => {
                 self.matmul(&name, graph, node, get(0)?, &matmul.epilogue, &matmul.packed, &operands[2..])
             }
             Op::QMatMul(matmul) => {
                 let extras = &operands[QMATMUL_EXTRAS..];
                 self.matmul(&name, graph, node, get(0)?, &matmul.epilogue, &matmul.packed, extras)
+            }
+            Op::Dequantize(_) if rounding_to_e4m3(graph, node).is_some() => {
+                self.round_to_e4m3(&name, graph, node, get(0)?, get(1)?)
             }
             Op::Dequantize(_) => Err(Diag::target("expanding a quantized tensor has no kernel")
                 .help("run `fuse-dequant-matmul`, so that the product reads the codes")),
@@ -894,16 +899,20 @@ impl Lowering<'_> {
     }
 
     /// Quantizes rows together with the sums that the matmuls reading them want.
-    fn quantize(&mut self, name: &str, graph: &Graph, node: &Node, x: Operand<'_>) -> Result<Val> {
-        let scale = graph.def(node.args[1]).filter(|(_, n)| {
-            n.args.first() == Some(&node.args[0])
-                && n.op.is::<ops::DynamicScale>().is_some_and(|s| s.to == ops::DYNAMIC_INT8)
-        });
-        let dynamic = ElemTy::Q(ops::DYNAMIC_INT8);
-        if scale.is_none() || graph.ty(node.result).elem != dynamic {
+    fn quantize(
+        &mut self,
+        name: &str,
+        graph: &Graph,
+        node: &Node,
+        x: Operand<'_>,
+        scale: Operand<'_>,
+    ) -> Result<Val> {
+        let scaled_by = row_scale(graph, node).filter(|(format, _)| **format == formats::INT8);
+        let Some((_, scaled_by)) = scaled_by else {
             return Err(Diag::target(format!("quantizing to {} has no kernel", graph.ty(node.result).elem))
-                .help("kernels quantize activations to symmetric int8 with one dynamic scale per token"));
-        }
+                .help("kernels quantize activations to symmetric int8 with one dynamic scale per token, or one constant scale"));
+        };
+        let fixed = (scaled_by == RowScale::Fixed).then_some(scale.val.place);
         let mut groups = vec![];
         for user in graph.users(node.result) {
             let user = graph.node(user);
@@ -919,7 +928,7 @@ impl Lowering<'_> {
         let at = Extent { per: 1, cols: at.width(), ..at };
         if let &[group] = &groups[..]
             && reads_only_quantize(graph, node)
-            && let Some(val) = self.quantize_while_computing(name, x, at, group)
+            && let Some(val) = self.quantize_while_computing(name, x, at, group, fixed)
         {
             return Ok(val);
         }
@@ -928,16 +937,15 @@ impl Lowering<'_> {
         let mut sums = vec![];
         for (i, group) in groups.into_iter().enumerate() {
             let place = self.buffer_of(at.rows, 4 * u64::from(at.cols.div_ceil(group)));
-            let spec = RowSpec::quantize_token(at.cols, mem(x.ty)?, Some(group)).with_rows(at.count());
+            let spec = match fixed {
+                None => RowSpec::quantize_token(at.cols, mem(x.ty)?, Some(group)),
+                Some(_) => RowSpec::quantize_static(at.cols, mem(x.ty)?, Some(group)),
+            };
+            let spec = spec.with_rows(at.count());
+            let reads: Vec<Place> = std::iter::once(x.val.place).chain(fixed).collect();
             let suffix = if i == 0 { String::new() } else { format!(".g{group}") };
             let writes = [q, scale, place];
-            self.launch(
-                &format!("{name}{suffix}"),
-                KernelSpec::Row(spec),
-                &[x.val.place],
-                &writes,
-                at.items(),
-            );
+            self.launch(&format!("{name}{suffix}"), KernelSpec::Row(spec), &reads, &writes, at.items());
             sums.push((group, place));
         }
         Ok(Val { place: q, sums, scale: Some(scale) })
@@ -951,7 +959,30 @@ impl Lowering<'_> {
         x: Operand<'_>,
         at: Extent,
         group: u32,
+        fixed: Option<Place>,
     ) -> Option<Val> {
+        let (row, node, mut reads) = self.last_row_kernel(x, at)?;
+        let mut body = row.body;
+        match fixed {
+            None => crate::cpu::row::quantize_dynamic(&mut body, node, at.cols, Some(group)),
+            Some(place) => {
+                let scale = body.one_input(MemTy::F32);
+                reads.push(place);
+                crate::cpu::row::quantize_by(&mut body, node, scale, at.cols, Some(group));
+            }
+        }
+        let spec = RowSpec { name: format!("{}_quantize", row.name), body, ..row };
+        self.steps.pop();
+        let q = self.buffer_of(at.rows, u64::from(crate::spec::i8_row_stride(at.cols)));
+        let scale = self.buffer_of(at.rows, 4);
+        let sums = self.buffer_of(at.rows, 4 * u64::from(at.cols.div_ceil(group)));
+        self.launch(name, KernelSpec::Row(spec), &reads, &[q, scale, sums], at.items());
+        Some(Val { place: q, sums: vec![(group, sums)], scale: Some(scale) })
+    }
+
+    /// The row kernel launched last, with its stores taken out, the node it stores and what it reads, when it makes `x` as
+    /// f32 and nothing else.
+    fn last_row_kernel(&self, x: Operand<'_>, at: Extent) -> Option<(RowSpec, NodeId, Vec<Place>)> {
         let last = self.steps.last()?;
         let KernelSpec::Row(row) = &last.spec else { return None };
         let computes_x = last.writes == [x.val.place] && last.tap.is_none();
@@ -960,18 +991,52 @@ impl Lowering<'_> {
         if !computes_x || !f32_rows || row.rows != at.count() || row.cols != at.cols {
             return None;
         }
-        let mut body = row.body.clone();
-        body.stores.clear();
-        body.outputs.clear();
-        crate::cpu::row::quantize_dynamic(&mut body, store.node, at.cols, Some(group));
-        let spec = RowSpec { name: format!("{}_quantize", row.name), body, ..row.clone() };
-        let reads = last.reads.clone();
-        self.steps.pop();
-        let q = self.buffer_of(at.rows, u64::from(crate::spec::i8_row_stride(at.cols)));
-        let scale = self.buffer_of(at.rows, 4);
-        let sums = self.buffer_of(at.rows, 4 * u64::from(at.cols.div_ceil(group)));
-        self.launch(name, KernelSpec::Row(spec), &reads, &[q, scale, sums], at.items());
-        Some(Val { place: q, sums: vec![(group, sums)], scale: Some(scale) })
+        let mut row = row.clone();
+        row.body.stores.clear();
+        row.body.outputs.clear();
+        Some((row, store.node, last.reads.clone()))
+    }
+
+    /// Rounds rows to what codes of e4m3 stand for: where they are made, when that kernel does nothing else with them, or in
+    /// a launch of its own.
+    fn round_to_e4m3(
+        &mut self,
+        name: &str,
+        graph: &Graph,
+        node: &Node,
+        x: Operand<'_>,
+        scale: Operand<'_>,
+    ) -> Result<Val> {
+        let (quantize, scaled_by) =
+            rounding_to_e4m3(graph, node).ok_or_else(|| Diag::bug("a rounding to e4m3 that is none"))?;
+        let x = Operand { ty: graph.ty(quantize.args[0]), ..x };
+        let at = extent(x.ty)?;
+        let at = Extent { per: 1, cols: at.width(), ..at };
+        let fixed = (scaled_by == RowScale::Fixed).then_some(scale.val.place);
+        if reads_only_quantize(graph, quantize)
+            && let Some((row, rounded, mut reads)) = self.last_row_kernel(x, at)
+        {
+            let mut body = row.body;
+            let rounded = match fixed {
+                None => crate::cpu::row::e4m3_dynamic(&mut body, rounded),
+                Some(place) => {
+                    let scale = body.one_input(MemTy::F32);
+                    reads.push(place);
+                    crate::cpu::row::e4m3_by(&mut body, rounded, scale)
+                }
+            };
+            body.store(rounded, MemTy::F32, at.cols);
+            let spec = RowSpec { name: format!("{}_e4m3", row.name), body, ..row };
+            self.steps.pop();
+            return self.row(name, spec, &reads, at, graph.ty(node.result));
+        }
+        let x_ty = mem(x.ty)?;
+        let spec = match fixed {
+            None => RowSpec::round_e4m3_token(at.cols, x_ty, MemTy::F32),
+            Some(_) => RowSpec::round_e4m3_static(at.cols, x_ty, MemTy::F32),
+        };
+        let reads: Vec<Place> = std::iter::once(x.val.place).chain(fixed).collect();
+        self.row(name, spec.with_rows(at.count()), &reads, at, graph.ty(node.result))
     }
 
     #[expect(clippy::too_many_arguments, reason = "one call for each of the two matmul ops")]
@@ -1243,6 +1308,47 @@ impl Lowering<'_> {
     }
 }
 
+/// Where the scales of quantized rows come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum RowScale {
+    /// Each row's own, computed from it.
+    Computed,
+    /// A weight: one for all rows.
+    Fixed,
+}
+
+/// The format and the scales that `quantize` rounds rows with, when they are symmetric and such that kernels know them.
+fn row_scale(graph: &Graph, quantize: &Node) -> Option<(&'static formats::Format, RowScale)> {
+    let to = quantize.op.is::<ops::Quantize>()?.to;
+    let as_token = Scheme { format: to.format, ..ops::DYNAMIC_INT8 };
+    if to == as_token {
+        let (_, scale) = graph.def(quantize.args[1])?;
+        let of_these = scale.args.first() == Some(&quantize.args[0]);
+        let computed = of_these && scale.op.is::<ops::DynamicScale>().is_some_and(|s| s.to == to);
+        return computed.then_some((to.format, RowScale::Computed));
+    }
+    let fixed = to == Scheme { group: Group::Tensor, ..as_token };
+    (fixed && graph.as_weight(quantize.args[1]).is_some()).then_some((to.format, RowScale::Fixed))
+}
+
+/// The rounding of rows of f32 to e4m3 whose codes `dequantize` makes numbers of again, and where its scales come from.
+fn rounding_to_e4m3<'a>(graph: &'a Graph, dequantize: &Node) -> Option<(&'a Node, RowScale)> {
+    let back = dequantize.op.is::<ops::Dequantize>()?;
+    let (_, quantize) = graph.def(dequantize.args[0])?;
+    let (format, scale) = row_scale(graph, quantize)?;
+    let of_f32 = back.to == Float::F32 && graph.ty(quantize.args[0]).elem == ElemTy::F32;
+    (of_f32 && *format == formats::E4M3 && dequantize.args[1] == quantize.args[1])
+        .then_some((quantize, scale))
+}
+
+/// Whether a node rounds rows to e4m3, and its codes are only made numbers of again.
+fn only_rounds_to_e4m3(graph: &Graph, node: &Node) -> bool {
+    let back = |op| rounding_to_e4m3(graph, graph.node(op)).is_some();
+    !graph.is_result(node.result)
+        && graph.users(node.result).into_iter().all(back)
+        && !graph.users(node.result).is_empty()
+}
+
 /// Whether nothing but a quantization, `node`, and the scale made for it read what it quantizes.
 fn reads_only_quantize(graph: &Graph, node: &Node) -> bool {
     let x = node.args[0];
@@ -1364,6 +1470,7 @@ fn only_scales_codes(graph: &Graph, node: &Node) -> bool {
     let fits = |user: &Node| match user.op {
         Op::Quantize(_) => user.args[0] == node.args[0] && only_at(user, 1),
         Op::QMatMul(_) => only_at(user, QMATMUL_EXTRAS - 1),
+        Op::Dequantize(_) => only_at(user, 1) && rounding_to_e4m3(graph, user).is_some(),
         Op::CacheAppend(_) => codes_beside(graph, node).is_some(),
         _ => false,
     };

@@ -8,6 +8,8 @@
 //! Accuracy, checked by the tests over the whole range: exp within 1.5 ulp with fused multiply-add (2 without),
 //! subnormal results included; tanh and erf within 3e-7 absolute. NaN gives NaN, infinities the limits.
 
+use quantc_ir::formats::E4M3;
+
 /// Operations on f32 lanes, each rounded to nearest even.
 pub trait Lanes {
     /// A value, or a vector of them.
@@ -37,6 +39,8 @@ pub trait Lanes {
     fn select_lt(&mut self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
     /// The float with the bits of `a` shifted left by 23.
     fn bits_shl_23(&mut self, a: Self::V) -> Self::V;
+    /// The nearest number of OCP E4M3, ties to even; beyond 448 the largest. NaN stays NaN.
+    fn round_e4m3(&mut self, a: Self::V) -> Self::V;
 
     /// Nearest integer, ties to even.
     fn round(&mut self, a: Self::V) -> Self::V {
@@ -261,6 +265,9 @@ impl Lanes for Scalar {
     }
     fn bits_shl_23(&mut self, a: f32) -> f32 {
         f32::from_bits(a.to_bits() << 23)
+    }
+    fn round_e4m3(&mut self, a: f32) -> f32 {
+        E4M3.decode(E4M3.encode(a))
     }
 }
 

@@ -14,7 +14,7 @@
 //! # Quantization
 //!
 //! [`RowSpec::quantize_token`] divides: `scale = absmax / 127` (1 for a row of zeros),
-//! `q = clamp(round_half_even(x / scale), -127, 127)`, both divisions rounded to nearest. A product with the
+//! `q = clamp(round_half_even(x / scale), -128, 127)`, both divisions rounded to nearest. A product with the
 //! reciprocal would differ in the last place now and then, and so pick other integers than the definition does.
 use serde::{Deserialize, Serialize};
 
@@ -246,16 +246,33 @@ impl RowSpec {
         RowSpec::new("quantize_token", cols, e)
     }
 
-    /// Symmetric int8 with a scale known now. Arguments: x, q, and the sums with a `group`, as
-    /// [`RowSpec::quantize_token`] has them.
-    pub fn quantize_static(cols: u32, scale: f32, x: MemTy, group: Option<u32>) -> RowSpec {
+    /// Symmetric int8 with one scale for all rows, which are gone over once. Arguments: x, the scale (`f32`), q, scales
+    /// (the same for each row), and the sums with a `group`, as [`RowSpec::quantize_token`] has them.
+    pub fn quantize_static(cols: u32, x: MemTy, group: Option<u32>) -> RowSpec {
         let mut e = EExpr::new();
         let x = e.elem_input(x, cols);
-        let scale = e.constant(scale);
-        let y = e.div(x, scale);
-        store_quantized(&mut e, y, cols);
-        store_sums(&mut e, y, cols, group);
+        let scale = e.one_input(MemTy::F32);
+        quantize_by(&mut e, x, scale, cols, group);
         RowSpec::new("quantize_static", cols, e)
+    }
+
+    /// The number nearest to x that e4m3 codes with one scale per row stand for. Arguments: x, out.
+    pub fn round_e4m3_token(cols: u32, x: MemTy, out: MemTy) -> RowSpec {
+        let mut e = EExpr::new();
+        let x = e.elem_input(x, cols);
+        let y = e4m3_dynamic(&mut e, x);
+        e.store(y, out, cols);
+        RowSpec::new("round_e4m3_token", cols, e)
+    }
+
+    /// The number nearest to x that e4m3 codes with one scale for all rows stand for. Arguments: x, the scale (`f32`), out.
+    pub fn round_e4m3_static(cols: u32, x: MemTy, out: MemTy) -> RowSpec {
+        let mut e = EExpr::new();
+        let x = e.elem_input(x, cols);
+        let scale = e.one_input(MemTy::F32);
+        let y = e4m3_by(&mut e, x, scale);
+        e.store(y, out, cols);
+        RowSpec::new("round_e4m3_static", cols, e)
     }
 
     /// RMS norm and per-row quantization in one: what [`RowSpec::rms_norm`] and [`RowSpec::quantize_token`] do after
@@ -293,14 +310,37 @@ pub fn rms_normalized(e: &mut EExpr, x: NodeId, cols: u32, eps: f32) -> NodeId {
 
 /// Adds the stores of per-row quantization of `x`: q, scales, sums.
 pub fn quantize_dynamic(e: &mut EExpr, x: NodeId, cols: u32, group: Option<u32>) {
-    let absmax = e.reduce(ReduceOp::AbsMax, x);
-    let most = e.constant(127.0);
-    let scale = e.div(absmax, most);
-    let scale = e.unary(UnaryOp::OneIfZero, scale);
+    let scale = dynamic_scale(e, x, 127.0);
+    quantize_by(e, x, scale, cols, group);
+}
+
+/// Adds the stores of quantization of `x` by `scale`, which is the same in all columns: q, scales, sums.
+pub fn quantize_by(e: &mut EExpr, x: NodeId, scale: NodeId, cols: u32, group: Option<u32>) {
     let y = e.div(x, scale);
     store_quantized(e, y, cols);
     e.store_row(scale, MemTy::F32);
     store_sums(e, y, cols, group);
+}
+
+/// What e4m3 codes of `x` with a scale for each row stand for.
+pub fn e4m3_dynamic(e: &mut EExpr, x: NodeId) -> NodeId {
+    let scale = dynamic_scale(e, x, 448.0);
+    e4m3_by(e, x, scale)
+}
+
+/// What e4m3 codes of `x` with this scale stand for.
+pub fn e4m3_by(e: &mut EExpr, x: NodeId, scale: NodeId) -> NodeId {
+    let y = e.div(x, scale);
+    let y = e.unary(UnaryOp::RoundE4m3, y);
+    e.mul(y, scale)
+}
+
+/// The scale with which the largest magnitude of a row becomes `most`.
+fn dynamic_scale(e: &mut EExpr, x: NodeId, most: f32) -> NodeId {
+    let absmax = e.reduce(ReduceOp::AbsMax, x);
+    let most = e.constant(most);
+    let scale = e.div(absmax, most);
+    e.unary(UnaryOp::OneIfZero, scale)
 }
 
 fn store_quantized(e: &mut EExpr, y: NodeId, cols: u32) {
@@ -644,6 +684,8 @@ mod tests {
     use super::*;
     use crate::cpu::testing::{Buf, assert_close, build, call, random, rng, runnable, through};
     use crate::eexpr::interp::{self, Mode, run};
+    use quantc_ir::formats;
+    use quantc_ir::quant::{dequantize_one, quantize_one};
 
     const COLS: [u32; 8] = [1, 3, 17, 48, 64, 172, 288, 1000];
     const ROWS: [usize; 4] = [1, 2, 5, 33];
@@ -653,6 +695,7 @@ mod tests {
             InputKind::Elem { stride } => rows * stride as usize,
             InputKind::Col => spec.cols as usize,
             InputKind::Row => rows,
+            InputKind::One => 1,
         }
     }
 
@@ -780,7 +823,7 @@ mod tests {
     #[test]
     fn unary_functions() {
         use UnaryOp::*;
-        for op in [Neg, Abs, Exp, Silu, GeluErf, GeluTanh, Tanh, Sigmoid, Relu, Round, OneIfZero] {
+        for op in [Neg, Abs, Exp, Silu, GeluErf, GeluTanh, Tanh, Sigmoid, Relu, Round, OneIfZero, RoundE4m3] {
             // gelu and tanh are good to 3e-7 absolute, times |x| <= 9.
             compare(&RowSpec::unary(op, 77, MemTy::F32, MemTy::F32), 9.0, 2e-6, 6e-7);
         }
@@ -812,7 +855,7 @@ mod tests {
         for target in runnable() {
             for op in [
                 Neg, Abs, Exp, Silu, GeluErf, GeluTanh, Tanh, Sigmoid, Sqrt, Rsqrt, Rcp, Relu, Round,
-                OneIfZero,
+                OneIfZero, RoundE4m3,
             ] {
                 let spec = RowSpec::unary(op, cols, MemTy::F32, MemTy::F32);
                 let object = build(target, |unit| emit(unit, &spec, "k"));
@@ -851,7 +894,7 @@ mod tests {
                         MemTy::F16 => half::f16::from_f32(x).to_f32(),
                         MemTy::Bf16 => half::bf16::from_f32(x).to_f32(),
                         _ if x.is_nan() => 0.0,
-                        _ => x.round_ties_even().clamp(-127.0, 127.0),
+                        _ => x.round_ties_even().clamp(-128.0, 127.0),
                     };
                     assert!(
                         g == w || (g.is_nan() && w.is_nan()),
@@ -907,16 +950,80 @@ mod tests {
     #[test]
     fn static_quantization_clamps() {
         for target in runnable() {
-            let spec = RowSpec::quantize_static(100, 0.05, MemTy::F32, Some(64));
+            for cols in COLS {
+                for group in [32, cols, 7] {
+                    let spec = RowSpec::quantize_static(cols, MemTy::F32, Some(group));
+                    let object = build(target, |unit| emit(unit, &spec, "k"));
+                    let (rows, scale) = (5, 0.05f32);
+                    let mut x = random(&mut rng(u64::from(cols)), rows * cols as usize, 10.0);
+                    (x[0], x[cols as usize]) = (-9.0, 9.0);
+                    let got = run_kernel(&object, &spec, &[x.clone(), vec![scale]], rows);
+                    let stride = i8_row_stride(cols) as usize;
+                    for (r, row) in x.chunks(cols as usize).enumerate() {
+                        let code = |&x: &f32| quantize_one(x, scale, 0, &formats::INT8) as u8 as i8;
+                        let q: Vec<f32> = row.iter().map(|x| f32::from(code(x))).collect();
+                        let line = &got[0][r * stride..(r + 1) * stride];
+                        assert_eq!(&line[..cols as usize], q, "{} cols {cols} group {group}", target.name);
+                        assert!(line[cols as usize..].iter().all(|&v| v == 0.0), "padding is zero");
+                        assert_eq!(got[1][r], scale);
+                        let sums: Vec<f32> = q.chunks(group as usize).map(|g| g.iter().sum()).collect();
+                        assert_eq!(&got[2][r * sums.len()..(r + 1) * sums.len()], sums);
+                    }
+                    // Both ends saturate, each at its own.
+                    assert_eq!((got[0][0], got[0][stride]), (-128.0, 127.0));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rounding_to_e4m3_equals_the_definition() {
+        let mut values: Vec<f32> = (0..=u32::MAX).step_by(50_021).map(f32::from_bits).collect();
+        // All numbers of the format, those halfway between, and their neighbours.
+        let numbers: Vec<f32> = (0..0x7f).map(|code| formats::E4M3.decode(code)).collect();
+        for pair in numbers.windows(2) {
+            let half = (pair[0] + pair[1]) / 2.0;
+            values.extend([pair[0], half, half.next_up(), half.next_down(), -half, -pair[1]]);
+        }
+        values.extend([448.0, 464.0, 1e9, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, -0.0]);
+        let cols = values.len() as u32;
+        for target in runnable() {
+            let spec = RowSpec::unary(UnaryOp::RoundE4m3, cols, MemTy::F32, MemTy::F32);
             let object = build(target, |unit| emit(unit, &spec, "k"));
-            let x = random(&mut rng(9), 200, 10.0);
-            let got = run_kernel(&object, &spec, std::slice::from_ref(&x), 2);
-            for (r, row) in x.chunks(100).enumerate() {
-                let q: Vec<f32> =
-                    row.iter().map(|v| (v / 0.05f32).round_ties_even().clamp(-127.0, 127.0)).collect();
-                assert!(q.contains(&127.0), "the test reaches the limits");
-                assert_eq!(got[0][r * 192..r * 192 + 100], q);
-                assert_eq!(got[1][r * 2..r * 2 + 2], [q[..64].iter().sum::<f32>(), q[64..].iter().sum()]);
+            let got = run_kernel(&object, &spec, std::slice::from_ref(&values), 1);
+            for (&g, &x) in got[0].iter().zip(&values) {
+                let want = formats::E4M3.decode(formats::E4M3.encode(x));
+                let same = g.to_bits() == want.to_bits() || x.is_nan() && g.is_nan();
+                assert!(same, "{} e4m3({x}) = {g}, not {want}", target.name);
+            }
+        }
+    }
+
+    #[test]
+    fn e4m3_and_back_is_what_its_codes_stand_for() {
+        let back =
+            |x: f32, s: f32| dequantize_one(quantize_one(x, s, 0, &formats::E4M3), s, 0, &formats::E4M3);
+        for target in runnable() {
+            for cols in COLS {
+                let rows = 5;
+                let mut x = random(&mut rng(u64::from(cols)), rows * cols as usize, 40.0);
+                x[..cols as usize].fill(0.0);
+                let spec = RowSpec::round_e4m3_static(cols, MemTy::F32, MemTy::F32);
+                let object = build(target, |unit| emit(unit, &spec, "k"));
+                // 0.05 is too small for 40 / 448: some saturate.
+                let got = run_kernel(&object, &spec, &[x.clone(), vec![0.05]], rows);
+                let want: Vec<f32> = x.iter().map(|&x| back(x, 0.05)).collect();
+                assert_eq!(got[0], want, "{} cols {cols}", target.name);
+                let spec = RowSpec::round_e4m3_token(cols, MemTy::F32, MemTy::F32);
+                let object = build(target, |unit| emit(unit, &spec, "k"));
+                let got = run_kernel(&object, &spec, std::slice::from_ref(&x), rows);
+                let row = |row: &[f32]| {
+                    let absmax = row.iter().fold(0f32, |m, v| m.max(v.abs()));
+                    let scale = if absmax == 0.0 { 1.0 } else { absmax / 448.0 };
+                    row.iter().map(|&x| back(x, scale)).collect::<Vec<f32>>()
+                };
+                let want: Vec<f32> = x.chunks(cols as usize).flat_map(row).collect();
+                assert_eq!(got[0], want, "{} cols {cols}", target.name);
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Runs expressions in Rust: the reference that emitted code is compared with.
 use super::{BinaryOp, EExpr, ExprError, InputKind, MemTy, Node, OutputKind, Place, ReduceOp, UnaryOp};
 use crate::cpu::math::{self, Lanes, Scalar};
+use quantc_ir::formats::E4M3;
 
 /// How numbers are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,7 +95,7 @@ fn eval_row(e: &EExpr, mode: Mode, on: Rows<'_>, row: usize) -> Result<Vec<Vec<f
         let elem = |id: super::InputId, offset: u32| {
             let stride = match e.inputs[id.0 as usize].kind {
                 InputKind::Elem { stride } => stride as usize,
-                InputKind::Col | InputKind::Row => 0,
+                InputKind::Col | InputKind::Row | InputKind::One => 0,
             };
             (0..on.cols).map(|c| input(id, row * stride + c + offset as usize)).collect::<Result<Vec<_>, _>>()
         };
@@ -109,7 +110,10 @@ fn eval_row(e: &EExpr, mode: Mode, on: Rows<'_>, row: usize) -> Result<Vec<Vec<f
             Node::Elem(id) => elem(id, 0)?,
             Node::ElemAt { input, col_offset } => elem(input, col_offset)?,
             Node::Col(id) => (0..on.cols).map(|c| input(id, c)).collect::<Result<_, _>>()?,
-            Node::Row(id) => vec![input(id, row)?; on.cols],
+            Node::Row(id) => {
+                let at = if e.inputs[id.0 as usize].kind == InputKind::One { 0 } else { row };
+                vec![input(id, at)?; on.cols]
+            }
             Node::Const(v) => vec![v.get() as f64; on.cols],
             Node::Unary(op, a) => of(a).iter().map(|&a| unary(op, a, mode)).collect(),
             Node::Binary(op, a, b) => {
@@ -164,6 +168,7 @@ fn unary_f64(op: UnaryOp, x: f64) -> f64 {
         UnaryOp::Round => x.round_ties_even(),
         UnaryOp::OneIfZero if x == 0.0 => 1.0,
         UnaryOp::OneIfZero => x,
+        UnaryOp::RoundE4m3 => f64::from(E4M3.decode(E4M3.encode(x as f32))),
     }
 }
 
@@ -200,6 +205,7 @@ pub fn unary_lanes<L: Lanes>(l: &mut L, op: UnaryOp, x: L::V) -> L::V {
             let finite = l.select_lt(zero, size, x, one);
             l.select_lt(size, inf, finite, x)
         }
+        UnaryOp::RoundE4m3 => l.round_e4m3(x),
     }
 }
 
@@ -248,5 +254,5 @@ fn stored(v: f64, ty: MemTy, mode: Mode) -> f64 {
 }
 
 fn to_i8(v: f64) -> f64 {
-    if v.is_nan() { 0.0 } else { v.round_ties_even().clamp(-127.0, 127.0) }
+    if v.is_nan() { 0.0 } else { v.round_ties_even().clamp(-128.0, 127.0) }
 }

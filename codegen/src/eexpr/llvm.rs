@@ -100,6 +100,24 @@ impl<'c> Lanes for Vectors<'_, '_, 'c> {
         let signed = self.copysign(rounded, a);
         self.select_lt(size, limit, signed, a)
     }
+    fn round_e4m3(&mut self, a: Val<'c>) -> Val<'c> {
+        let (b, n) = (self.b, self.lanes);
+        let largest = self.constant(448.0);
+        let size = self.abs(a);
+        let size = self.select_lt(size, largest, size, largest);
+        let bits = b.bitcast(size, Elem::I32, n);
+        // Normal numbers: add just under half of the last place (all of it when odd), cut.
+        let odd = b.and(b.lshr(bits, b.i32(n, 20)), b.i32(n, 1));
+        let up = b.add(b.add(bits, b.i32(n, 0x7_ffff)), odd);
+        let normal = b.bitcast(b.and(up, b.i32(n, 0xfff0_0000_u32 as i32)), Elem::F32, n);
+        // Subnormal ones: the last place of numbers from 2^14 on is theirs, 2^-9.
+        let shift = self.constant(16384.0);
+        let small = b.fsub(b.fadd(size, shift), shift);
+        let least = self.constant(0.015_625);
+        let rounded = self.select_lt(size, least, small, normal);
+        let signed = self.copysign(rounded, a);
+        b.select(b.fcmp(FloatCmp::ORD, a, a), signed, a)
+    }
 }
 
 /// An expression with its buffers, in one kernel.
@@ -191,7 +209,8 @@ impl<'b, 'u, 'c, 'e> Frame<'b, 'u, 'c, 'e> {
             Node::Col(input) => self.load(input, at.col, at),
             Node::Row(input) => {
                 let desc = self.e.inputs[input.0 as usize];
-                let ptr = b.row(self.inputs[input.0 as usize], at.row, desc.ty.bytes() as i64);
+                let row = if desc.kind == InputKind::One { b.i64(0) } else { at.row };
+                let ptr = b.row(self.inputs[input.0 as usize], row, desc.ty.bytes() as i64);
                 load_mem(b, ptr, desc.ty, 1, Valid::All)
             }
             Node::Const(v) => l.constant(v.get()),
@@ -217,7 +236,7 @@ impl<'b, 'u, 'c, 'e> Frame<'b, 'u, 'c, 'e> {
         let InputDesc { kind, .. } = self.e.inputs[input.0 as usize];
         let stride = match kind {
             InputKind::Elem { stride } => i64::from(stride),
-            InputKind::Col | InputKind::Row => 0,
+            InputKind::Col | InputKind::Row | InputKind::One => 0,
         };
         let row = b.mul(at.row, b.i64(stride));
         let index = b.add(b.add(row, at.col), b.i64(i64::from(col_offset)));
@@ -296,12 +315,12 @@ pub fn store_mem<'c>(b: &VecBuilder<'_, 'c>, ptr: PointerValue<'c>, v: Val<'c>, 
     }
 }
 
-/// f32 lanes rounded half to even and clamped to -127..=127, as i32; NaN gives 0.
+/// f32 lanes rounded half to even and clamped to -128..=127, as i32; NaN gives 0.
 pub fn to_i8_range<'c>(b: &VecBuilder<'_, 'c>, v: Val<'c>) -> Val<'c> {
     let lanes = b.lanes(v);
     let mut l = Vectors { b, lanes };
     let number = b.select(b.fcmp(FloatCmp::ORD, v, v), v, b.f32(lanes, 0.0));
-    let (low, high) = (b.f32(lanes, -127.0), b.f32(lanes, 127.0));
+    let (low, high) = (b.f32(lanes, -128.0), b.f32(lanes, 127.0));
     let clamped = b.fmin(b.fmax(number, low), high);
     b.fptosi(l.round(clamped), Elem::I32)
 }
