@@ -33,6 +33,11 @@ impl Preset {
             }
         })
     }
+
+    /// Whether it takes statistics, and so needs a text.
+    pub fn needs_data(&self) -> bool {
+        self.pipeline.contains("calibrate")
+    }
 }
 
 /// The pipeline around what is done to the weights and activations of a layer.
@@ -70,6 +75,14 @@ presets! {
     "w8a8", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
         "round-to-nearest{format=int8, group=row}",
         "quantize-activations{format=int8}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// int8 weights with a scale per row, int8 activations with one scale per tensor from calibration.
+    "w8a8-static", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
+        "calibrate{stats=[histogram]}",
+        "round-to-nearest{format=int8, group=row}",
+        "quantize-activations{format=int8, scale=static, range=mse}",
         "fuse-dequant-matmul",
     ];
 
@@ -255,6 +268,26 @@ presets! {
         "cast-activations{to=bf16}",
         "fuse-dequant-matmul",
     ];
+
+    /// e4m3 weights with a scale per row, e4m3 activations with a scale per token; products of bf16 on CPUs.
+    "fp8-dynamic", embedding: "as in the checkpoint", head: "int8 per row, bf16 activations", [
+        "round-to-nearest{format=e4m3, group=row, skip-layers=[head]}",
+        "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "quantize-activations{format=e4m3}",
+        "cast-activations{to=bf16}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// e4m3 weights with a scale per row, e4m3 activations with one scale per tensor from calibration; products of bf16
+    /// on CPUs.
+    "fp8-static", embedding: "as in the checkpoint", head: "int8 per row, bf16 activations", [
+        "calibrate{stats=[min-max], skip-layers=[head]}",
+        "round-to-nearest{format=e4m3, group=row, skip-layers=[head]}",
+        "round-to-nearest{format=int8, group=row, layers=[head]}",
+        "quantize-activations{format=e4m3, scale=static, range=whole}",
+        "cast-activations{to=bf16}",
+        "fuse-dequant-matmul",
+    ];
 }
 
 #[cfg(test)]
@@ -285,9 +318,10 @@ mod tests {
         let target = TargetDesc { name: "cpu", doc: "", cpu };
         for preset in ALL {
             let parsed = pipeline::parse(preset.pipeline).unwrap();
-            let (registry, module) = (Registry::builtin(), Module::new("m"));
+            let data: &[Fact] = if preset.needs_data() { &[Fact::Data] } else { &[] };
+            let registry = Registry::builtin();
             let checked =
-                pipeline::check_given(&parsed, &registry, &module, Some(&target), None, &[Fact::Data]);
+                pipeline::check_given(&parsed, &registry, &Module::new("m"), Some(&target), None, data);
             let checked = checked.unwrap_or_else(|e| panic!("{}: {e}", preset.name));
             assert!(checked.passes().len() >= 6, "{}", preset.name);
             assert!(preset.doc.trim().ends_with('.'));

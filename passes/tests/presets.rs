@@ -1,4 +1,5 @@
-//! Presets on a whole decoder: they run, and results stay as near as their bits allow.
+//! Presets on a whole decoder: they run, and results stay as near as their bits allow. Those that take statistics are for
+//! the tests of the whole tool.
 
 mod harness;
 
@@ -15,14 +16,14 @@ fn allowed(name: &str) -> f32 {
     match name {
         "f32" => 1e-6,
         "bf16" | "w8a16" => 0.03,
-        "w8a8" | "fp8" => 0.1,
+        "w8a8" | "fp8" | "fp8-dynamic" => 0.1,
         _ => 0.4,
     }
 }
 
 #[test]
 fn presets_keep_results_near() {
-    for preset in presets::ALL {
+    for preset in presets::ALL.iter().filter(|p| !p.needs_data()) {
         let store = Store::in_memory();
         let mut module = harness::module(DECODER).module;
         harness::randomize(&mut module, &store);
@@ -47,7 +48,7 @@ fn presets_keep_results_near() {
 /// Fusion is not what makes the difference: it keeps the results of the rounded model.
 #[test]
 fn fusion_keeps_what_rounding_left() {
-    for preset in presets::ALL {
+    for preset in presets::ALL.iter().filter(|p| !p.needs_data()) {
         let results = |pipeline: &str| {
             let store = Store::in_memory();
             let mut module = harness::module(DECODER).module;

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test file uses a part of this")]
 
 use quantc_codegen::targets;
+use quantc_passes::presets::Preset;
 use quantc_runtime::session::{Session, SessionOptions};
 use quantc_runtime::{Engine, OpenOptions, sample};
 use serde_json::Value;
@@ -126,9 +127,13 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    /// A preset for this machine.
+    /// A preset for this machine, calibrated on the bundled text when it is one that is.
     pub fn preset(model: impl Into<PathBuf>, preset: &str) -> Recipe {
-        Recipe { model: model.into(), target: "host".into(), how: vec!["--preset".into(), preset.into()] }
+        let mut how = vec!["--preset".into(), preset.into()];
+        if Preset::get(preset).is_ok_and(Preset::needs_data) {
+            how.extend(["--data".into(), models("tales_calib.txt").display().to_string()]);
+        }
+        Recipe { model: model.into(), target: "host".into(), how }
     }
 
     /// A pipeline for this machine.
