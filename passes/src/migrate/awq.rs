@@ -28,11 +28,10 @@ pass! {
     /// options should be those of the pass that rounds afterwards.
     ///
     /// ```qir before
-    /// weight @g : tensor<2xf32> = inline [1.0, 1.0]
-    /// weight @w : tensor<2x2xf32> = inline [[0.1, 0.7], [0.2, 0.7]]
+    /// weight @w : tensor<2x4xf32> = inline [[0.13, 0.7, 0.45, 0.31], [0.22, 0.7, 0.41, 0.16]]
     /// %n = rmsnorm %x, @g
     /// %y = matmul %n, @w
-    /// {-# calibration main.n.hessian = [100.0, 0.0, 0.0, 1.0] #-}
+    /// {-# calibration %n.hessian = [900.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0] #-}
     /// ```
     /// ```qir after
     /// %n = rmsnorm %x, @g.awq

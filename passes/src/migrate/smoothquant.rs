@@ -25,11 +25,9 @@ pass! {
     /// is left as it is when that is best.
     ///
     /// ```qir before
-    /// weight @g : tensor<2xf32> = inline [1.0, 1.0]
-    /// weight @w : tensor<2x2xf32> = inline [[1.0, 1.0], [1.0, 1.0]]
     /// %n = rmsnorm %x, @g
     /// %y = matmul %n, @w
-    /// {-# calibration main.n.absmax = [1.0, 16.0] #-}
+    /// {-# calibration %n.absmax = [1.0, 16.0, 1.0, 1.0] #-}
     /// ```
     /// ```qir after
     /// %n = rmsnorm %x, @g.smoothed

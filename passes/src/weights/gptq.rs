@@ -26,6 +26,7 @@ pass! {
     ///
     /// ```qir before
     /// %y = matmul %x, @w
+    /// {-# calibration %x.hessian = [4.0, 1.0, 0.0, 0.0, 1.0, 2.0, 0.0, 0.0, 0.0, 0.0, 3.0, 1.0, 0.0, 0.0, 1.0, 2.0] #-}
     /// ```
     /// ```qir after
     /// %w = dequantize @w.q, @w.s
