@@ -579,7 +579,11 @@ impl Lowering<'_> {
                 self.launch(&name, KernelSpec::Rope(spec), &[x.val.place, table.val.place], &[place], items);
                 Ok(Val::plain(place))
             }
-            Op::CacheAppend(_) => self.cache_append(&name, graph, node, get(0)?, get(1)?),
+            Op::CacheAppend(_) => {
+                let scales =
+                    fixed_cache_scales(graph, node).map(|v| self.value(graph, v, values)).transpose()?;
+                self.cache_append(&name, graph, node, get(0)?, get(1)?, scales.map(|s| s.place))
+            }
             Op::Attention(attention) => {
                 let scales = [3, 4].map(|i| operands[i].as_ref().map(|scale| scale.place));
                 self.attention(&name, attention, [get(0)?, get(1)?, get(2)?], scales, out)
@@ -698,17 +702,22 @@ impl Lowering<'_> {
             k.f32_of_tokens("keys")?;
             v.f32_of_tokens("values")?;
         }
-        let in_states = scales.iter().all(|s| matches!(s, Some(Place::State(_))));
+        let fixed_scales = k.ty.elem.scheme().is_some_and(|s| s.group == Group::Axis(1));
+        let in_states = scales.iter().all(|s| match s {
+            Some(Place::State(_)) => !fixed_scales,
+            Some(Place::Blob(_)) => fixed_scales,
+            _ => false,
+        });
         if k.ty.elem.scheme().is_some() && !(cached && in_states) {
             return Err(Diag::target(format!(
                 "keys of type {} that do not lie in a cache have no kernel",
                 k.ty
             ))
-            .help("codes and their scales both come from caches"));
+            .help("codes come from caches, and their scales from caches or from constants for each head"));
         }
         let kv_heads = small(kv_heads, k.ty)?;
         let source = match cached {
-            true => KvSource::Cache { ty: cache_ty(k.ty)?, slot_rows: self.slot_rows()? },
+            true => KvSource::Cache { ty: cache_ty(k.ty)?, slot_rows: self.slot_rows()?, fixed_scales },
             false => KvSource::Direct { stride: kv_heads * at.cols },
         };
         let spec = AttentionSpec {
@@ -752,6 +761,7 @@ impl Lowering<'_> {
         node: &Node,
         state: Operand<'_>,
         x: Operand<'_>,
+        scales: Option<Place>,
     ) -> Result<Val> {
         let rounding = graph.def(node.args[1]).map(|(_, n)| n);
         // Scales are written by the launch that writes the codes.
@@ -789,11 +799,12 @@ impl Lowering<'_> {
             x_stride: at.width(),
             ty: cache_ty(state.ty)?,
             role,
+            fixed_scales: scales.is_some(),
             slot_rows: self.slot_rows()?,
         };
         spec.check().map_err(|why| Diag::target(format!("there is no such kernel: {why}")))?;
         let mut writes = vec![state.val.place];
-        if spec.ty.is_scaled() {
+        if spec.ty.is_scaled() && scales.is_none() {
             let states: Vec<Option<StateId>> =
                 readers.iter().map(|&(reader, i)| scale_state(graph, node, reader.args[i + 2])).collect();
             let scale_state =
@@ -806,7 +817,8 @@ impl Lowering<'_> {
             })?;
             writes.push(Place::State(self.state_index(scale_state)));
         }
-        let reads = [x.val.place, Place::Input(Input::Positions), Place::Input(Input::Base)];
+        let mut reads = vec![x.val.place, Place::Input(Input::Positions), Place::Input(Input::Base)];
+        reads.extend(scales);
         let items = Items::per_token(u64::from(spec.heads), 1);
         self.launch(name, KernelSpec::CacheAppend(spec), &reads, &writes, items);
         Ok(state.val.clone())
@@ -1387,13 +1399,23 @@ fn cache_ty(ty: &TensorTy) -> Result<CacheTy> {
             MemTy::F32 | MemTy::I8 | MemTy::I32 => CacheTy::F32,
         });
     };
-    let as_made = Scheme { format: scheme.format, ..ops::DYNAMIC_INT8 } == scheme;
+    let of_tokens = Scheme { format: scheme.format, ..ops::DYNAMIC_INT8 };
+    let of_heads = Scheme { group: Group::Axis(1), ..of_tokens };
+    let as_made = scheme == of_tokens || scheme == of_heads && ty.rank() == 3;
     match scheme.format {
         f if as_made && *f == formats::INT8 => Ok(CacheTy::I8),
         f if as_made && *f == formats::E4M3 => Ok(CacheTy::E4m3),
         _ => Err(Diag::target(format!("a cache of type {ty} has no kernel"))
-            .help("kernels take int8 or e4m3, symmetric, with an f32 scale for each token and head")),
+            .help("kernels take int8 or e4m3, symmetric, with an f32 scale for each token and head, or for each head")),
     }
+}
+
+/// The constant scales, one for each head, with which what `append` appends is rounded, when it is.
+fn fixed_cache_scales(graph: &Graph, append: &Node) -> Option<ValueId> {
+    let (_, quantize) = graph.def(append.args[1])?;
+    let of_heads = quantize.op.is::<ops::Quantize>()?.to.group == Group::Axis(1);
+    let scales = *quantize.args.get(1)?;
+    (of_heads && graph.as_weight(scales).is_some()).then_some(scales)
 }
 
 /// The codes that are made with the scales `scale`, when those and the codes go into caches.

@@ -8,6 +8,7 @@ crate::passes! {
     round_to_nearest::RoundToNearest, gptq::Gptq, quantize_activations::QuantizeActivations, pack_weights::PackWeights,
 }
 
+pub use quantize_activations::ScaleTime;
 pub(crate) use round_to_nearest::{float_matrix, selects};
 
 pub mod gptq_core;

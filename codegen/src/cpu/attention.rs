@@ -51,6 +51,8 @@ pub enum KvSource {
         ty: CacheTy,
         /// Rows of a slot.
         slot_rows: u32,
+        /// Of codes, whether their scales are given, one for each head, and not one for each token and head in states.
+        fixed_scales: bool,
     },
     /// The rows of this call, f32, `stride` elements apart: one sequence from position 0 on.
     Direct {
@@ -62,7 +64,7 @@ pub enum KvSource {
 /// `softmax(q k^T * scale) v`, head by head.
 ///
 /// Arguments: q `f32[t][q_stride]`, k, v, then for a cache positions and base `i32[t]`, for a cache of codes the scales
-/// of keys and of values, then out `f32[t][heads * head_dim]`, then scratch of [`AttentionSpec::scratch_bytes`] per
+/// of keys and of values, states or `f32[kv_heads]`, then out `f32[t][heads * head_dim]`, then scratch of [`AttentionSpec::scratch_bytes`] per
 /// worker. Items: `kv_heads` times `t` divided by [`AttentionSpec::block_rows`], rounded up.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 pub struct AttentionSpec {
@@ -107,7 +109,7 @@ impl AttentionSpec {
             causal: true,
             window: None,
             softcap: None,
-            source: KvSource::Cache { ty, slot_rows },
+            source: KvSource::Cache { ty, slot_rows, fixed_scales: false },
             q_stride: heads * head_dim,
         }
     }

@@ -30,9 +30,9 @@ pub enum CacheTy {
     F16,
     /// The upper half of an f32.
     Bf16,
-    /// Signed bytes from -127 to 127, with a scale for each token and head.
+    /// Signed bytes, with a scale for each token and head or for each head.
     I8,
-    /// OCP E4M3, with a scale for each token and head.
+    /// OCP E4M3, with a scale for each token and head or for each head.
     E4m3,
 }
 
@@ -136,9 +136,9 @@ impl BlockLayout {
 
 /// Writes row i of `x` into row `base[i] + positions[i]` of a state, as its type; codes with their scales.
 ///
-/// Arguments: x `f32[t][x_stride]`, positions and base `i32[t]`, state, for codes the state of scales. Items: `heads`
-/// for each token. Codes are those of `quantize` with the scales of `dynamic_scale`: `s = absmax / largest`, or 1 for
-/// zeros, and the code nearest to `x / s`.
+/// Arguments: x `f32[t][x_stride]`, positions and base `i32[t]`, with fixed scales those, `f32[heads]`, then the state, and
+/// for codes with other scales the state of these. Items: `heads` for each token. Codes are those of `quantize` with the
+/// fixed scales, or with those of `dynamic_scale`: `s = absmax / largest`, or 1 for zeros, and the code nearest to `x / s`.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 pub struct CacheAppendSpec {
     /// Heads of a row.
@@ -151,6 +151,8 @@ pub struct CacheAppendSpec {
     pub ty: CacheTy,
     /// What it is for.
     pub role: Role,
+    /// Of codes, whether their scales are given, one for each head.
+    pub fixed_scales: bool,
     /// Rows of a slot.
     pub slot_rows: u32,
 }
@@ -288,8 +290,10 @@ mod emit {
             let layout = BlockLayout::new(spec.ty, spec.role, spec.head_dim, b.target());
             let append = Append { b, layout, d: spec.head_dim.into() };
             let slots = Slots::of(&layout, spec.heads, spec.slot_rows);
-            let (x, positions, base, state) = (b.arg(0), b.arg(1), b.arg(2), b.arg(3));
-            let scales = spec.ty.is_scaled().then(|| b.arg(4));
+            let (x, positions, base) = (b.arg(0), b.arg(1), b.arg(2));
+            let fixed = (spec.ty.is_scaled() && spec.fixed_scales).then(|| b.arg(3));
+            let state = b.arg(if fixed.is_some() { 4 } else { 3 });
+            let scales = (spec.ty.is_scaled() && fixed.is_none()).then(|| b.arg(4));
             b.for_items(|item| {
                 let heads = b.i64(spec.heads.into());
                 let (i, head) = (b.sdiv(item, heads), b.srem(item, heads));
@@ -299,13 +303,18 @@ mod emit {
                 let token = b.srem(position, b.i64(BLOCK.into()));
                 let first = b.sub(position, token);
                 let to = b.row(slots.head(b, state, base, head), first, slots.row_bytes);
-                match scales {
-                    None => append.numbers(from, to, token),
-                    Some(scales) => {
+                match (fixed, scales) {
+                    (Some(fixed), _) => {
+                        append.codes(from, to, token, b.load(b.row(fixed, head, 4), Elem::F32, 1))
+                    }
+                    (None, Some(scales)) => {
                         let slots = Slots::of_scales(spec.heads, spec.slot_rows);
                         let to_scale = b.row(slots.head(b, scales, base, head), position, 4);
-                        b.store(to_scale, append.codes(from, to, token), Elem::F32);
+                        let scale = append.dynamic_scale(from);
+                        append.codes(from, to, token, scale);
+                        b.store(to_scale, scale, Elem::F32);
                     }
+                    (None, None) => append.numbers(from, to, token),
                 }
             });
             Ok(())
@@ -364,22 +373,31 @@ mod emit {
             });
         }
 
-        /// Writes a row as codes and gives their scale.
-        fn codes(&self, from: PointerValue<'c>, block: PointerValue<'c>, token: Val<'c>) -> Val<'c> {
+        /// Columns of the row at `from` from `col` on.
+        fn x(&self, from: PointerValue<'c>, col: i64, valid: Valid<'c>) -> Val<'c> {
+            load_mem(self.b, self.b.offset(from, col * 4), MemTy::F32, self.b.width(), valid)
+        }
+
+        /// The scale of a row by its largest magnitude.
+        fn dynamic_scale(&self, from: PointerValue<'c>) -> Val<'c> {
             let b = self.b;
-            let lanes = b.width();
-            let mut largest = b.f32(lanes, 0.0);
-            let x = |col: i64, valid| load_mem(b, b.offset(from, col * 4), MemTy::F32, lanes, valid);
-            self.vectors(self.d, |col, valid| largest = b.fmax(b.fabs(x(col, valid)), largest));
+            let mut largest = b.f32(b.width(), 0.0);
+            self.vectors(self.d, |col, valid| largest = b.fmax(b.fabs(self.x(from, col, valid)), largest));
             let largest = b.reduce(largest, |b, x, y| b.fmax(x, y));
             let top = self.layout.ty.largest_code().unwrap_or(1.0);
             let zero = b.fcmp(FloatCmp::OEQ, largest, b.f32(1, 0.0));
             let scale = b.fmax(b.fdiv(largest, b.f32(1, top)), b.f32(1, f32::MIN_POSITIVE));
-            let scale = b.select(zero, b.f32(1, 1.0), scale);
+            b.select(zero, b.f32(1, 1.0), scale)
+        }
+
+        /// Writes a row as codes with this scale.
+        fn codes(&self, from: PointerValue<'c>, block: PointerValue<'c>, token: Val<'c>, scale: Val<'c>) {
+            let b = self.b;
+            let lanes = b.width();
             let divisor = b.splat(scale, lanes);
             let to = self.token(block, token);
             self.vectors(self.layout.width.into(), |col, valid| {
-                let y = b.fdiv(x(col, valid), divisor);
+                let y = b.fdiv(self.x(from, col, valid), divisor);
                 let code = match (self.layout.ty, self.layout.quads && self.layout.role == Role::Keys) {
                     (CacheTy::E4m3, _) => f32_to_e4m3(b, y),
                     (_, true) => b.trunc(b.add(to_i8_range(b, y), b.i32(lanes, 128)), Elem::I8),
@@ -387,7 +405,6 @@ mod emit {
                 };
                 self.store_codes(to, col, code);
             });
-            scale
         }
 
         fn store_codes(&self, to: PointerValue<'c>, col: i64, codes: Val<'c>) {
@@ -426,10 +443,13 @@ mod tests {
     #[test]
     fn rows_into_a_cache() {
         let types = [CacheTy::F32, CacheTy::F16, CacheTy::Bf16, CacheTy::I8, CacheTy::E4m3];
-        let roles = [Role::Keys, Role::Values];
-        for (target, ty, role) in
+        let roles = [(Role::Keys, false), (Role::Values, false), (Role::Keys, true), (Role::Values, true)];
+        for (target, ty, (role, fixed_scales)) in
             runnable().flat_map(|t| types.map(|ty| roles.map(|role| (t, ty, role)))).flatten()
         {
+            if fixed_scales && !ty.is_scaled() {
+                continue;
+            }
             for (heads, head_dim) in [(1u32, 1u32), (2, 17), (1, 64), (3, 100), (2, 128)] {
                 let width = (heads * head_dim) as usize;
                 let stride = width + 7;
@@ -439,6 +459,7 @@ mod tests {
                     x_stride: stride as u32,
                     ty,
                     role,
+                    fixed_scales,
                     slot_rows: ROWS as u32,
                 };
                 let object = build(target, |unit| emit_append(unit, &spec, "k"));
@@ -452,8 +473,16 @@ mod tests {
                 let mut scales = Buf::poisoned(2 * ROWS * heads as usize * 4);
                 let (mut xb, mut p, mut bb) =
                     (Buf::of(&x, MemTy::F32), Buf::ints(&positions), Buf::ints(&base));
-                let mut args = vec![&mut xb, &mut p, &mut bb, &mut state];
-                if ty.is_scaled() {
+                // So small that some numbers saturate.
+                let given: Vec<f32> =
+                    (0..heads).map(|h| (1.0 + h as f32) * 4.0 / ty.largest_code().unwrap_or(1.0)).collect();
+                let mut given_buf = Buf::of(&given, MemTy::F32);
+                let mut args = vec![&mut xb, &mut p, &mut bb];
+                if fixed_scales {
+                    args.push(&mut given_buf);
+                }
+                args.push(&mut state);
+                if ty.is_scaled() && !fixed_scales {
                     args.push(&mut scales);
                 }
                 call(&object, "k", &mut args, [5, 5], 0..5 * i64::from(heads));
@@ -466,6 +495,7 @@ mod tests {
                         let x = &x[i * stride + h * head_dim as usize..][..head_dim as usize];
                         let largest = x.iter().fold(0f32, |m, x| m.max(x.abs()));
                         let scale = match ty.largest_code() {
+                            _ if fixed_scales => given[h],
                             Some(top) if largest > 0.0 => largest / top,
                             _ => 1.0,
                         };
@@ -496,7 +526,7 @@ mod tests {
                 }
                 let got = scales.read(MemTy::F32);
                 let same = |(a, b): (&f32, &f32)| a == b || (a.is_nan() && b.is_nan());
-                assert!(!ty.is_scaled() || got.iter().zip(&want_scales).all(same), "{what}");
+                assert!(!ty.is_scaled() || fixed_scales || got.iter().zip(&want_scales).all(same), "{what}");
             }
         }
     }
@@ -535,6 +565,7 @@ mod tests {
             x_stride: 16,
             ty: CacheTy::F16,
             role: Role::Keys,
+            fixed_scales: false,
             slot_rows: 64,
         };
         assert_eq!(good.check(), Ok(()));

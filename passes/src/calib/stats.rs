@@ -190,8 +190,8 @@ impl SiteStats {
     }
 }
 
-/// What is taken.
-#[derive(Clone)]
+/// What is taken, besides the largest magnitudes.
+#[derive(Clone, Default)]
 struct Take {
     hessian: bool,
     rows: bool,
@@ -199,7 +199,7 @@ struct Take {
     tensors: Vec<&'static str>,
     /// The sample before which half of them have been seen.
     half: usize,
-    /// One row of so many is kept.
+    /// One row of so many is kept; not 0 when rows are.
     every: u64,
 }
 
@@ -289,6 +289,23 @@ pub fn cached(graph: &Graph) -> Vec<(ValueId, usize)> {
     found
 }
 
+/// The largest magnitude of each of the `heads` of rows that go into a cache.
+pub fn heads(cx: &mut PassCx<'_>, x: ValueId, heads: usize) -> Result<Vec<f32>> {
+    if let Some(numbers) = cx.stat(x, Kind::Cache.name()) {
+        let numbers: Vec<f32> = numbers.iter().map(|&Real(x)| x as f32).collect();
+        if numbers.len() == heads {
+            return Ok(numbers);
+        }
+        let text = format!("`cache` of {} has {} numbers, expected {heads}", cx.place(x), numbers.len());
+        return Err(Diag::input(text));
+    }
+    let stats = of(cx, x)?;
+    let size =
+        stats.absmax.len().checked_div(heads).filter(|&size| size * heads == stats.absmax.len() && size > 0);
+    let size = size.ok_or_else(|| Diag::bug("rows that are no heads"))?;
+    Ok(stats.absmax.chunks(size).map(|head| head.iter().fold(0f32, |a, &b| a.max(b))).collect())
+}
+
 /// A name for what is known of the rows `x`: decided by samples, layers before and what was divided out. There is none when
 /// nothing is known.
 pub fn key(cx: &mut PassCx<'_>, x: ValueId, kind: Kind) -> Option<Digest> {
@@ -306,6 +323,9 @@ pub fn key(cx: &mut PassCx<'_>, x: ValueId, kind: Kind) -> Option<Digest> {
     };
     let stays = |site: &&Site| site.divided.is_empty() || !matches!(kind, Kind::Tensor(_));
     let site = stats.sites.get(&x).filter(|_| taken).filter(stays)?;
+    if site.read == (kind == Kind::Cache) {
+        return None;
+    }
     let inputs = std::iter::once(stats.key).chain(site.divided.iter().map(|(name, _)| *name)).collect();
     Some(Recipe { step: "site", version: 1, options: site.index.to_string(), inputs }.digest())
 }

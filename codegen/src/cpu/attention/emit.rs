@@ -36,6 +36,8 @@ pub(super) struct Cache<'c> {
     pub(super) keys: BlockLayout,
     pub(super) values: BlockLayout,
     slot_rows: u32,
+    /// Whether there is one scale for all tokens of a head.
+    fixed_scales: bool,
     positions: PointerValue<'c>,
     bases: PointerValue<'c>,
     /// Scales of keys and of values, when those are codes.
@@ -110,13 +112,14 @@ impl<'a, 'u, 'c> Attention<'a, 'u, 'c> {
         let d = i64::from(spec.head_dim);
         let (cache, out) = match spec.source {
             KvSource::Direct { .. } => (None, 3),
-            KvSource::Cache { ty, slot_rows } => {
+            KvSource::Cache { ty, slot_rows, fixed_scales } => {
                 let layout = |role| BlockLayout::new(ty, role, spec.head_dim, b.target());
                 let cache = Cache {
                     ty,
                     keys: layout(Role::Keys),
                     values: layout(Role::Values),
                     slot_rows,
+                    fixed_scales,
                     positions: b.arg(3),
                     bases: b.arg(4),
                     scales: ty.is_scaled().then(|| (b.arg(5), b.arg(6))),
@@ -253,9 +256,12 @@ impl<'a, 'u, 'c> Attention<'a, 'u, 'c> {
                 let start = |state, layout: &BlockLayout| {
                     Slots::of(layout, heads, cache.slot_rows).head(b, state, base, head)
                 };
-                let scales = Slots::of_scales(heads, cache.slot_rows);
-                let scales =
-                    cache.scales.map(|(k, v)| (scales.head(b, k, base, head), scales.head(b, v, base, head)));
+                let slots = Slots::of_scales(heads, cache.slot_rows);
+                let of_head = |scales| match cache.fixed_scales {
+                    true => b.row(scales, head, 4),
+                    false => slots.head(b, scales, base, head),
+                };
+                let scales = cache.scales.map(|(k, v)| (of_head(k), of_head(v)));
                 (start(self.k, &cache.keys), start(self.v, &cache.values), scales)
             }
         };
@@ -280,11 +286,25 @@ impl<'a, 'u, 'c> Attention<'a, 'u, 'c> {
                     (b.row(w.k, first, row_bytes(cache.keys)), b.row(w.v, first, row_bytes(cache.values)))
                 }
             };
-            let scales = w.scales.map(|(k, v)| (b.row(k, first, 4), b.row(v, first, 4)));
+            let of_block = |scales| if self.has_fixed_scales() { scales } else { b.row(scales, first, 4) };
+            let scales = w.scales.map(|(k, v)| (of_block(k), of_block(v)));
             self.block(&w, &Block { first, keys, end, k, v, scales });
             vec![]
         });
         self.finish(&w);
+    }
+
+    fn has_fixed_scales(&self) -> bool {
+        self.cache.as_ref().is_some_and(|cache| cache.fixed_scales)
+    }
+
+    /// The scales of vector `v` of the keys from `key` on of a block whose scales are at `scales`.
+    pub(super) fn scales(&self, scales: PointerValue<'c>, key: Val<'c>, v: i64) -> Val<'c> {
+        let b = self.b;
+        match self.has_fixed_scales() {
+            true => b.splat(b.load(scales, Elem::F32, 1), self.lanes as u32),
+            false => self.load(b.offset(b.row(scales, key, 4), v * self.lanes * 4)),
+        }
     }
 
     fn block(&self, w: &Work<'c>, block: &Block<'c>) {
@@ -637,7 +657,7 @@ impl<'a, 'u, 'c> Attention<'a, 'u, 'c> {
             .map(|v| {
                 let mut x = self.load(b.offset(row, v * self.lanes * 4));
                 if let (Some((scales, _)), false) = (block.scales, self.in_bytes()) {
-                    x = b.fmul(x, self.load(b.offset(scales, v * self.lanes * 4)));
+                    x = b.fmul(x, self.scales(scales, b.i64(0), v));
                 }
                 if let Some(cap) = self.spec.softcap {
                     let mut x_of_bytes = x;
@@ -684,7 +704,7 @@ impl<'a, 'u, 'c> Attention<'a, 'u, 'c> {
             None => weights,
             Some((_, scales)) => (0..vectors)
                 .map(|v| {
-                    let scale = self.load(b.offset(scales, v * self.lanes * 4));
+                    let scale = self.scales(scales, b.i64(0), v);
                     b.fmul(weights[v as usize], hide(v, scale, 0.0))
                 })
                 .collect(),

@@ -3,7 +3,7 @@
 //! A query is rounded to integers from -32639 to 32639 with one factor for the vector, a block's weights to integers
 //! from 0 to 65535 with one factor for the block. Each integer is `256 high + low`, and so is its product: the sums of
 //! the upper halves are moved by 8 bits and those of the lower halves added. All of it is exact, keys and values being
-//! whole numbers from -127 to 127.
+//! whole numbers from -128 to 127.
 use crate::cpu::llvm::{Elem, FloatCmp, Val};
 use crate::cpu::math::Lanes;
 use crate::eexpr::llvm::{Valid, Vectors};
@@ -118,7 +118,7 @@ impl<'c> Attention<'_, '_, 'c> {
                         let start = self.of_query(self.plan.start, b.add(m, b.i64(row)));
                         let start = b.splat(b.load(start, Elem::I32, 1), n);
                         let x = b.sitofp(b.add(x, start), Elem::F32);
-                        b.fmul(x, self.load(b.offset(b.row(scales, key, 4), v * self.lanes * 4)))
+                        b.fmul(x, self.scales(scales, key, v))
                     })
                     .collect();
                 self.store_products(m, key, vectors, &products);
