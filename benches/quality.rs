@@ -552,7 +552,8 @@ layer on what the quantized layers before it make. `scales` is the type of ours;
                     Ok(None) => eprintln!("{label}: as before"),
                     Ok(Some(scores)) => {
                         let ratio = scores.mean / row.divergence;
-                        if row.method == "gptq" {
+                        // What counts is the first type of scales; others are there to compare.
+                        if row.method == "gptq" && seen.len() == 1 {
                             ratios.push(ratio);
                         }
                         eprintln!("{label}: ratio {ratio:.3}, {:.1} s", start.elapsed().as_secs_f64());
@@ -585,7 +586,8 @@ layer on what the quantized layers before it make. `scales` is the type of ours;
             let above = ratios.iter().filter(|&&r| r > GOAL).count();
             let _ = writeln!(
                 text,
-                "KL of `gptq` by the textbook's: geometric mean {mean:.3}, worst {worst:.3}, {above} of {} rows above {GOAL}.",
+                "KL of `gptq` by the textbook's with `{}` scales: geometric mean {mean:.3}, worst {worst:.3}, {above} of {} rows above {GOAL}.",
+                self.options.scales[0],
                 ratios.len()
             );
         }
