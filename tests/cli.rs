@@ -176,8 +176,8 @@ fn caches_are_stored_as_asked() {
     let (_, float) = bytes("f32");
     for (format, pass, share) in [
         ("bf16", "cast-cache{to=bf16}", 0.5),
-        ("int8", "quantize-cache{format=int8}", 0.25),
-        ("fp8", "quantize-cache{format=e4m3}", 0.25),
+        ("int8", "quantize-cache{format=int8, scale=dynamic}", 0.25),
+        ("fp8", "quantize-cache{format=e4m3, scale=dynamic}", 0.25),
     ] {
         let (pipeline, states) = bytes(format);
         assert!(pipeline.starts_with(pass), "{pipeline}");

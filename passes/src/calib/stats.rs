@@ -467,3 +467,41 @@ pub fn divide(cx: &mut PassCx<'_>, x: ValueId, by: &[f32]) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn observers_see_the_samples_and_half_of_them() {
+        let take = Take { tensors: vec![MinMax::NAME, Histogram::NAME], half: 1, ..Take::default() };
+        let mut stats = SiteStats::default();
+        stats.see(0, &[1.0, -2.0, 0.5, 0.0], 2, &take).unwrap();
+        stats.see(1, &[4.0, -1.0], 2, &take).unwrap();
+        let scheme = Scheme::parse("!q<int8:f32 tensor>").unwrap();
+        for name in [MinMax::NAME, Histogram::NAME] {
+            let seen = stats.tensor(name).unwrap();
+            assert_eq!((seen.n_seen(), seen.span(Method::Whole, &scheme).unwrap().max()), (6, 4.0));
+        }
+        // Half of the samples reached 2, all of them 4.
+        let moved = stats.convergence(Method::Whole, &scheme).unwrap().unwrap();
+        assert_eq!((moved.n_scales, moved.largest), (1, 0.5));
+        assert!(moved.remark(0.1).unwrap().contains("50.0 %"));
+        assert_eq!(stats.absmax, [4.0, 2.0]);
+        // Divided channels are known one by one, the tensor is not.
+        let divided = stats.divided(&[2.0, 4.0]).unwrap();
+        assert_eq!(divided.absmax, [2.0, 0.5]);
+        assert!(divided.tensor(MinMax::NAME).is_none());
+        assert!(divided.convergence(Method::Whole, &scheme).unwrap().is_none());
+    }
+
+    #[test]
+    fn names_of_statistics_read_back() {
+        for kind in Kind::all() {
+            let json = serde_json::to_string(&kind).unwrap();
+            assert_eq!(serde_json::from_str::<Kind>(&json).unwrap(), kind);
+        }
+        let refused = serde_json::from_str::<Kind>("\"histogramm\"").unwrap_err();
+        assert!(refused.to_string().contains("there is `histogram`"), "{refused}");
+    }
+}
