@@ -312,9 +312,8 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
             let tokenizer = quantc_frontends::Tokenizer::from_bytes(&bytes, &place)?;
             if let Some(path) = job.data {
                 let data = read_data(path, &tokenizer, &module)?;
-                let folder = store.dir().map_or_else(std::env::temp_dir, |dir| dir.join("tmp"));
-                let folder = folder.join(format!("pieces-{}", std::process::id()));
-                let exec = Compiled::new(targets::host(), job.threads, folder);
+                let place = store.dir().map_or_else(std::env::temp_dir, |dir| dir.join("tmp"));
+                let exec = Compiled::new(targets::host(), job.threads, &place);
                 session.put(Calibrator::new(data, Arc::new(exec)));
                 facts.push(Fact::Data);
             }

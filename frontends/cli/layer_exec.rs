@@ -8,7 +8,7 @@ use quantc_ir::weights::Store;
 use quantc_passes::calib::{LayerExec, Runner};
 use quantc_runtime::engine::{Engine, OpenOptions};
 use quantc_runtime::session::{Session, SessionOptions, Step};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -22,9 +22,28 @@ pub struct Compiled {
 }
 
 impl Compiled {
-    /// For `target`, which must run here. The folder is made when it is needed, and removed with this.
-    pub fn new(target: &'static TargetDesc, threads: usize, folder: PathBuf) -> Compiled {
+    /// For `target`, which must run here. Engines of pieces lie in a folder of their own in `place` while they are used; what
+    /// processes that are gone have left there is removed.
+    pub fn new(target: &'static TargetDesc, threads: usize, place: &Path) -> Compiled {
+        sweep(place);
+        let folder = place.join(format!("{PREFIX}{}", std::process::id()));
         Compiled { target, threads, folder, count: AtomicU64::new(0) }
+    }
+}
+
+/// What names of folders of pieces begin with; the number of their process follows.
+const PREFIX: &str = "pieces-";
+
+/// Removes folders of processes that are gone.
+fn sweep(place: &Path) {
+    let Ok(entries) = std::fs::read_dir(place) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let owner = name.to_str().and_then(|n| n.strip_prefix(PREFIX)).and_then(|n| n.parse::<u32>().ok());
+        if owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+            // Whoever is faster.
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
     }
 }
 

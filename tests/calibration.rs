@@ -1,0 +1,172 @@
+//! Calibration and what is built on it, through the tool: quality, equal bytes, and what is refused.
+#![cfg(feature = "llvm")]
+
+mod common;
+
+use common::{Recipe, folder, json, models, number, quantc};
+use std::path::{Path, PathBuf};
+
+/// A few samples are enough to see that each pass does its work.
+const FEW: &str = "calibrate{samples=8, length=256, stats=[absmax, hessian, rows], skip-layers=[head]}";
+
+fn pipeline(in_layers: &str) -> String {
+    format!(
+        "outline-layers, fold-constants, dedupe, layers({in_layers}, fuse-dequant-matmul, fuse-epilogue), \
+         drop-dead, pack-weights"
+    )
+}
+
+fn calibrated(in_layers: &str) -> Recipe {
+    let mut recipe = Recipe::pipeline(models("tales-3M"), &pipeline(in_layers));
+    recipe.how.extend(["--data".into(), models("tales_calib.txt").display().to_string()]);
+    recipe
+}
+
+/// The divergence from the float model on a part of the text that nothing was calibrated on.
+fn divergence(recipe: &Recipe) -> f64 {
+    let base = Recipe::preset(models("tales-3M"), "f32").built().path;
+    let base = base.to_str().expect("UTF-8").to_string();
+    let built = recipe.built();
+    assert!(built.disagreement() < 1e-4, "{:?}: {}", recipe.how, built.disagreement());
+    number(&built.eval(&models("tales_eval.txt"), &["--against", &base, "--max-tokens", "6132"]), "kl_mean")
+}
+
+#[test]
+fn rewriting_weights_keeps_more_than_rounding_them() {
+    let (int4, skip) = ("format=int4, group=128, skip-layers=[head]", "skip-layers=[head]");
+    let rtn =
+        divergence(&Recipe::pipeline(models("tales-3M"), &pipeline(&format!("round-to-nearest{{{int4}}}"))));
+    let gptq = divergence(&calibrated(&format!("{FEW}, gptq{{{int4}}}")));
+    let awq =
+        divergence(&calibrated(&format!("{FEW}, awq{{{int4}}}, round-to-nearest{{{int4}, search=output}}")));
+    let smooth = divergence(&calibrated(&format!(
+        "{FEW}, smoothquant{{alpha=search, {skip}}}, round-to-nearest{{format=int8, {skip}}}"
+    )));
+    eprintln!("divergence: int4 {rtn:.5}, gptq {gptq:.5}, awq {awq:.5}; smoothed int8 {smooth:.6}");
+    assert!(gptq < 0.7 * rtn, "gptq {gptq}, rounded to nearest {rtn}");
+    assert!(awq < 0.9 * rtn, "awq {awq}, rounded to nearest {rtn}");
+    assert!(smooth < 0.001, "{smooth}");
+}
+
+fn bytes(dir: &Path) -> Vec<u8> {
+    std::fs::read(dir.join("weights.bin")).expect("an engine has weights")
+}
+
+#[test]
+fn threads_and_stores_change_no_byte() {
+    let text = pipeline(&format!(
+        "{FEW}, smoothquant{{alpha=search, skip-layers=[head]}}, gptq{{group=64, skip-layers=[head]}}"
+    ));
+    let compile = |name: &str, store: &str, threads: &str| {
+        let (engine, store) = (folder().join(name), folder().join(store));
+        let made = json([
+            "compile".as_ref(),
+            models("tales-3M").as_os_str(),
+            "--target".as_ref(),
+            "host".as_ref(),
+            "-p".as_ref(),
+            text.as_ref(),
+            "--data".as_ref(),
+            models("tales_calib.txt").as_os_str(),
+            "--store".as_ref(),
+            store.as_os_str(),
+            "--threads".as_ref(),
+            threads.as_ref(),
+            "--agreement".as_ref(),
+            "0".as_ref(),
+            "-o".as_ref(),
+            engine.as_os_str(),
+        ]);
+        (engine, made)
+    };
+    let (one, _) = compile("one", "store-one", "1");
+    let (two, _) = compile("two", "store-two", "2");
+    assert!(bytes(&one) == bytes(&two), "the number of threads shows");
+    // With the same store nothing is made again, and no rows of layers are left behind.
+    let (again, made) = compile("again", "store-one", "2");
+    assert_eq!(number(&made, "weights_made"), 0.0);
+    assert!(bytes(&one) == bytes(&again));
+    let left = |dir: &str| {
+        let dir: PathBuf = folder().join("store-one").join(dir);
+        std::fs::read_dir(dir).map_or(0, Iterator::count)
+    };
+    assert_eq!((left("activations"), left("tmp")), (0, 0));
+}
+
+/// Compiles with these arguments, which must be refused.
+fn refused(in_layers: &str, data: Option<&Path>) -> String {
+    let text = pipeline(in_layers);
+    let out = folder().join("refused");
+    let mut args: Vec<std::ffi::OsString> = vec!["compile".into(), models("tales-3M").into()];
+    args.extend([
+        "--target".into(),
+        "host".into(),
+        "-p".into(),
+        text.into(),
+        "-o".into(),
+        out.clone().into(),
+    ]);
+    args.extend(["--store".into(), folder().join("store-refused").into()]);
+    args.extend(data.iter().flat_map(|d| ["--data".into(), d.into()]));
+    let done = quantc(&args);
+    assert_eq!(done.code, 1, "{}", done.err);
+    assert!(!out.exists());
+    done.err
+}
+
+#[test]
+fn what_is_missing_or_stale_is_said_with_the_remedy() {
+    let text = models("tales_calib.txt");
+    let says = |err: String, words: &[&str]| {
+        for word in words {
+            assert!(err.contains(word), "`{word}` is not in\n{err}");
+        }
+    };
+    says(refused("calibrate", None), &["`calibrate` needs a text to calibrate on", "--data"]);
+    says(refused("gptq", Some(&text)), &["`gptq` needs the statistic `hessian`", "`calibrate`"]);
+    says(
+        refused("calibrate{stats=[absmax]}, smoothquant{alpha=search}", Some(&text)),
+        &["needs the statistic `rows`"],
+    );
+    says(
+        refused("calibrate, fold-norm-gain, gptq", Some(&text)),
+        &["`fold-norm-gain` changes the values it was taken of", "take it again"],
+    );
+    says(
+        refused("calibrate{skip=[\"nothing.*\"]}", Some(&text)),
+        &["`nothing.*` of `skip` matches no weight"],
+    );
+    says(
+        refused("calibrate{skip-layers=[head]}, gptq", Some(&text)),
+        &["statistic `hessian`", "@head", "let `calibrate` take it"],
+    );
+    let short = folder().join("short.txt");
+    std::fs::write(&short, "Once upon a time.").expect("the folder is writable");
+    says(refused("calibrate, gptq", Some(&short)), &["short.txt", "one sample takes", "longer text"]);
+    let ids = folder().join("ids.npy");
+    let mut array = b"\x93NUMPY\x01\x00".to_vec();
+    let header = "{'descr': '<i4', 'fortran_order': False, 'shape': (1, 2), }\n";
+    array.extend((header.len() as u16).to_le_bytes());
+    array.extend(header.bytes());
+    array.extend([5i32, 70_000].iter().flat_map(|id| id.to_le_bytes()));
+    std::fs::write(&ids, array).expect("the folder is writable");
+    says(refused("calibrate, gptq", Some(&ids)), &["70000", "1024 tokens only"]);
+}
+
+#[test]
+fn a_cache_of_codes_is_made_to_fit_its_scales() {
+    let base = Recipe::preset(models("tales-3M"), "f32").built().path;
+    let base = base.to_str().expect("UTF-8").to_string();
+    let mut recipe = Recipe::preset(models("tales-3M"), "f32");
+    recipe.how.extend(["--kv-cache".into(), "int8".into()]);
+    let plain = recipe.built();
+    recipe.how.extend(["--data".into(), models("tales_calib.txt").display().to_string()]);
+    let smooth = recipe.built();
+    let cost = |built: &common::Built| {
+        let args = ["--against", &base, "--max-tokens", "6132"];
+        number(&built.eval(&models("tales_eval.txt"), &args), "kl_mean")
+    };
+    let (plain, smooth) = (cost(&plain), cost(&smooth));
+    eprintln!("divergence with an int8 cache: {plain:.6}, channels made alike {smooth:.6}");
+    assert!(smooth < plain, "{smooth} {plain}");
+}
