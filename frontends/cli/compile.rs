@@ -15,7 +15,7 @@ use quantc_ir::weights::Store;
 use quantc_passes::Registry;
 use quantc_passes::calib::{Calibrator, Data};
 use quantc_passes::manager::{self, LayerAt, Report};
-use quantc_passes::pass::{Env, Fact};
+use quantc_passes::pass::{Env, Fact, Remark};
 use quantc_passes::pipeline;
 use quantc_passes::presets::Preset;
 use quantc_runtime::stats;
@@ -80,6 +80,7 @@ pub struct Args {
 /// Runs the subcommand.
 pub fn run(args: Args, registry: &Registry) -> Outcome {
     let start = Instant::now();
+    return_large_blocks();
     let target = targets::lookup(&args.target)?;
     let mut text = match (&args.preset, &args.pipeline) {
         (Some(name), _) => Preset::get(name)?.pipeline.to_string(),
@@ -155,6 +156,9 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
     let written = &built.written;
     let (all, each) = (output::bytes(written.weight_bytes), output::bytes(written.decode_bytes_per_token));
     output::line(&format!("weights  {all}, {each} of them read for each token"))?;
+    if let Some(rounded) = &built.rounded {
+        output::line(&format!("rounded  {rounded}"))?;
+    }
     output::line(&format!("kernels  {}", written.kernels))?;
     let (made, kept) = (output::bytes(reused.bytes_made), output::bytes(reused.bytes_reused));
     output::line(&format!("derived  {} weights ({made}), reused {} ({kept})", reused.made, reused.reused))?;
@@ -165,6 +169,16 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
         stats::peak_rss_bytes().map_or(String::new(), |b| format!(", peak memory {}", output::bytes(b)));
     output::line(&format!("time     {:.1} s{rss}", start.elapsed().as_secs_f64()))?;
     judge(agreement.as_ref())
+}
+
+/// Lets the allocator give every block of some size back when it is freed. Statistics and matrices of layers come and go by the
+/// hundreds of megabytes; left to itself, glibc keeps more and more of their places.
+fn return_large_blocks() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it changes a setting of the allocator and nothing else; no allocation is under way in this thread.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 20);
+    }
 }
 
 /// An engine that disagrees with the evaluator fails the gate; it is kept to be looked at.
@@ -243,6 +257,8 @@ pub struct Built {
     pub written: engine::Written,
     /// Multiply-adds of one token.
     pub macs_per_token: u64,
+    /// What was rounded, in a line.
+    pub rounded: Option<String>,
 }
 
 /// Compiles a model to f32 for this machine, deriving weights in memory.
@@ -343,6 +359,7 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
     all_finite(&module, store)?;
     say("generating code");
     let macs_per_token = macs(&module);
+    let rounded = rounded(&report);
     let written = engine::write(
         Request {
             module: &module,
@@ -357,7 +374,7 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
         },
         job.out,
     )?;
-    Ok(Built { module, written, macs_per_token })
+    Ok(Built { module, written, macs_per_token, rounded })
 }
 
 /// The tokens of a text to calibrate on.
@@ -427,13 +444,51 @@ fn macs(module: &quantc_ir::module::Module) -> u64 {
     graphs.sum()
 }
 
+/// How many matrices were rounded, to how many bits, and where it hurt most.
+fn rounded(report: &Report) -> Option<String> {
+    let number =
+        |remark: &Remark, name: &str| remark.numbers.iter().find(|(n, _)| *n == name).map(|(_, x)| x.0);
+    let bits: Vec<f64> = report.remarks.0.iter().filter_map(|r| number(r, "bits")).collect();
+    if bits.is_empty() {
+        return None;
+    }
+    let range = bits.iter().fold((f64::MAX, 0f64), |(low, high), &b| (low.min(b), high.max(b)));
+    let mut text = format!("{} matrices to {:.2}", bits.len(), range.0);
+    if range.1 > range.0 {
+        text += &format!("..{:.2}", range.1);
+    }
+    text += " bits";
+    let least = |name: &'static str, sign: f64| {
+        let known = report.remarks.0.iter().filter_map(|r| Some((sign * number(r, name)?, r)));
+        known.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(x, r)| (sign * x, r.place.clone()))
+    };
+    if let Some((db, place)) = least("sqnr_db", 1.0) {
+        text += &format!(", least SQNR {db:.1} dB at {place}");
+    }
+    if let Some((error, place)) = least("output_error", -1.0) {
+        text += &format!(", largest output error {error:.1e} at {place}");
+    }
+    let fallbacks = report.remarks.0.iter().filter(|r| number(r, "fallback") == Some(1.0)).count();
+    if fallbacks > 0 {
+        text += &format!(", {fallbacks} rounded to nearest for want of a usable statistic");
+    }
+    Some(text)
+}
+
 /// The part of the report that does not depend on the machine or the clock, so that engines are reproducible.
 fn report_json(module: &quantc_ir::module::Module, report: &Report) -> Map<String, Value> {
     let remarks: Vec<Value> = report
         .remarks
         .0
         .iter()
-        .map(|r| json!({ "pass": r.pass, "place": r.place, "text": r.text }))
+        .map(|r| {
+            let mut remark = json!({ "pass": r.pass, "place": r.place, "text": r.text });
+            if !r.numbers.is_empty() {
+                remark["numbers"] =
+                    r.numbers.iter().map(|(name, x)| (name.to_string(), json!(x.0))).collect();
+            }
+            remark
+        })
         .collect();
     let weights: Vec<Value> = module
         .weights

@@ -24,6 +24,7 @@ pub use timing::Timing;
 pub use verify_each::VerifyEach;
 
 use crate::analysis::Function;
+use crate::calib::stats;
 use crate::pass::{Changed, Env, Pass, PassCx, PassState, Scope, Session, Stats};
 use crate::pipeline::{Checked, Step};
 use quantc_ir::diag::{Diag, Kind, Result, near_misses};
@@ -179,6 +180,7 @@ impl Manager<'_, '_, '_> {
         let mut changed = Changed::No;
         for (index, &function) in functions.iter().enumerate() {
             changed = changed | self.steps(steps, Some(function))?;
+            stats::release(&mut self.state.session, function);
             let name = function.name(self.module).to_string();
             let at = LayerAt { name, index, total: functions.len() };
             self.hooks.iter_mut().for_each(|h| h.after_layer(&at));

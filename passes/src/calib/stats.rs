@@ -5,6 +5,7 @@ use super::hessian::Hessian;
 use super::observers::{
     AnyObserver, Convergence, Histogram, Method, MinMax, Moments, MovingAverage, Observer, Rows,
 };
+use crate::analysis::Function;
 use crate::pass::{PassCx, Session, quoted};
 use quantc_ir::diag::{Diag, Loc, Result, near_misses};
 use quantc_ir::entity::{OpId, ValueId};
@@ -219,7 +220,21 @@ struct Site {
     columns: usize,
     /// What channels have been divided by since, with a name for it.
     divided: Vec<(Digest, Vec<f32>)>,
+    /// How many of those divisions `taken` has seen.
+    applied: usize,
     taken: Option<Arc<SiteStats>>,
+}
+
+impl Site {
+    /// What is known of the rows as they are now.
+    fn now(&mut self) -> Result<Arc<SiteStats>> {
+        // The statistics before a division are not kept beside those after it.
+        while let (Some(taken), Some((_, by))) = (&self.taken, self.divided.get(self.applied)) {
+            let divided = taken.divided(by)?;
+            (self.taken, self.applied) = (Some(Arc::new(divided)), self.applied + 1);
+        }
+        Ok(self.taken.clone().unwrap_or_default())
+    }
 }
 
 impl LayerStats {
@@ -231,7 +246,7 @@ impl LayerStats {
         let options = format!("{}{rows}", names.join(", "));
         let recipe = Recipe { step: "statistics", version: 1, options, inputs };
         let site = |(index, &(v, columns)): (usize, &(ValueId, usize))| {
-            (v, Site { index, columns, read: index < read, divided: vec![], taken: None })
+            (v, Site { index, columns, read: index < read, divided: vec![], applied: 0, taken: None })
         };
         let sites = values.iter().enumerate().map(site).collect();
         let tokens = start.samples.windows.iter().map(Vec::len).sum::<usize>();
@@ -306,6 +321,13 @@ pub fn heads(cx: &mut PassCx<'_>, x: ValueId, heads: usize) -> Result<Vec<f32>> 
     Ok(stats.absmax.chunks(size).map(|head| head.iter().fold(0f32, |a, &b| a.max(b))).collect())
 }
 
+/// Gives the memory of what was taken of a function's values back. It is taken again when somebody asks.
+pub fn release(session: &mut Session, function: Function) {
+    let sites =
+        session.about_mut::<LayerStats>(function).into_iter().flat_map(|stats| stats.sites.values_mut());
+    sites.for_each(|site| (site.taken, site.applied) = (None, 0));
+}
+
 /// A name for what is known of the rows `x`: decided by samples, layers before and what was divided out. There is none when
 /// nothing is known.
 pub fn key(cx: &mut PassCx<'_>, x: ValueId, kind: Kind) -> Option<Digest> {
@@ -358,10 +380,7 @@ pub fn of(cx: &mut PassCx<'_>, x: ValueId) -> Result<Arc<SiteStats>> {
     };
     let clock = Instant::now();
     let taken = take(session, &mut stats, store, env.interrupt);
-    let found = stats.sites.get(&x).map(|site| {
-        let plain = site.taken.clone().unwrap_or_default();
-        site.divided.iter().try_fold(plain, |stats, (_, by)| stats.divided(by).map(Arc::new))
-    });
+    let found = stats.sites.get_mut(&x).map(Site::now);
     session.put_about(function, stats);
     cx.add_span("running samples", clock.elapsed());
     taken.map_err(|d| d.context(format!("calibrating for {place}")))?;

@@ -183,7 +183,9 @@ impl SmoothQuant {
             let stats = stats.as_ref().ok_or_else(|| Diag::bug("statistics that were not taken"))?;
             let mut readers = vec![];
             for &w in &matrices {
-                readers.push(store.view(weights, w)?.read_all_f32()?);
+                let view = store.view(weights, w)?;
+                readers.push(view.read_all_f32()?);
+                view.release(0..view.rows());
             }
             let (alpha, factors, gain) = choose(self.alpha, self.format.0, site, stats, &readers)?;
             let numbers: Vec<f32> = [alpha, gain.map_or(-1.0, |g| g as f32)].into_iter().chain(factors).collect();

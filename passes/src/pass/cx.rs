@@ -72,6 +72,9 @@ pub struct Remark {
     pub place: String,
     /// The remark: one clause without a final stop.
     pub text: String,
+    /// What of it can be compared and summed up, by name.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub numbers: Vec<(&'static str, Real)>,
 }
 
 /// Things that passes leave for later passes of the same run, one for each type: calibration data, executors. And
@@ -231,8 +234,19 @@ impl<'a> PassCx<'a> {
 
     /// Tells about what was done at `place`.
     pub fn remark(&mut self, place: impl fmt::Display, text: fmt::Arguments<'_>) {
-        let remark = Remark { pass: self.info.name, place: place.to_string(), text: text.to_string() };
-        self.state.remarks.push(remark);
+        self.remark_with(place, text, &[]);
+    }
+
+    /// As [`remark`](Self::remark), with the numbers in it by name, for reports.
+    pub fn remark_with(
+        &mut self,
+        place: impl fmt::Display,
+        text: fmt::Arguments<'_>,
+        numbers: &[(&'static str, f64)],
+    ) {
+        let numbers = numbers.iter().map(|&(name, x)| (name, Real(x))).collect();
+        let (place, text) = (place.to_string(), text.to_string());
+        self.state.remarks.push(Remark { pass: self.info.name, place, text, numbers });
     }
 
     /// An analysis of the function, computed unless it is known.

@@ -212,7 +212,15 @@ impl Gptq {
         if told.dead > 0 {
             text += &format!(", {} columns read nothing but 0", told.dead);
         }
-        cx.remark(format_args!("@{name}"), format_args!("{text}, {bits:.3} bits per weight"));
+        let numbers = [
+            ("bits", bits),
+            ("sqnr_db", told.sqnr_db),
+            ("output_error", told.relative),
+            ("by_nearest", told.by_nearest),
+            ("fallback", f64::from(u8::from(told.damping.is_none()))),
+        ];
+        let text = format_args!("{text}, {bits:.3} bits per weight");
+        cx.remark_with(format_args!("@{name}"), text, &numbers);
         Ok(value)
     }
 }

@@ -177,7 +177,10 @@ impl RoundToNearest {
             0.0 => "exact".to_string(),
             _ => format!("SQNR {:.2} dB, largest error {:.3e}", loss.sqnr_db(), loss.worst),
         };
-        cx.remark(format_args!("@{name}"), format_args!("{scheme}: {told}, {bits:.3} bits per weight"));
+        // Reports have no infinity.
+        let numbers = [("bits", bits), ("sqnr_db", loss.sqnr_db().min(999.0)), ("largest_error", loss.worst)];
+        let text = format_args!("{scheme}: {told}, {bits:.3} bits per weight");
+        cx.remark_with(format_args!("@{name}"), text, &numbers);
         Ok(value)
     }
 }
