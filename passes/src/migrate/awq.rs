@@ -1,7 +1,6 @@
 //! Makes channels that matter larger before they are rounded.
 
-use super::equal;
-use super::sites::{self, Site};
+use super::sites::{self, Decision, Site};
 use crate::calib::SiteStats;
 use crate::calib::hessian::Hessian;
 use crate::calib::stats::{self, Kind};
@@ -87,38 +86,14 @@ impl Pass for Awq {
         if !selects(&self.layers, &self.skip_layers, cx.function_name()) {
             return Ok(Changed::No);
         }
-        let before = equal::before(cx)?;
-        let (sites, refused) = sites::find(cx.module, cx.graph());
-        for refused in &refused {
-            cx.remark(cx.place(refused.x), format_args!("left as it is: {}", refused.why));
-        }
-        let mut changed = false;
-        for site in &sites {
-            let names = |cx: &PassCx<'_>, w: WeightId| cx.module.weights[w].name.clone();
-            let skipped = site.matrices(cx.graph()).into_iter().find(|&w| self.skip.any_matches(&names(cx, w)));
-            if let Some(w) = skipped {
-                cx.remark(cx.place(site.x), format_args!("left as it is: @{} is skipped", names(cx, w)));
-                continue;
-            }
+        sites::divide_each(cx, &self.skip, "awq", &mut |cx, site| {
             let Chosen { exponent, gain, factors } = self.factors(cx, site)?;
             if exponent == 0.0 {
-                cx.remark(cx.place(site.x), format_args!("left as it is: no exponent is better than 0"));
-                continue;
+                return Ok(Decision::Leave("no exponent is better than 0"));
             }
-            site.divide(cx, &factors, "awq")?;
-            let (kind, n) = (site.kind(), site.readers.len());
-            cx.remark(
-                cx.place(site.x),
-                format_args!("{kind} into {n} matrices, exponent {exponent:.2}, error {gain:.3} of that without"),
-            );
-            changed = true;
-        }
-        if let (true, Some(before)) = (changed, &before) {
-            let difference = equal::check(cx, before)?;
-            let place = format!("@{}", cx.function_name());
-            cx.remark(place, format_args!("results differ by {difference:.1e} of their size"));
-        }
-        Ok(changed.into())
+            let text = format!("exponent {exponent:.2}, error {gain:.3} of that without");
+            Ok(Decision::Divide(factors, text))
+        })
     }
 
     fn validate(&self) -> Result<()> {

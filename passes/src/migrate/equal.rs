@@ -18,9 +18,18 @@ pub fn before(cx: &mut PassCx<'_>) -> Result<Option<Start>> {
     start
 }
 
+/// Checks results against those of before, where there is data to do it with, and remarks how far they lie apart.
+pub fn tell(cx: &mut PassCx<'_>, before: Option<&Start>) -> Result<()> {
+    let Some(before) = before else { return Ok(()) };
+    let difference = check(cx, before)?;
+    let place = format!("@{}", cx.function_name());
+    cx.remark(place, format_args!("results differ by {difference:.1e} of their size"));
+    Ok(())
+}
+
 /// Compares with the results now; an error when they differ by more than [`LIMIT`]. The difference is kept in the store, so
 /// that a later run need not compute it again.
-pub fn check(cx: &mut PassCx<'_>, before: &Start) -> Result<f64> {
+fn check(cx: &mut PassCx<'_>, before: &Start) -> Result<f64> {
     let Some(after) = self::before(cx)? else { return Err(Diag::bug("the data is gone")) };
     let store = cx.store;
     let calibrator = cx.session().get_mut::<Calibrator>().ok_or_else(|| Diag::bug("the data is gone"))?;

@@ -10,7 +10,7 @@
 //! The proof of a site is the path that was found: each step on it is linear in the channel, and each value on it
 //! has one reader. A place without such a path is listed with the reason.
 
-use crate::pass::PassCx;
+use super::equal;
 use crate::pass::prelude::*;
 use crate::weights::float_matrix;
 use quantc_ir::ops::{Add, Attention, CacheAppend, LastRows, LayerNorm, MatMul, RmsNorm};
@@ -64,6 +64,51 @@ pub fn find(module: &Module, graph: &Graph) -> (Vec<Site>, Vec<Refused>) {
         }
     }
     (sites, refused)
+}
+
+/// What is to become of a site.
+pub enum Decision {
+    /// It stays as it is, for this reason.
+    Leave(&'static str),
+    /// It is divided by these factors; the text tells more.
+    Divide(Vec<f32>, String),
+}
+
+/// Divides the sites of the function as `decide` says, tells of each place what was done or why nothing was, and checks that the
+/// results have stayed the same. Sites with a matrix that `skip` names are left alone; `label` ends the names of new weights.
+pub fn divide_each(
+    cx: &mut PassCx<'_>,
+    skip: &[Pattern],
+    label: &str,
+    decide: &mut dyn FnMut(&mut PassCx<'_>, &Site) -> Result<Decision>,
+) -> Result<Changed> {
+    let before = equal::before(cx)?;
+    let (sites, refused) = find(cx.module, cx.graph());
+    for Refused { x, why } in &refused {
+        cx.remark(cx.place(*x), format_args!("left as it is: {why}"));
+    }
+    let mut changed = false;
+    for site in &sites {
+        let place = cx.place(site.x);
+        let names = site.matrices(cx.graph()).into_iter().map(|w| cx.module.weights[w].name.clone());
+        if let Some(name) = names.into_iter().find(|name| skip.any_matches(name)) {
+            cx.remark(place, format_args!("left as it is: @{name} is skipped"));
+            continue;
+        }
+        match decide(cx, site)? {
+            Decision::Leave(why) => cx.remark(place, format_args!("left as it is: {why}")),
+            Decision::Divide(factors, text) => {
+                site.divide(cx, &factors, label)?;
+                let (kind, n) = (site.kind(), site.readers.len());
+                cx.remark(place, format_args!("{kind} into {n} matrices, {text}"));
+                changed = true;
+            }
+        }
+    }
+    if changed {
+        equal::tell(cx, before.as_ref())?;
+    }
+    Ok(changed.into())
 }
 
 fn site(module: &Module, graph: &Graph, x: ValueId) -> Result<Site, String> {

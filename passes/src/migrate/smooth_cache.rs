@@ -53,10 +53,8 @@ impl Pass for SmoothCache {
                 }
             }
         }
-        if let (true, Some(before)) = (changed, &before) {
-            let difference = equal::check(cx, before)?;
-            let place = format!("@{}", cx.function_name());
-            cx.remark(place, format_args!("results differ by {difference:.1e} of their size"));
+        if changed {
+            equal::tell(cx, before.as_ref())?;
         }
         Ok(changed.into())
     }

@@ -1,7 +1,6 @@
 //! Moves outliers of activations into the weights that read them.
 
-use super::equal;
-use super::sites::{self, Site};
+use super::sites::{self, Decision, Site};
 use crate::calib::SiteStats;
 use crate::calib::stats::{self, Kind};
 use crate::pass::prelude::*;
@@ -96,45 +95,16 @@ impl Pass for SmoothQuant {
         if !selects(&self.layers, &self.skip_layers, cx.function_name()) {
             return Ok(Changed::No);
         }
-        let before = equal::before(cx)?;
-        let (sites, refused) = sites::find(cx.module, cx.graph());
-        for refused in &refused {
-            cx.remark(cx.place(refused.x), format_args!("left as it is: {}", refused.why));
-        }
-        let mut changed = false;
-        for site in &sites {
-            let names = |cx: &PassCx<'_>, w: WeightId| cx.module.weights[w].name.clone();
-            let skipped = site.matrices(cx.graph()).into_iter().find(|&w| self.skip.any_matches(&names(cx, w)));
-            if let Some(w) = skipped {
-                cx.remark(cx.place(site.x), format_args!("left as it is: @{} is skipped", names(cx, w)));
-                continue;
-            }
+        sites::divide_each(cx, &self.skip, "smoothed", &mut |cx, site| {
             let (alpha, factors, gain) = self.factors(cx, site)?;
             if factors.iter().all(|&s| s == 1.0) {
-                cx.remark(cx.place(site.x), format_args!("left as it is: no strength is better than none"));
-                continue;
+                return Ok(Decision::Leave("no strength is better than none"));
             }
-            site.divide(cx, &factors, "smoothed")?;
             let span = factors.iter().fold((f32::MAX, 0f32), |(low, high), &s| (low.min(s), high.max(s)));
-            cx.remark(
-                cx.place(site.x),
-                format_args!(
-                    "{} into {} matrices, alpha {alpha}, factors {:.3} to {:.3}{}",
-                    site.kind(),
-                    site.readers.len(),
-                    span.0,
-                    span.1,
-                    gain.map_or(String::new(), |g| format!(", error {g:.3} of that without"))
-                ),
-            );
-            changed = true;
-        }
-        if let (true, Some(before)) = (changed, &before) {
-            let difference = equal::check(cx, before)?;
-            let place = format!("@{}", cx.function_name());
-            cx.remark(place, format_args!("results differ by {difference:.1e} of their size"));
-        }
-        Ok(changed.into())
+            let gain = gain.map_or(String::new(), |g| format!(", error {g:.3} of that without"));
+            let text = format!("alpha {alpha}, factors {:.3} to {:.3}{gain}", span.0, span.1);
+            Ok(Decision::Divide(factors, text))
+        })
     }
 
     fn needs(&self) -> Vec<Fact> {
