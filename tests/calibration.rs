@@ -17,9 +17,7 @@ fn pipeline(in_layers: &str) -> String {
 }
 
 fn calibrated(in_layers: &str) -> Recipe {
-    let mut recipe = Recipe::pipeline(models("tales-3M"), &pipeline(in_layers));
-    recipe.how.extend(["--data".into(), models("tales_calib.txt").display().to_string()]);
-    recipe
+    Recipe::pipeline(models("tales-3M"), &pipeline(in_layers)).on_data()
 }
 
 /// The divergence from the float model on a part of the text that nothing was calibrated on.
@@ -157,11 +155,9 @@ fn what_is_missing_or_stale_is_said_with_the_remedy() {
 fn a_cache_of_codes_is_made_to_fit_its_scales() {
     let base = Recipe::preset(models("tales-3M"), "f32").built().path;
     let base = base.to_str().expect("UTF-8").to_string();
-    let mut recipe = Recipe::preset(models("tales-3M"), "f32");
-    recipe.how.extend(["--kv-cache".into(), "int8".into()]);
+    let recipe = Recipe::preset(models("tales-3M"), "f32").with(&["--kv-cache", "int8"]);
     let plain = recipe.built();
-    recipe.how.extend(["--data".into(), models("tales_calib.txt").display().to_string()]);
-    let smooth = recipe.built();
+    let smooth = recipe.on_data().built();
     let cost = |built: &common::Built| {
         let args = ["--against", &base, "--max-tokens", "6132"];
         number(&built.eval(&models("tales_eval.txt"), &args), "kl_mean")

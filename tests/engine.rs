@@ -51,10 +51,21 @@ fn targets_tell_the_same_story() {
 #[test]
 fn engines_agree_with_the_reference_layer_by_layer() {
     for preset in presets::ALL {
-        let off = tales(preset.name).built().disagreement();
+        // Which samples scales come from does not matter here, and few take less time.
+        let few = preset.pipeline.replace("calibrate{", "calibrate{samples=2, length=64, ");
+        let recipe = match preset.needs_data() {
+            true => Recipe::pipeline(models("tales-3M"), &few).on_data(),
+            false => tales(preset.name),
+        };
+        let off = recipe.built().disagreement();
         eprintln!("{}: {off:.1e}", preset.name);
         // Where sums differ in the last place, a number of a bf16 row may round to its other neighbour, 2^-8 away.
-        let most = if preset.pipeline.contains("cast-activations") { 2e-3 } else { 1e-4 };
+        // With rows of int8 it is its other code, 1/127 of the largest of its row.
+        let most = match preset.pipeline {
+            p if p.contains("quantize-activations") => 5e-3,
+            p if p.contains("cast-activations") => 2e-3,
+            _ => 1e-4,
+        };
         assert!(off < most, "{}: {off}", preset.name);
     }
     // Where sums differ in the last place, a number of the cache may round to its other neighbour, 2^-11 or 2^-8 away.

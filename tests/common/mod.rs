@@ -129,11 +129,15 @@ pub struct Recipe {
 impl Recipe {
     /// A preset for this machine, calibrated on the bundled text when it is one that is.
     pub fn preset(model: impl Into<PathBuf>, preset: &str) -> Recipe {
-        let mut how = vec!["--preset".into(), preset.into()];
-        if Preset::get(preset).is_ok_and(Preset::needs_data) {
-            how.extend(["--data".into(), models("tales_calib.txt").display().to_string()]);
-        }
-        Recipe { model: model.into(), target: "host".into(), how }
+        let how = vec!["--preset".into(), preset.into()];
+        let recipe = Recipe { model: model.into(), target: "host".into(), how };
+        if Preset::get(preset).is_ok_and(Preset::needs_data) { recipe.on_data() } else { recipe }
+    }
+
+    /// Calibrated on the bundled text.
+    pub fn on_data(self) -> Recipe {
+        let text = models("tales_calib.txt").display().to_string();
+        self.with(&["--data", &text])
     }
 
     /// A pipeline for this machine.
