@@ -225,8 +225,20 @@ fn rows_that_a_kernel_would_miscount_are_refused() {
                  main (%tokens: tensor<?txi32>) -> tensor<?tx4xf32> {\n%x = embedding %tokens, @table\nreturn %x\n}\n";
     assert!(try_lower(whole).unwrap_err().to_string().contains("a row for each token"));
     assert!(try_lower(&whole.replace("module @m", "module @m {kind=encoder}")).is_ok());
-    let floats = "module @m\nmain (%x: tensor<?tx4xf32>) -> tensor<?rx4xf32> {\n%y = add %x, %x\n%z = last_rows %y\nreturn %z\n}\n";
-    assert!(try_lower(floats).unwrap_err().to_string().contains("an input of @main has type"));
+    let halves = "module @m\nmain (%x: tensor<?tx4xf16>) -> tensor<?rx4xf32> {\n%y = cast %x {to=f32}\n%z = last_rows %y\nreturn %z\n}\n";
+    assert!(try_lower(halves).unwrap_err().to_string().contains("an input of @main has type"));
+}
+
+#[test]
+fn rows_of_the_caller_live_from_the_first_launch_and_further_results_to_the_last() {
+    let text = "module @m {kind=encoder}\nmain (%ids: tensor<?txi32>, %x: tensor<?tx4xf32>) -> (tensor<?tx4xf32>, tensor<?tx4xf32>) {\n\
+                %y = add %x, %x\n%z = mul %y, %x\nreturn %z, %y\n}\n";
+    let lowered = lowered(text);
+    let [x] = &lowered.row_inputs[..] else { panic!("{:?}", lowered.row_inputs) };
+    let [y] = &lowered.row_outputs[..] else { panic!("{:?}", lowered.row_outputs) };
+    assert_eq!((x.name.as_str(), x.width, y.name.as_str(), y.width), ("x", 4, "y", 4));
+    let places = [x.at, y.at, lowered.output];
+    assert!(places.iter().enumerate().all(|(i, a)| !places[..i].contains(a)), "{places:?}");
 }
 
 #[test]
