@@ -135,6 +135,10 @@ fn site(module: &Module, graph: &Graph, x: ValueId) -> Result<Site, String> {
     };
     let classes = class.iter().max().map_or(0, |c| c + 1);
     let there = match &source {
+        // A norm of heads has a gain for the channels of one.
+        Source::Norm(op) if width(graph, graph.node(*op).result) != columns => {
+            return Err("it is normed by heads, which share a gain".into());
+        }
         Source::Norm(_) => columns,
         Source::Product(op, _) => {
             let (w, _) = float_matrix(graph, *op).ok_or("the matrix before it is not a plain one")?;
@@ -174,8 +178,15 @@ pub(super) fn trace(graph: &Graph, x: ValueId) -> Result<(Source, Option<Heads>)
                 if !epilogue.is_empty() {
                     return Err("the product before it has an epilogue".into());
                 }
-                if float_matrix(graph, op).is_none() {
+                let Some((_, matrix)) = float_matrix(graph, op) else {
                     return Err("the matrix before it is not a plain one".into());
+                };
+                // A vector that is added to each head, say, has no element for each row.
+                let rows = graph.ty(matrix).shape.0[0].fixed().unwrap_or(0) as usize;
+                let vectors =
+                    biases.iter().map(|&(add, i): &(OpId, usize)| width(graph, graph.node(add).args[i]));
+                if let Some(n) = vectors.into_iter().find(|&n| n != rows) {
+                    return Err(format!("a vector of {n} is added to what {rows} rows make"));
                 }
                 return Ok((Source::Product(op, biases), heads));
             }
@@ -189,7 +200,8 @@ pub(super) fn trace(graph: &Graph, x: ValueId) -> Result<(Source, Option<Heads>)
             }
             Op::Mul(_) => {
                 let [a, b] = [node.args[0], node.args[1]];
-                let same = graph.ty(a) == graph.ty(b);
+                // In a square the factor would count twice.
+                let same = graph.ty(a) == graph.ty(b) && a != b;
                 // Either factor will do when a product makes it.
                 let reaches = |v: ValueId| {
                     same && alone(graph, v, op)
@@ -239,7 +251,12 @@ pub(super) fn trace(graph: &Graph, x: ValueId) -> Result<(Source, Option<Heads>)
     }
 }
 
-/// Whether `reader` alone reads `v`. A rounding and the computation of its scale count as one reader.
+/// The extent of the last axis, 0 when it is not fixed.
+fn width(graph: &Graph, v: ValueId) -> usize {
+    graph.ty(v).shape.last().and_then(|d| d.fixed()).unwrap_or(0) as usize
+}
+
+/// Whether `reader` alone reads `v`.
 pub(super) fn alone(graph: &Graph, v: ValueId, reader: OpId) -> bool {
     !graph.is_result(v) && graph.users(v).into_iter().all(|user| user == reader)
 }

@@ -98,19 +98,26 @@ enum Other {
     Columns(Vec<OpId>),
 }
 
-/// The rows behind a cache, and what makes them; `steps` sees each op in between.
-fn behind_cache(graph: &Graph, cached: ValueId, mut reader: OpId) -> Result<(ValueId, OpId), String> {
-    let mut v = cached;
+/// The rows that go into the cache `cached`, which `reader` alone reads, as they are before they are rounded.
+fn behind_cache(graph: &Graph, cached: ValueId, mut reader: OpId) -> Result<ValueId, String> {
+    let (mut v, mut appended) = (cached, false);
     loop {
-        let Some((op, node)) = graph.def(v) else { return Err("they are an input".into()) };
-        match &node.op {
-            Op::CacheAppend(_) if alone(graph, v, reader) => (v, reader) = (node.args[1], op),
-            // The scale of codes follows them.
-            Op::Quantize(_) => (v, reader) = (node.args[0], op),
-            Op::Cast(_) if alone(graph, v, reader) => (v, reader) = (node.args[0], op),
-            Op::CacheAppend(_) | Op::Cast(_) => return Err("a cache is read elsewhere".into()),
-            _ => return Ok((v, reader)),
+        // The scale of codes follows the rows.
+        let follows = |user: OpId| user == reader || matches!(graph.node(user).op, Op::DynamicScale(_));
+        if graph.is_result(v) || !graph.users(v).into_iter().all(follows) {
+            return Err("they are read elsewhere".into());
         }
+        let Some((op, node)) = graph.def(v) else { return Err("they are an input".into()) };
+        v = match &node.op {
+            Op::CacheAppend(_) => {
+                appended = true;
+                node.args[1]
+            }
+            Op::Quantize(_) | Op::Cast(_) => node.args[0],
+            _ if appended => return Ok(v),
+            _ => return Err("they go into no cache".into()),
+        };
+        reader = op;
     }
 }
 
@@ -119,27 +126,26 @@ fn heads(graph: &Graph, v: ValueId) -> Result<(usize, usize), String> {
     Ok((fixed(1).ok_or("heads of unknown number")?, fixed(2).ok_or("heads of unknown size")?))
 }
 
-/// A rotation, or nothing, before the product that makes `rows`.
-fn before_rotation(graph: &Graph, rows: ValueId) -> (ValueId, Option<(Rope, usize)>) {
-    match graph.def(rows) {
-        Some((_, node)) if node.op.is::<Rope>().is_some() => {
-            let rope = node.op.is::<Rope>().cloned();
-            let size = graph.ty(node.args[1]).shape.last().and_then(|d| d.fixed()).unwrap_or(0) as usize;
-            (node.args[0], rope.map(|rope| (rope, size)))
-        }
-        _ => (rows, None),
+/// What is rotated to make `rows`, and how; `rows` itself when nothing is.
+fn before_rotation(graph: &Graph, rows: ValueId) -> Result<(ValueId, Option<(Rope, usize)>), String> {
+    let Some((op, node)) = graph.def(rows) else { return Ok((rows, None)) };
+    let Some(rope) = node.op.is::<Rope>() else { return Ok((rows, None)) };
+    if !alone(graph, node.args[0], op) {
+        return Err("what is rotated is read elsewhere".into());
     }
+    let size = graph.ty(node.args[1]).shape.last().and_then(|d| d.fixed()).unwrap_or(0) as usize;
+    Ok((node.args[0], Some((rope.clone(), size))))
 }
 
 fn keys(graph: &Graph, attention: OpId) -> Result<Pair, String> {
     let node = graph.node(attention);
     let (q, k) = (node.args[0], node.args[1]);
-    let (rows, _) = behind_cache(graph, k, attention)?;
+    let rows = behind_cache(graph, k, attention)?;
     let ((queries, size), (shared, key_size)) = (heads(graph, q)?, heads(graph, rows)?);
     if size != key_size || shared == 0 || !queries.is_multiple_of(shared) || !alone(graph, q, attention) {
         return Err("queries and keys do not match".into());
     }
-    let ((q_in, q_rope), (k_in, k_rope)) = (before_rotation(graph, q), before_rotation(graph, rows));
+    let ((q_in, q_rope), (k_in, k_rope)) = (before_rotation(graph, q)?, before_rotation(graph, rows)?);
     if q_rope != k_rope {
         return Err("queries and keys are rotated in different ways".into());
     }
@@ -166,7 +172,7 @@ fn partner(style: RopeStyle, turned: usize, c: usize) -> usize {
 
 fn values(graph: &Graph, attention: OpId) -> Result<Pair, String> {
     let node = graph.node(attention);
-    let (rows, _) = behind_cache(graph, node.args[2], attention)?;
+    let rows = behind_cache(graph, node.args[2], attention)?;
     let ((queries, _), (shared, size)) = (heads(graph, node.args[0])?, heads(graph, rows)?);
     if shared == 0 || !queries.is_multiple_of(shared) {
         return Err("queries and values do not match".into());
