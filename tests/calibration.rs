@@ -77,6 +77,10 @@ fn threads_and_stores_change_no_byte() {
         ]);
         (engine, made)
     };
+    // What a process that is gone was writing.
+    let rows = folder().join("store-one/activations");
+    std::fs::create_dir_all(&rows).expect("the folder is writable");
+    std::fs::write(rows.join("00.999999999.part"), "half").expect("the folder is writable");
     let (one, _) = compile("one", "store-one", "1");
     let (two, _) = compile("two", "store-two", "2");
     assert!(bytes(&one) == bytes(&two), "the number of threads shows");

@@ -16,43 +16,22 @@ use quantc_ir::target::{CpuDesc, Dot, TargetDesc};
 use quantc_runtime::object::Object;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use std::sync::LazyLock;
 
 const POISON: f32 = f32::NAN;
 /// Columns after the last one of every output row, which nobody may touch.
 const GAP: usize = 3;
 
 /// The code of `cpu-avxvnni` in the encoding of AVX-512, which more machines have.
-static NARROW_VNNI: TargetDesc = TargetDesc {
-    name: "256 bits of avx512vnni",
-    doc: "",
-    cpu: CpuDesc {
-        llvm_cpu: "x86-64-v4",
-        features: &[
-            "avx2",
-            "fma",
-            "f16c",
-            "avx512f",
-            "avx512bw",
-            "avx512cd",
-            "avx512dq",
-            "avx512vl",
-            "avx512vnni",
-        ],
-        vector_bits: 256,
-        vector_regs: 16,
-        fma: true,
-        dots: &[Dot::Vnni, Dot::Maddubs, Dot::Widening],
-        l1_kib: 32,
-        l2_kib: 1024,
-        int8_mac_per_cycle: 64.0,
-        f32_mac_per_cycle: 16.0,
-        bf16_mac_per_cycle: 0.0,
-        stream_bytes_per_cycle: 9.0,
-    },
-};
+static NARROW_VNNI: LazyLock<TargetDesc> = LazyLock::new(|| {
+    let [narrow, wide] = ["cpu-avxvnni", "cpu-avx512vnni"]
+        .map(|name| quantc_codegen::targets::lookup(name).expect("a target").clone());
+    let CpuDesc { llvm_cpu, features, .. } = wide.cpu;
+    TargetDesc { name: "256 bits of avx512vnni", cpu: CpuDesc { llvm_cpu, features, ..narrow.cpu }, ..narrow }
+});
 
 fn targets() -> impl Iterator<Item = &'static TargetDesc> {
-    TARGETS.iter().copied().chain([&NARROW_VNNI]).filter(|t| runs_here(t))
+    TARGETS.iter().copied().chain([&*NARROW_VNNI]).filter(|t| runs_here(t))
 }
 
 /// The machine whose products `cpu-avxvnni` has runs few of these tests; what it would run is looked at.

@@ -515,7 +515,10 @@ impl Sink {
         let Some(path) = path else { return Ok(Sink::Memory(vec![])) };
         let name = path.with_extension(format!("{}.part", std::process::id()));
         let make = || {
-            path.parent().map_or(Ok(()), fs::create_dir_all)?;
+            if let Some(place) = path.parent() {
+                fs::create_dir_all(place)?;
+                sweep(place);
+            }
             File::create(&name)
         };
         let file = make().map_err(|e| io(&name, &e))?;
@@ -546,6 +549,20 @@ impl Sink {
             (Sink::File { path, .. }, None) => {
                 Err(Diag::bug(format!("a file {} without a name", path.display())))
             }
+        }
+    }
+}
+
+/// Removes files that processes which are gone were writing: `NAME.PROCESS.part`.
+fn sweep(place: &Path) {
+    let Ok(entries) = fs::read_dir(place) else { return };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        let part = path.extension().is_some_and(|e| e == "part");
+        let owner = path.file_stem().and_then(|stem| Path::new(stem).extension());
+        let owner = owner.and_then(|pid| pid.to_str()?.parse::<u32>().ok());
+        if part && owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+            // Whoever is faster.
+            let _ = fs::remove_file(path);
         }
     }
 }

@@ -101,12 +101,7 @@ impl Pass for Awq {
     }
 
     fn patterns(&self) -> Vec<PatternUse<'_>> {
-        [
-            PatternUse::all("skip", &self.skip, NameKind::Weight),
-            PatternUse::all("layers", &self.layers, NameKind::Layer),
-            PatternUse::all("skip-layers", &self.skip_layers, NameKind::Layer),
-        ]
-        .concat()
+        PatternUse::filters(&[], &self.skip, &self.layers, &self.skip_layers)
     }
 }
 

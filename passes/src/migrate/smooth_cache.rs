@@ -67,11 +67,7 @@ impl Pass for SmoothCache {
     }
 
     fn patterns(&self) -> Vec<PatternUse<'_>> {
-        [
-            PatternUse::all("layers", &self.layers, NameKind::Layer),
-            PatternUse::all("skip-layers", &self.skip_layers, NameKind::Layer),
-        ]
-        .concat()
+        PatternUse::filters(&[], &[], &self.layers, &self.skip_layers)
     }
 }
 

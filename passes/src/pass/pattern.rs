@@ -79,6 +79,23 @@ impl<'a> PatternUse<'a> {
     pub fn all(option: &'static str, patterns: &'a [Pattern], names: NameKind) -> Vec<PatternUse<'a>> {
         patterns.iter().map(|pattern| PatternUse { option, pattern, names }).collect()
     }
+
+    /// The uses of the filters that passes on weights have in common: of weights `only` and `skip`, of layers `layers` and
+    /// `skip-layers`.
+    pub fn filters(
+        only: &'a [Pattern],
+        skip: &'a [Pattern],
+        layers: &'a [Pattern],
+        skip_layers: &'a [Pattern],
+    ) -> Vec<PatternUse<'a>> {
+        [
+            PatternUse::all("only", only, NameKind::Weight),
+            PatternUse::all("skip", skip, NameKind::Weight),
+            PatternUse::all("layers", layers, NameKind::Layer),
+            PatternUse::all("skip-layers", skip_layers, NameKind::Layer),
+        ]
+        .concat()
+    }
 }
 
 /// Matches bytes with `*` for any run, in time of the product of the lengths at worst.

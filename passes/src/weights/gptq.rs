@@ -2,7 +2,7 @@
 
 use super::gptq_core::{Facts, GptqOptions, Importance, ScaleSearch, rewrite};
 use super::install::{install, outputs};
-use super::options::{FormatName, Grouping, ScaleType, ZeroPoints, scheme};
+use super::options::{FormatName, Grouping, ScaleType, ZeroPoints, check_rule, scheme};
 use super::round_to_nearest::{float_matrix, selects};
 use super::rows::{Loss, Outputs, pack_rows, write_params};
 use crate::calib::stats::{self, Kind};
@@ -10,7 +10,7 @@ use crate::calib::SiteStats;
 use crate::pass::prelude::*;
 use quantc_ir::formats;
 use quantc_ir::quant::{Groups, ScaleRule, dequantize_block};
-use quantc_ir::scheme::{Scheme, Zero};
+use quantc_ir::scheme::Scheme;
 use quantc_ir::weights::{Recipe, WeightView};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -122,9 +122,7 @@ impl Pass for Gptq {
 
     fn validate(&self) -> Result<()> {
         let scheme = self.scheme()?;
-        if self.scale_rule == ScaleRule::Mx && scheme.zero != Zero::Symmetric {
-            return Err(Diag::pipeline("OCP MX has no zero points").help("use `zero=symmetric`"));
-        }
+        check_rule(self.scale_rule, &scheme)?;
         if !(self.damp > 0.0 && self.damp <= 1.0) {
             return Err(Diag::pipeline(format!("`damp` is {}, not above 0 and at most 1", self.damp)));
         }
@@ -136,13 +134,7 @@ impl Pass for Gptq {
     }
 
     fn patterns(&self) -> Vec<PatternUse<'_>> {
-        [
-            PatternUse::all("only", &self.only, NameKind::Weight),
-            PatternUse::all("skip", &self.skip, NameKind::Weight),
-            PatternUse::all("layers", &self.layers, NameKind::Layer),
-            PatternUse::all("skip-layers", &self.skip_layers, NameKind::Layer),
-        ]
-        .concat()
+        PatternUse::filters(&self.only, &self.skip, &self.layers, &self.skip_layers)
     }
 }
 

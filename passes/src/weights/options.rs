@@ -2,6 +2,7 @@
 
 use quantc_ir::diag::{Diag, Result, near_misses};
 use quantc_ir::formats::{self, Class, Format};
+use quantc_ir::quant::ScaleRule;
 use quantc_ir::scheme::{Group, Scheme, Zero};
 use quantc_ir::ty::Float;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -168,6 +169,14 @@ pub fn scheme(format: FormatName, group: Grouping, zero: ZeroPoints, scale: Scal
             Ok(Scheme { format, zero: Zero::Point(format), ..symmetric })
         }
     }
+}
+
+/// Refuses rules that do not go with a scheme.
+pub fn check_rule(rule: ScaleRule, scheme: &Scheme) -> Result<()> {
+    if rule == ScaleRule::Mx && scheme.zero != Zero::Symmetric {
+        return Err(Diag::pipeline("OCP MX has no zero points").help("use `zero=symmetric`"));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

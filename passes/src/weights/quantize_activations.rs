@@ -131,13 +131,7 @@ impl Pass for QuantizeActivations {
     }
 
     fn patterns(&self) -> Vec<PatternUse<'_>> {
-        [
-            PatternUse::all("only", &self.only, NameKind::Weight),
-            PatternUse::all("skip", &self.skip, NameKind::Weight),
-            PatternUse::all("layers", &self.layers, NameKind::Layer),
-            PatternUse::all("skip-layers", &self.skip_layers, NameKind::Layer),
-        ]
-        .concat()
+        PatternUse::filters(&self.only, &self.skip, &self.layers, &self.skip_layers)
     }
 }
 

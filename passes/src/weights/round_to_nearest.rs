@@ -1,7 +1,7 @@
 //! Rounds weights to the nearest code.
 
 use super::install::{install, outputs};
-use super::options::{FormatName, Grouping, RangeSearch, ScaleType, ZeroPoints, scheme};
+use super::options::{FormatName, Grouping, RangeSearch, ScaleType, ZeroPoints, check_rule, scheme};
 use super::gptq_core::{ScaleSearch, Weighting, fit_scales};
 use super::rows::{Loss, Outputs, pack_rows, quantize, write_params};
 use crate::calib::SiteStats;
@@ -9,7 +9,7 @@ use crate::calib::stats::{self, Kind};
 use crate::pass::prelude::*;
 use quantc_ir::formats;
 use quantc_ir::quant::{self, Groups, ScaleRule, Search};
-use quantc_ir::scheme::{Scheme, Zero};
+use quantc_ir::scheme::Scheme;
 use quantc_ir::weights::{Recipe, WeightView};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -87,9 +87,7 @@ impl Pass for RoundToNearest {
 
     fn validate(&self) -> Result<()> {
         let scheme = self.scheme()?;
-        if self.scale_rule == ScaleRule::Mx && scheme.zero != Zero::Symmetric {
-            return Err(Diag::pipeline("OCP MX has no zero points").help("use `zero=symmetric`"));
-        }
+        check_rule(self.scale_rule, &scheme)?;
         Ok(())
     }
 
@@ -102,13 +100,7 @@ impl Pass for RoundToNearest {
     }
 
     fn patterns(&self) -> Vec<PatternUse<'_>> {
-        [
-            PatternUse::all("only", &self.only, NameKind::Weight),
-            PatternUse::all("skip", &self.skip, NameKind::Weight),
-            PatternUse::all("layers", &self.layers, NameKind::Layer),
-            PatternUse::all("skip-layers", &self.skip_layers, NameKind::Layer),
-        ]
-        .concat()
+        PatternUse::filters(&self.only, &self.skip, &self.layers, &self.skip_layers)
     }
 }
 
