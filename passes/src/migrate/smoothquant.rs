@@ -20,7 +20,7 @@ pass! {
     /// attention), `s[j] = max|x[j]|^alpha / max|w[j]|^(1 - alpha)`: the channel is divided by it where it is made, and the columns
     /// of the matrices that read it are multiplied (Xiao et al. 2023, SmoothQuant, equation 4). Products stay the same, and that is
     /// checked on a sample whenever there is data. `alpha=search` tries eleven values for each place and takes the
-    /// one with the least error of the product of rounded rows and rounded weights, on rows of the data. A place
+    /// one with the least relative error of the products of rounded rows and rounded weights, on rows of the data. A place
     /// is left as it is when that is best.
     ///
     /// ```qir before
@@ -46,7 +46,7 @@ pass! {
         skip_layers: Vec<Pattern> = vec![],
     }
     needs: [stat(absmax)],
-    scope: Layer, numerics: Reassociates, stats: transforms
+    scope: Layer, numerics: Reassociates, stats: transforms, version: 2
 }
 
 /// How much is moved.
@@ -216,6 +216,8 @@ fn choose(
 }
 
 /// The squared error of products of rounded rows and rounded weights, on the rows that were kept and on some rows of each matrix.
+/// Each token's is taken relative to the size of its product and the usual size together, for each matrix: what is
+/// small, as keys beside values can be, decides as much as what is large.
 fn error(format: &'static Format, site: &Site, factors: &[f32], stats: &SiteStats, readers: &[Vec<f32>]) -> Result<f64> {
     let by: Vec<f32> = site.class.iter().map(|&c| factors[c]).collect();
     let k = by.len().max(1);
@@ -236,15 +238,22 @@ fn error(format: &'static Format, site: &Site, factors: &[f32], stats: &SiteStat
         let picked: Vec<f32> = w.chunks_exact(k).step_by(step).flatten().copied().collect();
         let scaled: Vec<f32> = picked.chunks_exact(k).flat_map(|row| row.iter().zip(&by).map(|(w, s)| w * s)).collect();
         let weights = rounded(&scaled, Group::Axis(0))?;
-        let part: Vec<f64> = rows
+        let parts: Vec<(f64, f64)> = rows
             .par_chunks(k)
             .zip(stats.rows.par_chunks(k))
             .map(|(q, x)| {
-                let of = |(w, v): (&[f32], &[f32])| f64::from(dot(q, w) - dot(x, v)).powi(2);
-                weights.chunks_exact(k).zip(picked.chunks_exact(k)).map(of).sum()
+                let mut part = (0.0, 0.0);
+                for (w, v) in weights.chunks_exact(k).zip(picked.chunks_exact(k)) {
+                    let y = dot(x, v);
+                    part.0 += f64::from(dot(q, w) - y).powi(2);
+                    part.1 += f64::from(y).powi(2);
+                }
+                part
             })
             .collect();
-        sum += step as f64 * part.iter().sum::<f64>();
+        let usual = parts.iter().map(|(_, size)| size).sum::<f64>() / parts.len().max(1) as f64;
+        let relative = |(error, size): &(f64, f64)| if usual > 0.0 { error / (size + usual) } else { 0.0 };
+        sum += parts.iter().map(relative).sum::<f64>();
     }
     Ok(sum)
 }
