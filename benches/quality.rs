@@ -63,6 +63,19 @@ enum Kind {
     Sorter,
 }
 
+/// The option of the preset that searches for strengths, and what it is compared with.
+const SEARCHED: &str = "smoothquant{alpha=search}";
+const FIXED: &str = "smoothquant{alpha=0.5}";
+
+/// One row of a model's table.
+struct Way {
+    label: String,
+    /// How it is compiled.
+    args: Vec<String>,
+    /// Whether it is given the calibration text.
+    data: bool,
+}
+
 /// A model with its texts.
 struct Subject {
     name: String,
@@ -360,14 +373,22 @@ the embedding counts as a matrix of its own); neither counts padding. `MB` is th
     }
 
     /// Compiles `model` to the engine `name`, in the place of any other of this name.
-    fn compile(&self, model: &Path, calibration: &Path, how: &[&str], name: &str) -> Result<PathBuf, String> {
+    fn compile(
+        &self,
+        model: &Path,
+        calibration: Option<&Path>,
+        how: &[&str],
+        name: &str,
+    ) -> Result<PathBuf, String> {
         let out = self.work.join("engines").join(name);
         let _ = std::fs::remove_dir_all(&out);
-        let mut args =
-            vec![OsStr::new("compile"), model.as_os_str(), OsStr::new("--data"), calibration.as_os_str()];
+        let mut args = vec![OsStr::new("compile"), model.as_os_str()];
         args.extend(["--target", "host", "--agreement", "0", "-o"].map(OsStr::new));
         args.push(out.as_os_str());
         args.extend(how.iter().map(OsStr::new));
+        if let Some(calibration) = calibration {
+            args.extend([OsStr::new("--data"), calibration.as_os_str()]);
+        }
         self.quantc(args)?;
         Ok(out)
     }
@@ -407,9 +428,11 @@ the embedding counts as a matrix of its own); neither counts padding. `MB` is th
         model: (&Path, &Value),
         base: &Path,
         vectors: &Value,
-        how: &[&str],
+        how: &Way,
     ) -> Result<Row, String> {
-        let engine = self.compile(model.0, &subject.calibration, how, "engine")?;
+        let args: Vec<&str> = how.args.iter().map(String::as_str).collect();
+        let calibration = how.data.then_some(subject.calibration.as_path());
+        let engine = self.compile(model.0, calibration, &args, "engine")?;
         let report = json(&read(&engine.join("report.json"))?)?;
         let bytes = self.inspect(&engine)?["weight_bytes"].as_f64().ok_or("an engine without a size")?;
         let figures = if subject.kind == Kind::Encoder {
@@ -421,6 +444,26 @@ the embedding counts as a matrix of its own); neither counts padding. `MB` is th
             Figures::Text { scores, sorted: sorts.map_err(|e| inputs::reason(&e, &self.known))? }
         };
         Ok(Row { bits: inputs::bits(model.1, &report)?, megabytes: bytes / 1e6, figures })
+    }
+
+    /// What is measured: the presets, and beside them what their defaults are to be judged by.
+    fn ways(&self, subject: &Subject) -> Vec<Way> {
+        let way = |label: String, args: &[&str], data: bool| {
+            let args = args.iter().map(ToString::to_string).collect();
+            Way { label, args, data }
+        };
+        let mut all: Vec<Way> =
+            self.presets.iter().map(|p| way(p.name.into(), &["--preset", p.name], p.needs_data())).collect();
+        if let Some(searched) = self.presets.iter().find(|p| p.pipeline.contains(SEARCHED)) {
+            let pipeline = searched.pipeline.replace(SEARCHED, FIXED);
+            all.push(way(format!("{}, alpha 0.5", searched.name), &["-p", &pipeline], true));
+        }
+        for kv in self.options.kv.iter().filter(|_| subject.kind == Kind::Decoder) {
+            let args = ["--preset", "f32", "--kv-cache", kv];
+            all.push(way(format!("f32, {kv} cache"), &args, false));
+            all.push(way(format!("f32, {kv} cache, calibrated"), &args, true));
+        }
+        all
     }
 
     /// The table of one folder. Returns a column of the summary: its name, and for each preset what it costs.
@@ -440,7 +483,7 @@ the embedding counts as a matrix of its own); neither counts padding. `MB` is th
         let mut short = vec![];
         let begun = || -> Result<(Value, PathBuf, Value), String> {
             let weights = self.inspect(model)?;
-            let base = self.compile(model, &subject.calibration, &["--preset", "f32"], "base")?;
+            let base = self.compile(model, None, &["--preset", "f32"], "base")?;
             let vectors = match subject.kind {
                 Kind::Encoder => self.embed(&base, &subject.evaluation)?,
                 _ => Value::Null,
@@ -457,12 +500,10 @@ the embedding counts as a matrix of its own); neither counts padding. `MB` is th
         };
         *text += "\n";
         *text += &head(&titles);
-        let presets = self.presets.iter().map(|p| (p.name.to_string(), vec!["--preset", p.name]));
-        let kv = self.options.kv.iter().filter(|_| subject.kind == Kind::Decoder);
-        let caches = kv.map(|kv| (format!("f32, {kv} cache"), vec!["--preset", "f32", "--kv-cache", kv]));
-        for (n, (preset, how)) in presets.chain(caches).enumerate() {
+        for (n, how) in self.ways(subject).iter().enumerate() {
+            let preset = &how.label;
             let start = Instant::now();
-            let row = self.measure(subject, (model, &weights), &base, &vectors, &how);
+            let row = self.measure(subject, (model, &weights), &base, &vectors, how);
             let cost = match &row {
                 Ok(row) => row.cost(),
                 Err(_) => "-".into(),
@@ -473,8 +514,8 @@ the embedding counts as a matrix of its own); neither counts padding. `MB` is th
                 short.push(cost);
             }
             match row {
-                Ok(row) => *text += &cells(&row.cells(&preset, subject.kind)),
-                Err(why) => *text += &failed(&preset, &why, titles.len()),
+                Ok(row) => *text += &cells(&row.cells(preset, subject.kind)),
+                Err(why) => *text += &failed(preset, &why, titles.len()),
             }
         }
         (name.into(), short)
@@ -506,9 +547,7 @@ layer on what the quantized layers before it make. `scales` is the type of ours;
             let subject = subjects.iter().find(|s| s.name == *name && s.kind == Kind::Decoder);
             let base = match subject {
                 None => Err("the model is not there".to_string()),
-                Some(s) => {
-                    self.compile(&s.folder, &s.calibration, &["--preset", "f32"], "base").map(|b| (s, b))
-                }
+                Some(s) => self.compile(&s.folder, None, &["--preset", "f32"], "base").map(|b| (s, b)),
             };
             match base {
                 Ok((subject, base)) => self.reference(reference, subject, &base, &mut text),
@@ -605,7 +644,7 @@ layer on what the quantized layers before it make. `scales` is the type of ours;
     ) -> Result<Option<Scores>, String> {
         let pipeline = row.pipeline(scale)?;
         let engine =
-            self.compile(&subject.folder, &subject.calibration, &["--pipeline", &pipeline], "engine")?;
+            self.compile(&subject.folder, Some(&subject.calibration), &["--pipeline", &pipeline], "engine")?;
         let report = json(&read(&engine.join("report.json"))?)?;
         let found = inputs::scale_type(&report).ok_or("nothing is stored as codes")?;
         if seen.contains(&found) {
