@@ -53,6 +53,7 @@ pub mod registry;
 pub mod rewrite;
 pub mod saturate;
 pub mod stream;
+pub mod told;
 pub mod weights;
 
 pub use registry::Registry;

@@ -3,6 +3,7 @@
 use crate::calib::chain::{Calibrator, Choice, Start};
 use crate::calib::stats::{self, Kind, LayerStats};
 use crate::pass::prelude::*;
+use crate::told::{Taken, Told};
 use crate::weights::{float_matrix, selects};
 use serde::{Deserialize, Serialize};
 
@@ -105,7 +106,17 @@ impl Pass for Calibrate {
         let (n, each) = (start.samples.windows.len(), start.samples.windows[0].len());
         let digest = start.samples.digest.to_string();
         let place = format!("@{}", cx.function_name());
-        cx.remark(place, format_args!("{} values on {n} samples of {each} tokens of {name}, {}", values.len(), &digest[..16]));
+        let text = format!("{} values on {n} samples of {each} tokens of {name}, {}", values.len(), &digest[..16]);
+        let told = Taken {
+            data: name,
+            samples: n,
+            length: each,
+            seed: self.seed,
+            digest,
+            statistics: self.stats.iter().map(|kind| kind.name().to_string()).collect(),
+            values: values.len(),
+        };
+        cx.tell(place, format_args!("{text}"), Told::Data(told));
         cx.session().put_about(function, LayerStats::new(start, &sites, read, &self.stats));
         Ok(Changed::No)
     }

@@ -4,7 +4,7 @@ use crate::pass::Remark;
 use std::fmt;
 
 /// All remarks of a run, in order.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 #[serde(transparent)]
 pub struct Remarks(pub Vec<Remark>);
 

@@ -41,6 +41,25 @@ impl Timing {
         self.roots.iter().map(|n| n.seconds).sum()
     }
 
+    /// Each pass with how often it ran and its seconds, over the whole pipeline, in order of first appearance.
+    pub fn passes(&self) -> Vec<(&str, usize, f64)> {
+        fn walk<'a>(nodes: &'a [Node], sums: &mut Vec<(&'a str, usize, f64)>) {
+            for node in nodes.iter().filter(|n| n.step.is_some()) {
+                match sums.iter_mut().find(|(name, ..)| *name == node.name) {
+                    // Groups are the sum of what is in them.
+                    _ if node.parts.iter().any(|n| n.step.is_some()) => walk(&node.parts, sums),
+                    Some((_, count, seconds)) => {
+                        (*count, *seconds) = (*count + node.count, *seconds + node.seconds)
+                    }
+                    None => sums.push((&node.name, node.count, node.seconds)),
+                }
+            }
+        }
+        let mut sums = vec![];
+        walk(&self.roots, &mut sums);
+        sums
+    }
+
     pub(super) fn enter(&mut self, step: usize, name: &str) {
         let place = find(self.siblings(), Some(step), name);
         self.open.push(place);
@@ -116,5 +135,6 @@ mod tests {
         let text = "     2.000 s  100.0 %  all passes\n     2.000 s  100.0 %    layers\n     \
                     1.500 s   75.0 %      gptq (3 times)\n     0.750 s   37.5 %        solve (3 times)\n";
         assert_eq!(t.to_string(), text);
+        assert_eq!(t.passes(), [("gptq", 3, 1.5)]);
     }
 }

@@ -3,6 +3,7 @@
 use crate::calib::Calibrator;
 use crate::calib::chain::Start;
 use crate::pass::PassCx;
+use crate::told::{Same, Told};
 use quantc_ir::diag::{Diag, Result};
 use quantc_ir::weights::Recipe;
 
@@ -23,7 +24,8 @@ pub fn tell(cx: &mut PassCx<'_>, before: Option<&Start>) -> Result<()> {
     let Some(before) = before else { return Ok(()) };
     let difference = check(cx, before)?;
     let place = format!("@{}", cx.function_name());
-    cx.remark(place, format_args!("results differ by {difference:.1e} of their size"));
+    let text = format_args!("results differ by {difference:.1e} of their size");
+    cx.tell(place, text, Told::Same(Same { difference }));
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! Moves the gains of norms into the matrices that read them.
 
 use crate::pass::prelude::*;
+use crate::told::{self, Told};
 use quantc_ir::ops::{Add, LastRows, LayerNorm, MatMul, RmsNorm};
 use quantc_ir::weights::{BlobWriter, WeightView};
 
@@ -43,12 +44,15 @@ impl Pass for FoldNormGain {
                     }
                     strip(cx, op)?;
                     let place = cx.place(cx.graph().node(op).result);
-                    cx.remark(place, format_args!("folded the gain into {} matrices", matmuls.len()));
+                    let (what, matrices) = (format!("folded the gain into {} matrices", matmuls.len()), matmuls.len());
+                    let told = told::Site { applied: true, what: what.clone(), matrices, factors: None };
+                    cx.tell(place, format_args!("{what}"), Told::Site(told));
                     changed = true;
                 }
                 Err(why) => {
                     let place = cx.place(cx.graph().node(op).result);
-                    cx.remark(place, format_args!("kept the gain: {why}"));
+                    let told = Told::Site(told::Site::skipped(why.to_string()));
+                    cx.tell(place, format_args!("kept the gain: {why}"), told);
                 }
             }
         }

@@ -12,6 +12,7 @@
 
 use super::equal;
 use crate::pass::prelude::*;
+use crate::told::{self, Told};
 use crate::weights::float_matrix;
 use quantc_ir::ops::{Add, Attention, CacheAppend, LastRows, LayerNorm, MatMul, RmsNorm};
 use quantc_ir::weights::{BlobWriter, Digest, WeightView};
@@ -85,22 +86,25 @@ pub fn divide_each(
     let before = equal::before(cx)?;
     let (sites, refused) = find(cx.module, cx.graph());
     for Refused { x, why } in &refused {
-        cx.remark(cx.place(*x), format_args!("left as it is: {why}"));
+        leave(cx, &cx.place(*x), why);
     }
     let mut changed = false;
     for site in &sites {
         let place = cx.place(site.x);
         let names = site.matrices(cx.graph()).into_iter().map(|w| cx.module.weights[w].name.clone());
         if let Some(name) = names.into_iter().find(|name| skip.any_matches(name)) {
-            cx.remark(place, format_args!("left as it is: @{name} is skipped"));
+            leave(cx, &place, &format!("@{name} is skipped"));
             continue;
         }
         match decide(cx, site)? {
-            Decision::Leave(why) => cx.remark(place, format_args!("left as it is: {why}")),
+            Decision::Leave(why) => leave(cx, &place, why),
             Decision::Divide(factors, text) => {
                 site.divide(cx, &factors, label)?;
                 let (kind, n) = (site.kind(), site.readers.len());
-                cx.remark(place, format_args!("{kind} into {n} matrices, {text}"));
+                let what = format!("{kind} into {n} matrices, {text}");
+                let told =
+                    told::Site { applied: true, what, matrices: n, factors: Some(told::span(&factors)) };
+                cx.tell(place, format_args!("{kind} into {n} matrices, {text}"), Told::Site(told));
                 changed = true;
             }
         }
@@ -109,6 +113,11 @@ pub fn divide_each(
         equal::tell(cx, before.as_ref())?;
     }
     Ok(changed.into())
+}
+
+/// Tells that a place stays as it is, and why.
+fn leave(cx: &mut PassCx<'_>, place: &str, why: &str) {
+    cx.tell(place, format_args!("left as it is: {why}"), Told::Site(told::Site::skipped(why)));
 }
 
 fn site(module: &Module, graph: &Graph, x: ValueId) -> Result<Site, String> {

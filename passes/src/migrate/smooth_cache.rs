@@ -4,6 +4,7 @@ use super::equal;
 use super::sites::{Source, alone, trace};
 use crate::calib::stats;
 use crate::pass::prelude::*;
+use crate::told::{self, Told};
 use crate::weights::{float_matrix, selects};
 use quantc_ir::ops::{Attention, Rope, RopeStyle};
 
@@ -44,10 +45,20 @@ impl Pass for SmoothCache {
             for (what, pair) in [("keys", keys), ("values", values)] {
                 let place = cx.place(cx.graph().node(op).result);
                 match pair {
-                    Err(why) => cx.remark(place, format_args!("{what} left as they are: {why}")),
+                    Err(why) => {
+                        let told = told::Site::skipped(format!("{what}: {why}"));
+                        cx.tell(place, format_args!("{what} left as they are: {why}"), Told::Site(told));
+                    }
                     Ok(pair) => {
-                        let span = self.smooth(cx, &pair)?;
-                        cx.remark(place, format_args!("{what} by factors {:.3} to {:.3}", span.0, span.1));
+                        let [low, high] = self.smooth(cx, &pair)?;
+                        let matrices = match &pair.other {
+                            Other::Queries(_) => 1,
+                            Other::Columns(readers) => readers.len(),
+                        };
+                        let (applied, factors) = (true, Some([low, high]));
+                        let told = told::Site { applied, what: what.into(), matrices, factors };
+                        let text = format_args!("{what} by factors {low:.3} to {high:.3}");
+                        cx.tell(place, text, Told::Site(told));
                         changed = true;
                     }
                 }
@@ -192,7 +203,7 @@ fn values(graph: &Graph, attention: OpId) -> Result<Pair, String> {
 
 impl SmoothCache {
     /// Divides and multiplies; returns the least and the largest factor.
-    fn smooth(&self, cx: &mut PassCx<'_>, pair: &Pair) -> Result<(f32, f32)> {
+    fn smooth(&self, cx: &mut PassCx<'_>, pair: &Pair) -> Result<[f32; 2]> {
         let known = stats::of(cx, pair.rows)?;
         let mut most = known.absmax.clone();
         for head in most.chunks_exact_mut(pair.size) {
@@ -217,7 +228,7 @@ impl SmoothCache {
             }
             Other::Columns(readers) => super::sites::multiply_columns(cx, readers, &wide, "even")?,
         }
-        Ok(factors.iter().fold((f32::MAX, 0f32), |(low, high), &s| (low.min(s), high.max(s))))
+        Ok(told::span(&factors))
     }
 
     /// The factors of the channels of a head; those that were never anything but 0 stay.

@@ -2,6 +2,7 @@
 
 use super::{Numerics, OptionInfo, Pass, PassInfo};
 use crate::analysis::{Analyses, Analysis, Function};
+use crate::told::Told;
 use quantc_ir::diag::{Diag, Loc, Result};
 use quantc_ir::entity::{OpId, ValueId, WeightId};
 use quantc_ir::graph::Graph;
@@ -64,7 +65,7 @@ impl<'a> Env<'a> {
 }
 
 /// Something a pass tells about what it did.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Remark {
     /// The pass.
     pub pass: &'static str,
@@ -75,6 +76,9 @@ pub struct Remark {
     /// What of it can be compared and summed up, by name.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub numbers: Vec<(&'static str, Real)>,
+    /// The same in fields, for reports.
+    #[serde(skip)]
+    pub told: Option<Told>,
 }
 
 /// Things that passes leave for later passes of the same run, one for each type: calibration data, executors. And
@@ -246,7 +250,14 @@ impl<'a> PassCx<'a> {
     ) {
         let numbers = numbers.iter().map(|&(name, x)| (name, Real(x))).collect();
         let (place, text) = (place.to_string(), text.to_string());
-        self.state.remarks.push(Remark { pass: self.info.name, place, text, numbers });
+        self.state.remarks.push(Remark { pass: self.info.name, place, text, numbers, told: None });
+    }
+
+    /// As [`remark`](Self::remark), with the same in fields, for reports.
+    pub fn tell(&mut self, place: impl fmt::Display, text: fmt::Arguments<'_>, told: Told) {
+        let (place, text) = (place.to_string(), text.to_string());
+        let pass = self.info.name;
+        self.state.remarks.push(Remark { pass, place, text, numbers: vec![], told: Some(told) });
     }
 
     /// An analysis of the function, computed unless it is known.

@@ -6,6 +6,7 @@ use crate::calib::SiteStats;
 use crate::calib::observers::Method;
 use crate::calib::stats::{self, Kind};
 use crate::pass::prelude::*;
+use crate::told::StaticScale;
 use quantc_ir::formats::{self, Class};
 use quantc_ir::ops::{Dequantize, DynamicScale, MatMul, Quantize};
 use quantc_ir::quant::{ScaleRule, scale_for};
@@ -164,8 +165,11 @@ impl QuantizeActivations {
         })?;
         let Told { min, max, outside, moved } = serde_json::from_slice(&cx.store.read_blob(blobs[1])?)
             .map_err(|e| Diag::input(format!("what the store keeps of the scale of {place} is damaged: {e}")))?;
-        let outside = outside.map_or(String::new(), |share| format!(", {:.3} % saturate", 100.0 * share));
-        cx.remark(&place, format_args!("{scheme}: {min:.4} to {max:.4} by {}{outside}", self.range));
+        let share = outside.map_or(String::new(), |share| format!(", {:.3} % saturate", 100.0 * share));
+        let (range, unsettled) = (self.range.to_string(), moved.clone());
+        let told = StaticScale { scheme: scheme.to_string(), range, min, max, saturates: outside, unsettled };
+        let text = format_args!("{scheme}: {min:.4} to {max:.4} by {}{share}", self.range);
+        cx.tell(&place, text, crate::told::Told::Scale(told));
         if let Some(moved) = moved {
             cx.remark(&place, format_args!("{moved}"));
         }
