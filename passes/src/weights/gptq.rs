@@ -8,6 +8,7 @@ use super::rows::{Loss, Outputs, pack_rows, write_params};
 use crate::calib::stats::{self, Kind};
 use crate::calib::SiteStats;
 use crate::pass::prelude::*;
+use crate::told::Rounded;
 use quantc_ir::formats;
 use quantc_ir::quant::{Groups, ScaleRule, dequantize_block};
 use quantc_ir::scheme::Scheme;
@@ -204,15 +205,18 @@ impl Gptq {
         if told.dead > 0 {
             text += &format!(", {} columns read nothing but 0", told.dead);
         }
-        let numbers = [
-            ("bits", bits),
-            ("sqnr_db", told.sqnr_db),
-            ("output_error", told.relative),
-            ("by_nearest", told.by_nearest),
-            ("fallback", f64::from(u8::from(told.damping.is_none()))),
-        ];
+        let rounded = Rounded {
+            weight: name.clone(),
+            scheme: scheme.to_string(),
+            bits,
+            sqnr_db: told.sqnr_db,
+            largest_error: None,
+            output_error: Some(told.relative),
+            by_nearest: Some(told.by_nearest),
+            fallback: told.damping.is_none().then(|| "the Hessian has no factor".into()),
+        };
         let text = format_args!("{text}, {bits:.3} bits per weight");
-        cx.remark_with(format_args!("@{name}"), text, &numbers);
+        cx.tell(format_args!("@{name}"), text, crate::told::Told::Weight(rounded));
         Ok(value)
     }
 }
