@@ -170,3 +170,70 @@ fn a_cache_of_codes_is_made_to_fit_its_scales() {
     eprintln!("divergence with an int8 cache: {plain:.6}, channels made alike {smooth:.6}");
     assert!(smooth < plain, "{smooth} {plain}");
 }
+
+/// The rows of a section of a report.
+fn rows<'a>(report: &'a serde_json::Value, section: &str) -> &'a Vec<serde_json::Value> {
+    report[section].as_array().unwrap_or_else(|| panic!("`{section}` is no list"))
+}
+
+#[test]
+fn the_report_tells_what_was_done_in_fields() {
+    let text = &format!(
+        "{FEW}, smoothquant{{skip=[\"l0.attn.q\"], skip-layers=[head]}}, gptq{{skip-layers=[head]}}"
+    );
+    let built = calibrated(text).built();
+    let report = json(["inspect".as_ref(), built.path.as_os_str(), "--report".as_ref()]);
+    assert_eq!(number(&report, "version"), 1.0);
+    // What the tool prints is the same, and more that is not the same every time.
+    let mut printed = built.summary["report"].clone();
+    printed["kernels"] = report["kernels"].clone();
+    assert_eq!(printed, report);
+    let data = rows(&report, "calibration");
+    assert_eq!(data.len(), 1, "{data:?}");
+    assert_eq!((&data[0]["data"], number(&data[0], "samples")), (&"tales_calib.txt".into(), 8.0));
+    assert_eq!(
+        (number(&data[0], "length"), number(&data[0], "seed"), number(&data[0], "layers")),
+        (256.0, 0.0, 4.0)
+    );
+    assert_eq!(data[0]["digest"].as_str().map(str::len), Some(64));
+    // Every matrix of the four layers, as the pipeline says.
+    let quantized = rows(&report, "quantized");
+    assert_eq!(quantized.len(), 28);
+    for weight in quantized {
+        assert_eq!((&weight["pass"], number(weight, "bits")), (&"gptq".into(), 4.125), "{weight}");
+        assert!((10.0..30.0).contains(&number(weight, "sqnr_db")), "{weight}");
+        assert!((1e-5..0.1).contains(&number(weight, "output_error")), "{weight}");
+        assert!(number(weight, "by_nearest") <= 1.0 && weight["fallback"].is_null(), "{weight}");
+    }
+    let sites = rows(&report, "sites");
+    let left: Vec<_> = sites.iter().filter(|site| site["applied"] == false).collect();
+    assert_eq!((sites.len(), left.len()), (16, 1), "{sites:?}");
+    assert_eq!(left[0]["what"], "@l0.attn.q is skipped");
+    assert!(sites.iter().filter(|s| s["applied"] == true).all(|s| rows(s, "factors").len() == 2));
+    assert_eq!(rows(&report, "checks").len(), 4);
+    let passes = rows(&built.summary, "passes");
+    let gptq = passes.iter().find(|p| p["name"] == "gptq").expect("it ran");
+    assert!(number(gptq, "seconds") > 0.0 && number(gptq, "peak_bytes") > 1e6, "{gptq}");
+    // The tables name all of it.
+    let tables = common::ok(["inspect".as_ref(), built.path.as_os_str(), "--report".as_ref()]);
+    for word in ["l3.mlp.down", "tales_calib.txt", "@l0.attn.q is skipped", "smoothquant"] {
+        assert!(tables.contains(word), "`{word}` is not in\n{tables}");
+    }
+}
+
+#[test]
+fn the_report_tells_what_saturates() {
+    let static_scales = "round-to-nearest{format=int8}, quantize-activations{scale=static, range=mse}";
+    let built =
+        calibrated(&format!("calibrate{{samples=8, length=256, stats=[histogram]}}, {static_scales}"))
+            .built();
+    let report = &built.summary["report"];
+    let scales = rows(report, "scales");
+    assert_eq!(scales.len(), 17);
+    let shares: Vec<f64> = scales.iter().map(|s| number(s, "saturates")).collect();
+    assert!(
+        shares.iter().all(|share| (0.0..0.01).contains(share)) && shares.iter().any(|&s| s > 0.0),
+        "{shares:?}"
+    );
+    assert!(scales.iter().all(|s| number(s, "max") == -number(s, "min")));
+}

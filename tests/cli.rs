@@ -159,6 +159,8 @@ fn compile_tells_one_object() {
             "seconds",
             "peak_rss_bytes",
             "agreement",
+            "report",
+            "passes",
         ],
     );
     assert!(number(&summary, "weight_bytes") >= number(&summary, "decode_bytes_per_token"));

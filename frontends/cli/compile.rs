@@ -2,6 +2,7 @@
 
 use crate::failure::{Failure, Outcome};
 use crate::layer_exec::Compiled;
+use crate::report::EngineReport;
 use crate::{agreement, opt, output, subject};
 use quantc_codegen::backend::CpuBackend;
 use quantc_codegen::engine::{self, Request};
@@ -14,12 +15,12 @@ use quantc_ir::ty::ElemTy;
 use quantc_ir::weights::Store;
 use quantc_passes::Registry;
 use quantc_passes::calib::{Calibrator, Data};
-use quantc_passes::manager::{self, LayerAt, Report};
-use quantc_passes::pass::{Env, Fact, Remark};
+use quantc_passes::manager::{self, LayerAt, Memory};
+use quantc_passes::pass::{Env, Fact};
 use quantc_passes::pipeline;
 use quantc_passes::presets::Preset;
 use quantc_runtime::stats;
-use serde_json::{Map, Value, json};
+use serde_json::json;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -143,6 +144,8 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
         "seconds": start.elapsed().as_secs_f64(),
         "peak_rss_bytes": stats::peak_rss_bytes(),
         "agreement": agreement,
+        "report": built.report.json(&built.module),
+        "passes": built.report.passes(),
     });
     if let Some(agreement) = &agreement {
         eprint!("{}", agreement.table());
@@ -156,8 +159,8 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
     let written = &built.written;
     let (all, each) = (output::bytes(written.weight_bytes), output::bytes(written.decode_bytes_per_token));
     output::line(&format!("weights  {all}, {each} of them read for each token"))?;
-    if let Some(rounded) = &built.rounded {
-        output::line(&format!("rounded  {rounded}"))?;
+    for line in built.report.lines() {
+        output::line(&line)?;
     }
     output::line(&format!("kernels  {}", written.kernels))?;
     let (made, kept) = (output::bytes(reused.bytes_made), output::bytes(reused.bytes_reused));
@@ -257,8 +260,8 @@ pub struct Built {
     pub written: engine::Written,
     /// Multiply-adds of one token.
     pub macs_per_token: u64,
-    /// What was rounded, in a line.
-    pub rounded: Option<String>,
+    /// What passes told.
+    pub report: EngineReport,
 }
 
 /// Compiles a model to f32 for this machine, deriving weights in memory.
@@ -347,7 +350,9 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
     let checked = job.show.stop(checked)?;
     let env = Env { threads: job.threads, ..Env::new(store).with_backend(&backend) };
     let mut progress = LayerProgress { start: Instant::now(), quiet: job.quiet, shown: None, told: 0.0 };
-    let mut report = opt::run_pipeline(&mut module, &checked, env, session, job.show, &mut progress)?;
+    let mut memory = Memory::default();
+    let mut hooks: [&mut dyn manager::Hook; 2] = [&mut progress, &mut memory];
+    let mut report = opt::run_pipeline(&mut module, &checked, env, session, job.show, &mut hooks)?;
     progress.end();
     if let Some(calibrator) = report.session.get_mut::<Calibrator>() {
         calibrator.clear();
@@ -359,7 +364,7 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
     all_finite(&module, store)?;
     say("generating code");
     let macs_per_token = macs(&module);
-    let rounded = rounded(&report);
+    let told = EngineReport::new(&report, &memory);
     let written = engine::write(
         Request {
             module: &module,
@@ -370,11 +375,11 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
             tuning: job.tuning.as_ref().map(|(table, _)| table),
             files: subject::tokenizer_files(tokenizer),
             facts: job.facts.clone(),
-            report: report_json(&module, &report),
+            report: told.json(&module),
         },
         job.out,
     )?;
-    Ok(Built { module, written, macs_per_token, rounded })
+    Ok(Built { module, written, macs_per_token, report: told })
 }
 
 /// The tokens of a text to calibrate on.
@@ -442,65 +447,6 @@ fn macs(module: &quantc_ir::module::Module) -> u64 {
         })
     });
     graphs.sum()
-}
-
-/// How many matrices were rounded, to how many bits, and where it hurt most.
-fn rounded(report: &Report) -> Option<String> {
-    let number =
-        |remark: &Remark, name: &str| remark.numbers.iter().find(|(n, _)| *n == name).map(|(_, x)| x.0);
-    let bits: Vec<f64> = report.remarks.0.iter().filter_map(|r| number(r, "bits")).collect();
-    if bits.is_empty() {
-        return None;
-    }
-    let range = bits.iter().fold((f64::MAX, 0f64), |(low, high), &b| (low.min(b), high.max(b)));
-    let mut text = format!("{} matrices to {:.2}", bits.len(), range.0);
-    if range.1 > range.0 {
-        text += &format!("..{:.2}", range.1);
-    }
-    text += " bits";
-    let least = |name: &'static str, sign: f64| {
-        let known = report.remarks.0.iter().filter_map(|r| Some((sign * number(r, name)?, r)));
-        known.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(x, r)| (sign * x, r.place.clone()))
-    };
-    if let Some((db, place)) = least("sqnr_db", 1.0) {
-        text += &format!(", least SQNR {db:.1} dB at {place}");
-    }
-    if let Some((error, place)) = least("output_error", -1.0) {
-        text += &format!(", largest output error {error:.1e} at {place}");
-    }
-    let fallbacks = report.remarks.0.iter().filter(|r| number(r, "fallback") == Some(1.0)).count();
-    if fallbacks > 0 {
-        text += &format!(", {fallbacks} rounded to nearest for want of a usable statistic");
-    }
-    Some(text)
-}
-
-/// The part of the report that does not depend on the machine or the clock, so that engines are reproducible.
-fn report_json(module: &quantc_ir::module::Module, report: &Report) -> Map<String, Value> {
-    let remarks: Vec<Value> = report
-        .remarks
-        .0
-        .iter()
-        .map(|r| {
-            let mut remark = json!({ "pass": r.pass, "place": r.place, "text": r.text });
-            if !r.numbers.is_empty() {
-                remark["numbers"] =
-                    r.numbers.iter().map(|(name, x)| (name.to_string(), json!(x.0))).collect();
-            }
-            remark
-        })
-        .collect();
-    let weights: Vec<Value> = module
-        .weights
-        .values()
-        .map(|w| json!({ "name": w.name, "type": w.ty.to_string(), "bytes": w.ty.stored_bytes() }))
-        .collect();
-    let mut map = Map::new();
-    map.insert("model".into(), json!(module.name));
-    map.insert("pipeline".into(), json!(module.pipeline));
-    map.insert("remarks".into(), json!(remarks));
-    map.insert("weights".into(), json!(weights));
-    map
 }
 
 /// Tells which layer was done: a bar on a terminal, a line per layer elsewhere.

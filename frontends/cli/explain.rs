@@ -3,8 +3,6 @@
 use crate::failure::Outcome;
 use crate::output;
 use crate::subject;
-use quantc_ir::diag::Diag;
-use quantc_runtime::engine::read_file;
 use serde_json::Value;
 use std::path::PathBuf;
 
@@ -24,11 +22,8 @@ pub struct Args {
 /// Runs the subcommand.
 pub fn run(args: Args) -> Outcome {
     let manifest = subject::manifest(&args.engine)?;
-    let bytes = read_file(&args.engine, &manifest, "report.json")?;
-    let place = args.engine.join("report.json").display().to_string();
-    let bad = |e: String| Diag::input(format!("the report is not readable: {e}")).in_file(place.clone());
-    let report: Value = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
-    let kernels = report["kernels"].as_array().ok_or_else(|| bad("it names no kernels".into()))?;
+    let (report, bad) = subject::report(&args.engine, &manifest)?;
+    let kernels = report["kernels"].as_array().ok_or_else(|| bad("it names no kernels"))?;
     let text = |v: &Value| v.as_str().unwrap_or_default().to_string();
     let list = |v: &Value| v.as_array().into_iter().flatten().map(text).collect::<Vec<_>>();
     let wanted = |k: &&Value| {

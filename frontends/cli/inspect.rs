@@ -3,6 +3,7 @@
 use crate::failure::Outcome;
 use crate::{output, subject};
 use quantc_frontends::ImportOptions;
+use quantc_ir::diag::Diag;
 use quantc_ir::module::Module;
 use quantc_ir::weights::Store;
 use serde_json::{Value, json};
@@ -16,6 +17,9 @@ pub struct Args {
     /// Also read every weight and show its digest.
     #[arg(long)]
     digests: bool,
+    /// Show the report of an engine: what was rounded and how far off it is, what was moved between channels, and on which data.
+    #[arg(long)]
+    report: bool,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -24,7 +28,11 @@ pub struct Args {
 /// Runs the subcommand.
 pub fn run(args: Args) -> Outcome {
     if subject::is_engine(&args.subject) {
-        return engine(&args);
+        return if args.report { report(&args) } else { engine(&args) };
+    }
+    if args.report {
+        let diag = Diag::input("only engines have a report").in_file(args.subject.display().to_string());
+        return Err(diag.into());
     }
     let store = Store::in_memory();
     let module = read(&args.subject, &store)?;
@@ -91,4 +99,48 @@ fn engine(args: &Args) -> Outcome {
         }));
     }
     output::piece(&manifest.to_text())
+}
+
+/// Sections of a report, with the fields of their rows.
+const SECTIONS: [(&str, &[&str]); 5] = [
+    ("calibration", &["data", "samples", "length", "seed", "layers", "statistics", "digest"]),
+    ("quantized", &["weight", "pass", "scheme", "bits", "sqnr_db", "output_error", "fallback"]),
+    ("sites", &["place", "pass", "applied", "matrices", "factors", "what"]),
+    ("scales", &["place", "scheme", "range", "min", "max", "saturates"]),
+    ("checks", &["layer", "pass", "difference"]),
+];
+
+fn report(args: &Args) -> Outcome {
+    let manifest = subject::manifest(&args.subject)?;
+    let (report, bad) = subject::report(&args.subject, &manifest)?;
+    if args.json {
+        return output::json(&report);
+    }
+    let mut first = true;
+    for (section, fields) in SECTIONS {
+        let rows = report[section].as_array().ok_or_else(|| bad(&format!("it has no list `{section}`")))?;
+        if rows.is_empty() {
+            continue;
+        }
+        let cells: Vec<_> = rows.iter().map(|row| fields.iter().map(|f| cell(&row[*f])).collect()).collect();
+        output::piece(&format!("{}{}", if first { "" } else { "\n" }, output::table(fields, &cells)))?;
+        first = false;
+    }
+    Ok(())
+}
+
+/// A field for people; what is not there is empty.
+fn cell(value: &Value) -> String {
+    match value {
+        Value::Null => String::new(),
+        Value::String(text) => text.clone(),
+        Value::Bool(yes) => if *yes { "yes" } else { "no" }.into(),
+        Value::Array(parts) => parts.iter().map(cell).collect::<Vec<_>>().join(" "),
+        Value::Number(n) if n.is_u64() => n.to_string(),
+        Value::Number(n) => match n.as_f64().unwrap_or(f64::NAN) {
+            x if x != 0.0 && x.abs() < 1e-3 => format!("{x:.2e}"),
+            x => format!("{x:.3}"),
+        },
+        Value::Object(_) => value.to_string(),
+    }
 }

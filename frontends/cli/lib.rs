@@ -35,6 +35,8 @@ pub mod measure;
 mod opt;
 mod output;
 mod profile;
+#[cfg(feature = "llvm")]
+mod report;
 mod run;
 mod score;
 mod subject;

@@ -97,7 +97,7 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
     if let Some(backend) = backend {
         env = env.with_backend(backend);
     }
-    run_pipeline(&mut module, &checked, env, Session::default(), &args.show, &mut Nothing)?;
+    run_pipeline(&mut module, &checked, env, Session::default(), &args.show, &mut [])?;
     output::piece(&text::print(&module))
 }
 
@@ -105,11 +105,6 @@ fn backend(target: Option<&str>) -> Outcome<Option<quantc_codegen::backend::CpuB
     let desc = target.map(quantc_codegen::targets::lookup).transpose()?;
     Ok(desc.map(quantc_codegen::backend::CpuBackend::new))
 }
-
-/// A hook that looks at nothing.
-pub struct Nothing;
-
-impl Hook for Nothing {}
 
 /// Verifies a module as it came from the user.
 pub fn verify(module: &Module) -> Outcome {
@@ -119,14 +114,14 @@ pub fn verify(module: &Module) -> Outcome {
     })
 }
 
-/// Runs a checked pipeline with the hooks that `show` asks for.
+/// Runs a checked pipeline with the hooks that `show` asks for, and `more`.
 pub fn run_pipeline(
     module: &mut Module,
     checked: &Checked,
     env: Env<'_>,
     mut session: Session,
     show: &Show,
-    progress: &mut dyn Hook,
+    more: &mut [&mut dyn Hook],
 ) -> Outcome<Report> {
     let mut verify_each = VerifyEach;
     let when = if show.print_after { When::Always } else { When::Change };
@@ -140,7 +135,7 @@ pub fn run_pipeline(
         hooks.push(&mut print);
     }
     hooks.push(&mut reproduce);
-    hooks.push(progress);
+    hooks.extend(more.iter_mut().map(|hook| &mut **hook as &mut dyn Hook));
     explain_in(&mut session, show);
     let report = manager::run(module, checked, env, session, &mut hooks)?;
     if show.remarks {

@@ -26,6 +26,19 @@ pub fn manifest(path: &Path) -> Outcome<Manifest> {
     Ok(quantc_runtime::engine::read_manifest(path)?)
 }
 
+/// The report of an engine, and an error about it that says why.
+pub fn report(
+    path: &Path,
+    manifest: &Manifest,
+) -> Outcome<(serde_json::Value, impl Fn(&str) -> Diag + use<>)> {
+    let bytes = quantc_runtime::engine::read_file(path, manifest, "report.json")?;
+    let place = path.join("report.json").display().to_string();
+    let bad =
+        move |why: &str| Diag::input(format!("the report is not readable: {why}")).in_file(place.clone());
+    let report = serde_json::from_slice(&bytes).map_err(|e| bad(&e.to_string()))?;
+    Ok((report, bad))
+}
+
 /// Opens an engine.
 pub fn open_engine(path: &Path, verify_weights: bool) -> Outcome<Arc<Engine>> {
     open_engine_with(path, &OpenOptions { verify_weights, ..OpenOptions::default() })

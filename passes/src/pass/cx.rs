@@ -73,9 +73,6 @@ pub struct Remark {
     pub place: String,
     /// The remark: one clause without a final stop.
     pub text: String,
-    /// What of it can be compared and summed up, by name.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub numbers: Vec<(&'static str, Real)>,
     /// The same in fields, for reports.
     #[serde(skip)]
     pub told: Option<Told>,
@@ -238,26 +235,15 @@ impl<'a> PassCx<'a> {
 
     /// Tells about what was done at `place`.
     pub fn remark(&mut self, place: impl fmt::Display, text: fmt::Arguments<'_>) {
-        self.remark_with(place, text, &[]);
-    }
-
-    /// As [`remark`](Self::remark), with the numbers in it by name, for reports.
-    pub fn remark_with(
-        &mut self,
-        place: impl fmt::Display,
-        text: fmt::Arguments<'_>,
-        numbers: &[(&'static str, f64)],
-    ) {
-        let numbers = numbers.iter().map(|&(name, x)| (name, Real(x))).collect();
         let (place, text) = (place.to_string(), text.to_string());
-        self.state.remarks.push(Remark { pass: self.info.name, place, text, numbers, told: None });
+        self.state.remarks.push(Remark { pass: self.info.name, place, text, told: None });
     }
 
     /// As [`remark`](Self::remark), with the same in fields, for reports.
     pub fn tell(&mut self, place: impl fmt::Display, text: fmt::Arguments<'_>, told: Told) {
         let (place, text) = (place.to_string(), text.to_string());
         let pass = self.info.name;
-        self.state.remarks.push(Remark { pass, place, text, numbers: vec![], told: Some(told) });
+        self.state.remarks.push(Remark { pass, place, text, told: Some(told) });
     }
 
     /// An analysis of the function, computed unless it is known.

@@ -7,6 +7,7 @@ use super::rows::{Loss, Outputs, pack_rows, quantize, write_params};
 use crate::calib::SiteStats;
 use crate::calib::stats::{self, Kind};
 use crate::pass::prelude::*;
+use crate::told::{Rounded, Told};
 use quantc_ir::formats;
 use quantc_ir::quant::{self, Groups, ScaleRule, Search};
 use quantc_ir::scheme::Scheme;
@@ -169,10 +170,19 @@ impl RoundToNearest {
             0.0 => "exact".to_string(),
             _ => format!("SQNR {:.2} dB, largest error {:.3e}", loss.sqnr_db(), loss.worst),
         };
-        // Reports have no infinity.
-        let numbers = [("bits", bits), ("sqnr_db", loss.sqnr_db().min(999.0)), ("largest_error", loss.worst)];
+        let rounded = Rounded {
+            weight: name.clone(),
+            scheme: scheme.to_string(),
+            bits,
+            // Reports have no infinity.
+            sqnr_db: loss.sqnr_db().min(999.0),
+            largest_error: Some(loss.worst),
+            output_error: None,
+            by_nearest: None,
+            fallback: None,
+        };
         let text = format_args!("{scheme}: {told}, {bits:.3} bits per weight");
-        cx.remark_with(format_args!("@{name}"), text, &numbers);
+        cx.tell(format_args!("@{name}"), text, Told::Weight(rounded));
         Ok(value)
     }
 }
