@@ -162,6 +162,19 @@ fn a_cache_of_codes_is_made_to_fit_its_scales() {
     let recipe = Recipe::preset(models("tales-3M"), "f32").with(&["--kv-cache", "int8"]);
     let plain = recipe.built();
     let smooth = recipe.on_data().built();
+    // The report tells what `eval` measures, on the beginning of the text.
+    let told = &smooth.summary["report"]["cache"];
+    let args = ["--against", &base, "--max-tokens", "1024", "--window", "256"];
+    let measured = smooth.eval(&models("tales_calib.txt"), &args);
+    common::within("divergence in the report", number(told, "kl_mean"), number(&measured, "kl_mean"), 0.05);
+    common::within(
+        "perplexity in the report",
+        number(told, "perplexity"),
+        number(&measured, "perplexity"),
+        1e-3,
+    );
+    assert_eq!(number(told, "tokens"), number(&measured, "tokens_scored"));
+    assert!(plain.summary["report"]["cache"].is_null(), "nothing is measured without data");
     let cost = |built: &common::Built| {
         let args = ["--against", &base, "--max-tokens", "6132"];
         number(&built.eval(&models("tales_eval.txt"), &args), "kl_mean")
@@ -236,4 +249,18 @@ fn the_report_tells_what_saturates() {
         "{shares:?}"
     );
     assert!(scales.iter().all(|s| number(s, "max") == -number(s, "min")));
+}
+
+#[test]
+fn channels_are_divided_in_front_of_a_cache_of_codes() {
+    // Other codes are rounded then; whether results stay the same is judged without that.
+    let smooth = format!("{FEW}, smoothquant{{skip-layers=[head]}}, round-to-nearest");
+    let built = calibrated(&format!("{smooth}, quantize-activations")).with(&["--kv-cache", "int8"]).built();
+    let report = &built.summary["report"];
+    let checks = rows(report, "checks");
+    assert_eq!(checks.iter().filter(|c| c["pass"] == "smoothquant").count(), 4);
+    assert!(checks.iter().all(|c| number(c, "difference") < 1e-5), "{checks:?}");
+    assert!(
+        rows(report, "sites").iter().any(|s| s["place"] == "%l0_attn_rows in @l0" && s["applied"] == true)
+    );
 }

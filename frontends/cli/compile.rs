@@ -3,7 +3,7 @@
 use crate::failure::{Failure, Outcome};
 use crate::layer_exec::Compiled;
 use crate::report::EngineReport;
-use crate::{agreement, opt, output, subject};
+use crate::{agreement, cache_cost, opt, output, subject};
 use quantc_codegen::backend::CpuBackend;
 use quantc_codegen::engine::{self, Request};
 use quantc_codegen::targets;
@@ -354,8 +354,12 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
     let mut hooks: [&mut dyn manager::Hook; 2] = [&mut progress, &mut memory];
     let mut report = opt::run_pipeline(&mut module, &checked, env, session, job.show, &mut hooks)?;
     progress.end();
+    let mut told = EngineReport::new(&report, &memory);
     if let Some(calibrator) = report.session.get_mut::<Calibrator>() {
         calibrator.clear();
+        if !job.show.stops() {
+            told.cache = cache_cost::measure(&module, store, calibrator)?;
+        }
     }
     if job.show.stops() {
         output::piece(&quantc_ir::text::print(&module))?;
@@ -364,7 +368,6 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
     all_finite(&module, store)?;
     say("generating code");
     let macs_per_token = macs(&module);
-    let told = EngineReport::new(&report, &memory);
     let written = engine::write(
         Request {
             module: &module,

@@ -126,6 +126,11 @@ fn report(args: &Args) -> Outcome {
         output::piece(&format!("{}{}", if first { "" } else { "\n" }, output::table(fields, &cells)))?;
         first = false;
     }
+    let cache = ["data", "length", "tokens", "kl_mean", "perplexity", "perplexity_float_cache"];
+    if report["cache"].is_object() {
+        let row = cache.iter().map(|field| cell(&report["cache"][*field])).collect();
+        output::piece(&format!("\n{}", output::table(&cache, &[row])))?;
+    }
     Ok(())
 }
 

@@ -21,6 +21,8 @@ pub use quantc_passes as passes;
 mod agreement;
 mod bench;
 #[cfg(feature = "llvm")]
+mod cache_cost;
+#[cfg(feature = "llvm")]
 mod compile;
 mod embed;
 mod eval;

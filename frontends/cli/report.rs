@@ -3,6 +3,7 @@
 //! What goes into `report.json` is the same every time: it has no times, no sizes of memory and nothing of the machine that
 //! compiled. Those stand in what `quantc compile --json` prints.
 
+use crate::cache_cost::CacheCost;
 use crate::output;
 use quantc_ir::module::Module;
 use quantc_passes::manager::{Memory, Report};
@@ -21,6 +22,8 @@ pub struct EngineReport {
     scales: Vec<(String, StaticScale)>,
     checks: Vec<Value>,
     passes: Vec<Value>,
+    /// What a cache of codes costs, where that was measured.
+    pub cache: Option<CacheCost>,
 }
 
 /// Data that layers were looked at on, each once.
@@ -43,6 +46,7 @@ impl EngineReport {
             scales: vec![],
             checks: vec![],
             passes,
+            cache: None,
         };
         for remark in &report.remarks.0 {
             let (pass, place) = (remark.pass, remark.place.clone());
@@ -94,6 +98,7 @@ impl EngineReport {
             ),
             ("scales", self.scales.iter().map(|(place, s)| with(s, &[("place", json!(place))])).collect()),
             ("checks", json!(self.checks)),
+            ("cache", json!(self.cache)),
             ("remarks", json!(self.remarks)),
             ("weights", module.weights.values().map(weight).collect()),
         ];
@@ -119,6 +124,7 @@ impl EngineReport {
         lines.extend(self.rounded().map(|text| format!("rounded  {text}")));
         lines.extend(self.places().map(|text| format!("places   {text}")));
         lines.extend(self.saturation().map(|text| format!("scales   {text}")));
+        lines.extend(self.cache.iter().map(|cost| format!("cache    {}", cost.line())));
         lines.extend(self.longest().map(|text| format!("passes   {text}")));
         lines
     }

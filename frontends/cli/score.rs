@@ -40,22 +40,29 @@ pub struct Comparison {
 }
 
 /// Logarithms of the probabilities of one row of logits, in f64.
-struct LogSoftmax<'a> {
+pub struct LogSoftmax<'a> {
     logits: &'a [f32],
     log_sum: f64,
 }
 
 impl<'a> LogSoftmax<'a> {
-    fn new(logits: &'a [f32]) -> LogSoftmax<'a> {
+    /// Of one row of logits.
+    pub fn new(logits: &'a [f32]) -> LogSoftmax<'a> {
         let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let sum: f64 = logits.iter().map(|&x| f64::from(x - top).exp()).sum();
         LogSoftmax { logits, log_sum: f64::from(top) + sum.ln() }
     }
-    fn at(&self, i: usize) -> f64 {
+    /// Itself, unless there is no number among the logits.
+    #[cfg(feature = "llvm")]
+    pub fn finite(self) -> Option<LogSoftmax<'a>> {
+        (!self.log_sum.is_nan()).then_some(self)
+    }
+    /// The logarithm of the probability of entry `i`.
+    pub fn at(&self, i: usize) -> f64 {
         f64::from(self.logits[i]) - self.log_sum
     }
     /// KL(self || other).
-    fn kl(&self, other: &LogSoftmax<'_>) -> f64 {
+    pub fn kl(&self, other: &LogSoftmax<'_>) -> f64 {
         (0..self.logits.len())
             .map(|i| {
                 let p = self.at(i);

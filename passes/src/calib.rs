@@ -14,7 +14,9 @@
 pub mod chain;
 pub mod hessian;
 pub mod observers;
+pub mod pair;
 pub mod piece;
+pub mod plain_cache;
 pub mod stats;
 
 pub use chain::{Calibrator, Data};

@@ -2,6 +2,7 @@
 
 use super::LayerExec;
 use super::piece::{self, Piece, Wanted};
+use super::plain_cache::plain_cache;
 use crate::analysis::Function;
 use quantc_ir::diag::{Diag, Result};
 use quantc_ir::entity::{OpId, ValueId};
@@ -164,6 +165,11 @@ impl Calibrator {
         &self.data
     }
 
+    /// What pieces run with.
+    pub fn exec(&self) -> &dyn LayerExec {
+        &*self.exec
+    }
+
     /// Prepares to look at `values` of a function on the samples chosen. Nothing runs yet.
     pub fn start(
         &mut self,
@@ -226,10 +232,20 @@ impl Calibrator {
     }
 
     /// The results of a function as they are now, to be compared with what they are later; `None` before any calibration.
+    ///
+    /// Caches of codes are taken for caches of floats here: what changes rows that are rounded changes how they are rounded, and
+    /// is to be judged without that.
     pub fn probe(&mut self, module: &Module, store: &Store, function: Function) -> Result<Option<Start>> {
         let Some((choice, _)) = self.samples else { return Ok(None) };
         let results = function.graph(module).results.clone();
-        self.start(module, store, function, &results, choice).map(Some)
+        let Some(plain) = plain_cache(module)? else {
+            return self.start(module, store, function, &results, choice).map(Some);
+        };
+        // Layers behind are calibrated on rows that went through the caches as they are.
+        let last = self.last.clone();
+        let start = self.start(&plain, store, function, &results, choice);
+        self.last = last;
+        start.map(Some)
     }
 
     /// How far the results of two probes of one function lie apart on the first sample: the norm of the difference by that of
