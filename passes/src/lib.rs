@@ -54,6 +54,7 @@ pub mod rewrite;
 pub mod saturate;
 pub mod stream;
 pub mod told;
+mod vectors;
 pub mod weights;
 
 pub use registry::Registry;

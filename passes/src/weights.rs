@@ -5,7 +5,7 @@
 //! memory does not depend on their size, and in the order of rows, so that bytes do not depend on the number of threads.
 
 crate::passes! {
-    round_to_nearest::RoundToNearest, gptq::Gptq, quantize_activations::QuantizeActivations, pack_weights::PackWeights,
+    round_to_nearest::RoundToNearest, gptq::Gptq, bias_correct::BiasCorrect, quantize_activations::QuantizeActivations, pack_weights::PackWeights,
 }
 
 pub use quantize_activations::ScaleTime;

@@ -6,14 +6,14 @@ use quantc_ir::eval::{Tensor, eval_pure, weight_tensor};
 use quantc_ir::formats::{self, Format};
 use quantc_ir::graph::Graph;
 use quantc_ir::module::Module;
-use quantc_ir::ops::{Embedding, MatMul, OpKind};
+use quantc_ir::ops::{Embedding, MatMul, OpKind, Real};
 use quantc_ir::quant;
 use quantc_ir::ty::{Dim, ElemTy, TensorTy};
 use quantc_ir::weights::{Store, WeightDecl, WeightSource};
 use quantc_passes::analysis::Function;
 use quantc_passes::pass::{Changed, Declared, Env, Pass, PassCx, PassState, Remark};
 use quantc_passes::weights::options::{FormatName, Grouping, ScaleType, ZeroPoints};
-use quantc_passes::weights::{QuantizeActivations, RoundToNearest};
+use quantc_passes::weights::{BiasCorrect, QuantizeActivations, RoundToNearest};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -360,4 +360,48 @@ fn rounded_activations_are_near_and_shared() {
         let ty = build::infer(&module.main, &node.op, &node.args, &|_| None).unwrap();
         assert_eq!(&ty, module.main.ty(node.result));
     }
+}
+
+#[test]
+fn a_corrected_product_has_no_mean_error() {
+    let tokens = 61;
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    // Channels with means of their own, some of them none.
+    let offsets: Vec<f32> =
+        (0..K).map(|j| if j % 3 == 0 { 0.0 } else { rng.random_range(-2.0..2.0) }).collect();
+    let x: Vec<f32> = (0..tokens * K).map(|i| offsets[i % K] + rng.random_range(-1.0f32..1.0)).collect();
+    let rows = Tensor::f32(&[tokens as u64, K as u64], x.clone()).unwrap();
+    let w = numbers(N, K, 17);
+    let (mut module, _) = module(N, K, &w);
+    let means: Vec<Real> = (0..K)
+        .map(|j| Real(x.iter().skip(j).step_by(K).map(|&x| f64::from(x)).sum::<f64>() / tokens as f64))
+        .collect();
+    module.calibration.insert("main.x.mean".into(), means);
+    let store = Store::in_memory();
+    let result = |module: &Module| -> Vec<f32> {
+        let results = eval_pure(&module.main, &[&rows], tokens as u64, module, &store).unwrap();
+        results[0].f32s().unwrap().to_vec()
+    };
+    let exact = result(&module);
+    // The largest mean error of a channel.
+    let off = |module: &Module| {
+        let got = result(module);
+        let mean = |n: usize| {
+            let errors = got.iter().zip(&exact).skip(n).step_by(N).map(|(a, b)| f64::from(a - b));
+            (errors.sum::<f64>() / tokens as f64).abs()
+        };
+        (0..N).map(mean).fold(0.0, f64::max)
+    };
+    let mut state = PassState::default();
+    let int4 = RoundToNearest { format: FormatName(&formats::INT4), ..RoundToNearest::default() };
+    let mut offs = vec![];
+    let passes: [&dyn Pass; 2] = [&int4, &BiasCorrect::default()];
+    for pass in passes {
+        let mut cx = PassCx::new(&mut module, Function::Main, Env::new(&store), pass, &mut state);
+        assert_eq!(pass.run(&mut cx).unwrap(), Changed::Yes);
+        quantc_ir::verify::verify(&module).unwrap_or_else(|e| panic!("{}", e.show(&module)));
+        offs.push(off(&module));
+    }
+    eprintln!("largest mean error: rounded {:.3e}, corrected {:.3e}", offs[0], offs[1]);
+    assert!(offs[0] > 1e-2 && offs[1] < 1e-5, "{offs:?}");
 }

@@ -208,7 +208,7 @@ macro_rules! observers {
 
 observers! {
     absmax::AbsMax, min_max::MinMax, moments::Moments, moving_average::MovingAverage, histogram::Histogram,
-    channel_absmax::ChannelAbsMax, channel_min_max::ChannelMinMax, channel_mean_square::ChannelMeanSquare,
+    channel_absmax::ChannelAbsMax, channel_mean::ChannelMean, channel_min_max::ChannelMinMax, channel_mean_square::ChannelMeanSquare,
 }
 
 /// The first byte of states in bytes.

@@ -3,7 +3,7 @@
 use super::chain::{Calibrator, Start};
 use super::hessian::Hessian;
 use super::observers::{
-    AnyObserver, Convergence, Histogram, Method, MinMax, Moments, MovingAverage, Observer, Rows,
+    AnyObserver, ChannelMean, Convergence, Histogram, Method, MinMax, Moments, MovingAverage, Observer, Rows,
 };
 use crate::analysis::Function;
 use crate::pass::{PassCx, Session, quoted};
@@ -29,6 +29,8 @@ pub enum Kind {
     Hessian,
     /// Some of the rows as they are, evenly taken.
     Rows,
+    /// The mean of each channel.
+    Mean,
     /// The largest magnitude of each channel of each head of what goes into caches.
     Cache,
     /// What the observer of this name, one of [`TENSOR`], tells of the tensor as a whole.
@@ -45,6 +47,7 @@ impl Kind {
             Kind::Absmax => "absmax",
             Kind::Hessian => "hessian",
             Kind::Rows => "rows",
+            Kind::Mean => "mean",
             Kind::Cache => "cache",
             Kind::Tensor(name) => name,
         }
@@ -56,7 +59,9 @@ impl Kind {
     }
 
     fn all() -> impl Iterator<Item = Kind> {
-        [Kind::Absmax, Kind::Hessian, Kind::Rows, Kind::Cache].into_iter().chain(TENSOR.map(Kind::Tensor))
+        [Kind::Absmax, Kind::Hessian, Kind::Rows, Kind::Mean, Kind::Cache]
+            .into_iter()
+            .chain(TENSOR.map(Kind::Tensor))
     }
 }
 
@@ -89,6 +94,10 @@ pub struct SiteStats {
     pub hessian: Option<Hessian>,
     /// Some of the rows, when they were asked for.
     pub rows: Vec<f32>,
+    /// Sums of each channel, when they were asked for, as they were before any division.
+    sums: Option<ChannelMean>,
+    /// What channels have been divided by since; nothing when they have not.
+    divided: Vec<f64>,
     /// What observers of the whole tensor tell, those that were asked for.
     tensors: Vec<Watched>,
 }
@@ -110,6 +119,13 @@ impl SiteStats {
     /// What the observer `name` of the whole tensor tells, when it was asked for.
     pub fn tensor(&self, name: &str) -> Option<&AnyObserver> {
         self.tensors.iter().map(|watched| &watched.all).find(|o| o.info().name == name)
+    }
+
+    /// The mean of each channel, when it was asked for.
+    pub fn means(&self) -> Option<Vec<f64>> {
+        let mut means = self.sums.as_ref()?.means();
+        means.iter_mut().zip(&self.divided).for_each(|(mean, by)| *mean /= by);
+        Some(means)
     }
 
     /// How far the second half of the samples moved the scale of a range; `None` when there were no two halves.
@@ -162,7 +178,7 @@ impl SiteStats {
 
     /// Lets the observers see rows.
     fn watch(&mut self, sample: usize, rows: &[f32], columns: usize, take: &Take) -> Result<()> {
-        if take.tensors.is_empty() {
+        if take.tensors.is_empty() && !take.mean {
             return Ok(());
         }
         let rows = Rows::new(sample as u64, rows, columns)?;
@@ -176,7 +192,11 @@ impl SiteStats {
             }
             all.see(&rows)?;
         }
-        Ok(())
+        match &mut self.sums {
+            _ if !take.mean => Ok(()),
+            Some(sums) => sums.see(&rows),
+            none => none.insert(ChannelMean::new(columns)?).see(&rows),
+        }
     }
 
     /// What holds when each channel is divided by its factor. Of the tensor as a whole nothing is known then.
@@ -187,7 +207,10 @@ impl SiteStats {
         for row in rows.chunks_exact_mut(by.len().max(1)) {
             row.iter_mut().zip(by).for_each(|(x, s)| *x /= s);
         }
-        Ok(SiteStats { tokens: self.tokens, absmax, hessian, rows, tensors: vec![] })
+        let before = self.divided.iter().copied().chain(std::iter::repeat(1.0));
+        let divided = by.iter().zip(before).map(|(&s, before)| before * f64::from(s)).collect();
+        let (tokens, sums) = (self.tokens, self.sums.clone());
+        Ok(SiteStats { tokens, absmax, hessian, rows, sums, divided, tensors: vec![] })
     }
 }
 
@@ -196,6 +219,7 @@ impl SiteStats {
 struct Take {
     hessian: bool,
     rows: bool,
+    mean: bool,
     /// Observers of the whole tensor.
     tensors: Vec<&'static str>,
     /// The sample before which half of them have been seen.
@@ -256,6 +280,7 @@ impl LayerStats {
             half: start.samples.windows.len() / 2,
             hessian: kinds.contains(&Kind::Hessian),
             rows: kinds.contains(&Kind::Rows),
+            mean: kinds.contains(&Kind::Mean),
             every: tokens.div_ceil(KEPT).max(1) as u64,
         };
         LayerStats { key: recipe.digest(), take, sites, start }
@@ -341,6 +366,7 @@ pub fn key(cx: &mut PassCx<'_>, x: ValueId, kind: Kind) -> Option<Digest> {
         Kind::Absmax | Kind::Cache => true,
         Kind::Hessian => stats.take.hessian,
         Kind::Rows => stats.take.rows,
+        Kind::Mean => stats.take.mean,
         Kind::Tensor(name) => stats.take.tensors.contains(&name),
     };
     let stays = |site: &&Site| site.divided.is_empty() || !matches!(kind, Kind::Tensor(_));
@@ -405,7 +431,7 @@ fn take(
         .collect();
     let take = stats.take.clone();
     // Of what goes into caches only magnitudes are taken.
-    let magnitudes = Take { hessian: false, rows: false, tensors: vec![], ..take.clone() };
+    let magnitudes = Take { hessian: false, rows: false, mean: false, tensors: vec![], ..take.clone() };
     calibrator.run(&stats.start, store, usize::MAX, interrupt, &mut |sample, index, rows| {
         let Some((columns, read, stats)) = by_index.get_mut(&index) else { return Ok(()) };
         let take = if *read { &take } else { &magnitudes };
@@ -421,10 +447,10 @@ fn take(
 fn from_text(cx: &PassCx<'_>, x: ValueId) -> Result<Option<SiteStats>> {
     let numbers =
         |kind: Kind| cx.stat(x, kind.name()).map(|n| n.iter().map(|&Real(x)| x as f32).collect::<Vec<f32>>());
-    let (absmax, hessian) = (numbers(Kind::Absmax), numbers(Kind::Hessian));
+    let (absmax, hessian, mean) = (numbers(Kind::Absmax), numbers(Kind::Hessian), numbers(Kind::Mean));
     let tensors: Vec<(&str, Vec<f32>)> =
         TENSOR.iter().filter_map(|&name| Some((name, numbers(Kind::Tensor(name))?))).collect();
-    if absmax.is_none() && hessian.is_none() && tensors.is_empty() {
+    if absmax.is_none() && hessian.is_none() && mean.is_none() && tensors.is_empty() {
         return Ok(None);
     }
     let columns = cx.graph().ty(x).shape.last().and_then(|d| d.fixed()).unwrap_or(0) as usize;
@@ -443,6 +469,14 @@ fn from_text(cx: &PassCx<'_>, x: ValueId) -> Result<Option<SiteStats>> {
     if let Some(hessian) = hessian {
         fits(Kind::Hessian, hessian.len(), columns * columns)?;
         stats.hessian = Some(from_numbers(columns, &hessian)?);
+    }
+    if let Some(mean) = mean {
+        fits(Kind::Mean, mean.len(), columns)?;
+        // The mean of one row is the row.
+        let mut sums = ChannelMean::new(columns)?;
+        sums.see(&Rows::new(0, &mean, columns)?)
+            .map_err(|d| d.context(format!("reading `mean` of {}", cx.place(x))))?;
+        stats.sums = Some(sums);
     }
     for (name, numbers) in tensors {
         let mut all = AnyObserver::new(name, 1)?;
@@ -476,6 +510,9 @@ pub fn divide(cx: &mut PassCx<'_>, x: ValueId, by: &[f32]) -> Result<()> {
         if let Some(hessian) = &divided.hessian {
             cx.set_stat(x, Kind::Hessian.name(), reals(&hessian.mirrored()))?;
         }
+        if let Some(means) = divided.means() {
+            cx.set_stat(x, Kind::Mean.name(), means.into_iter().map(Real).collect())?;
+        }
         TENSOR.iter().for_each(|name| cx.drop_stat(x, name));
         return Ok(());
     }
@@ -493,7 +530,8 @@ mod tests {
 
     #[test]
     fn observers_see_the_samples_and_half_of_them() {
-        let take = Take { tensors: vec![MinMax::NAME, Histogram::NAME], half: 1, ..Take::default() };
+        let take =
+            Take { tensors: vec![MinMax::NAME, Histogram::NAME], mean: true, half: 1, ..Take::default() };
         let mut stats = SiteStats::default();
         stats.see(0, &[1.0, -2.0, 0.5, 0.0], 2, &take).unwrap();
         stats.see(1, &[4.0, -1.0], 2, &take).unwrap();
@@ -510,6 +548,9 @@ mod tests {
         // Divided channels are known one by one, the tensor is not.
         let divided = stats.divided(&[2.0, 4.0]).unwrap();
         assert_eq!(divided.absmax, [2.0, 0.5]);
+        assert_eq!(stats.means().unwrap(), [5.5 / 3.0, -1.0]);
+        assert_eq!(divided.means().unwrap(), [5.5 / 3.0 / 2.0, -0.25]);
+        assert_eq!(divided.divided(&[0.5, 1.0]).unwrap().means().unwrap(), [5.5 / 3.0, -0.25]);
         assert!(divided.tensor(MinMax::NAME).is_none());
         assert!(divided.convergence(Method::Whole, &scheme).unwrap().is_none());
     }

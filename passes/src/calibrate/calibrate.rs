@@ -22,7 +22,7 @@ pass! {
         /// 0 takes the samples from the beginning of the text on, any other number shuffles them first.
         seed: u64 = 0,
         /// What to take: `absmax`, the largest magnitude of each channel; `hessian`, the sum of `x x^T`; `rows`, some rows as
-        /// they are; `cache`, the largest magnitude of each channel of what goes into caches; and of each tensor as a whole
+        /// they are; `mean`, the mean of each channel; `cache`, the largest magnitude of each channel of what goes into caches; and of each tensor as a whole
         /// `min-max`, `moments`, `moving-average` or `histogram`.
         stats: Vec<Kind> = vec![Kind::Absmax, Kind::Hessian],
         /// What products that make the statistics read: `f32`, `bf16`, or `auto`, which is bf16 for matrices that are bf16 in the

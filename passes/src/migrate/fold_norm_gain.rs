@@ -2,7 +2,8 @@
 
 use crate::pass::prelude::*;
 use crate::told::{self, Told};
-use quantc_ir::ops::{Add, LastRows, LayerNorm, MatMul, RmsNorm};
+use crate::vectors;
+use quantc_ir::ops::{LastRows, LayerNorm, MatMul, RmsNorm};
 use quantc_ir::weights::{BlobWriter, WeightView};
 
 pass! {
@@ -165,7 +166,7 @@ fn scale_columns(w: &WeightView<'_>, s: &[f32], budget: usize, out: &mut BlobWri
 fn add_bias(cx: &mut PassCx<'_>, mm: OpId, w: WeightId, bias: WeightId) -> Result<()> {
     let budget = cx.env.budget;
     let y = cx.graph().node(mm).result;
-    let there = added_vector(cx, y);
+    let there = vectors::added(cx, y);
     let rows = cx.module.weights[w].ty.shape.0[..1].to_vec();
     let ty = TensorTy::new(ElemTy::F32, rows);
     let (inputs, name) = match there {
@@ -183,34 +184,5 @@ fn add_bias(cx: &mut PassCx<'_>, mm: OpId, w: WeightId, bias: WeightId) -> Resul
             out.write_f32(Float::F32, &sums)
         })
     })?;
-    let value = cx.weight_value(made);
-    let graph = cx.graph_mut();
-    if let Some((add, operand, _)) = there {
-        graph.node_mut(add).args[operand] = value;
-        return Ok(());
-    }
-    let at = graph.position(mm).ok_or_else(|| Diag::bug("a reader is not part of the program"))? + 1;
-    let name = graph.value_mut(y).name.take();
-    let sum = graph.insert_inferred(at, Add::default(), &[y, value], None)?;
-    let (add, _) = graph.def(sum).expect("the sum was made by an op");
-    graph.replace_all_uses(y, sum)?;
-    graph.node_mut(add).args[0] = y;
-    graph.value_mut(sum).name = name;
-    Ok(())
-}
-
-/// The one reader of `y` when it adds a vector that is a weight: the op, which operand, and the weight.
-fn added_vector(cx: &PassCx<'_>, y: ValueId) -> Option<(OpId, usize, WeightId)> {
-    let graph = cx.graph();
-    let [add] = graph.users(y)[..] else { return None };
-    let node = graph.node(add);
-    if node.op.is::<Add>().is_none() || graph.is_result(y) {
-        return None;
-    }
-    let operand = node.args.iter().position(|&a| a != y)?;
-    let b = graph.as_weight(node.args[operand])?;
-    let ty = graph.ty(node.args[operand]);
-    // As the left operand it would decide the type of the sum.
-    (operand == 1 && ty.elem.is_float() && ty.shape.0[..] == graph.ty(y).shape.0[graph.ty(y).rank() - 1..])
-        .then_some((add, operand, b))
+    vectors::put(cx, mm, there, made)
 }

@@ -19,7 +19,7 @@ const SINGLE_BITS: usize = 277;
 
 /// A magnitude as `m * 2^shift` units of `2^-149`.
 #[inline(always)]
-fn parts(x: f32) -> (u64, usize) {
+pub(super) fn parts(x: f32) -> (u64, usize) {
     let bits = x.to_bits() & 0x7fff_ffff;
     let exponent = (bits >> 23) as usize;
     let hidden = u32::from(exponent != 0) << 23;
