@@ -264,3 +264,34 @@ fn channels_are_divided_in_front_of_a_cache_of_codes() {
         rows(report, "sites").iter().any(|s| s["place"] == "%l0_attn_rows in @l0" && s["applied"] == true)
     );
 }
+
+#[test]
+fn rows_too_wide_for_a_hessian_are_rounded_to_nearest() {
+    let calibrate =
+        "calibrate{samples=4, length=128, stats=[absmax, hessian], widest=256, skip-layers=[head]}";
+    let text = format!(
+        "{calibrate}, awq{{rounding=gptq, skip-layers=[head]}}, gptq{{search=mse, skip-layers=[head]}}"
+    );
+    let built = calibrated(&text).built();
+    let report = &built.summary["report"];
+    // Only the last product of each layer reads rows of more than 256 channels.
+    for weight in rows(report, "quantized") {
+        let wide = weight["weight"].as_str().is_some_and(|name| name.contains("mlp.down"));
+        assert_eq!(weight["fallback"].is_string(), wide, "{weight}");
+        assert_eq!(weight["output_error"].is_null(), wide, "{weight}");
+    }
+    let why =
+        |site: &serde_json::Value| site["what"].as_str().is_some_and(|w| w.contains("too many channels"));
+    assert_eq!(rows(report, "sites").iter().filter(|site| why(site)).count(), 4);
+    // As rounding to nearest with a search of the same kind, and no statistics at all.
+    let nearest =
+        calibrated("round-to-nearest{format=int4, group=128, search=mse, skip-layers=[head]}").built();
+    let sqnr = |report: &serde_json::Value| -> Vec<f64> {
+        let down =
+            |w: &&serde_json::Value| w["weight"].as_str().is_some_and(|name| name.contains("mlp.down"));
+        rows(report, "quantized").iter().filter(down).map(|w| number(w, "sqnr_db")).collect()
+    };
+    let (wide, nearest) = (sqnr(report), sqnr(&nearest.summary["report"]));
+    assert_eq!(wide.len(), 4);
+    assert!(wide.iter().zip(&nearest).all(|(a, b)| (a - b).abs() < 0.05), "{wide:?} {nearest:?}");
+}

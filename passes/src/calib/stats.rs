@@ -167,7 +167,7 @@ impl SiteStats {
             kept.for_each(|(row, _)| self.rows.extend_from_slice(row));
         }
         self.tokens += (rows.len() / columns) as u64;
-        if !take.hessian {
+        if !take.hessian || columns > take.widest {
             return Ok(());
         }
         match &mut self.hessian {
@@ -226,6 +226,8 @@ struct Take {
     half: usize,
     /// One row of so many is kept; not 0 when rows are.
     every: u64,
+    /// Rows of more channels get no Hessian.
+    widest: usize,
 }
 
 /// Statistics of one function's values, not taken before they are needed.
@@ -262,8 +264,15 @@ impl Site {
 }
 
 impl LayerStats {
-    /// Of the `values` with their columns that `start` leads to; the first `read` of them are read by products.
-    pub fn new(start: Start, values: &[(ValueId, usize)], read: usize, kinds: &[Kind]) -> LayerStats {
+    /// Of the `values` with their columns that `start` leads to; the first `read` of them are read by products. Those of more
+    /// than `widest` columns get no Hessian.
+    pub fn new(
+        start: Start,
+        values: &[(ValueId, usize)],
+        read: usize,
+        kinds: &[Kind],
+        widest: usize,
+    ) -> LayerStats {
         let names: Vec<&str> = kinds.iter().map(|k| k.name()).collect();
         let inputs = vec![start.boundary.key(), start.piece.key];
         let rows = if start.bf16 { " of bf16" } else { "" };
@@ -282,6 +291,7 @@ impl LayerStats {
             rows: kinds.contains(&Kind::Rows),
             mean: kinds.contains(&Kind::Mean),
             every: tokens.div_ceil(KEPT).max(1) as u64,
+            widest,
         };
         LayerStats { key: recipe.digest(), take, sites, start }
     }
@@ -375,7 +385,17 @@ pub fn key(cx: &mut PassCx<'_>, x: ValueId, kind: Kind) -> Option<Digest> {
         return None;
     }
     let inputs = std::iter::once(stats.key).chain(site.divided.iter().map(|(name, _)| *name)).collect();
-    Some(Recipe { step: "site", version: 1, options: site.index.to_string(), inputs }.digest())
+    let without = kind == Kind::Hessian && site.columns > stats.take.widest;
+    let options = format!("{}{}", site.index, if without { ", no Hessian" } else { "" });
+    Some(Recipe { step: "site", version: 1, options, inputs }.digest())
+}
+
+/// Whether Hessians are taken, and the rows `x` have too many channels for one.
+pub fn too_wide(cx: &mut PassCx<'_>, x: ValueId) -> bool {
+    let function = cx.function;
+    let Some(stats) = cx.session().about::<LayerStats>(function) else { return false };
+    let wide = |site: &Site| site.read && site.columns > stats.take.widest;
+    stats.take.hessian && stats.sites.get(&x).is_some_and(wide)
 }
 
 /// An error that says how to get statistics.

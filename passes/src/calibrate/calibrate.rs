@@ -28,6 +28,9 @@ pass! {
         /// What products that make the statistics read: `f32`, `bf16`, or `auto`, which is bf16 for matrices that are bf16 in the
         /// checkpoint, where that is faster.
         rows: RowType = RowType::Auto,
+        /// Rows of more channels get no Hessian, which takes four bytes for each pair of them, and twelve while it is used:
+        /// `gptq` rounds what reads them to nearest, and says so.
+        widest: u32 = 16384,
         /// Weights whose rows are looked at, as name patterns; none given means all.
         only: Vec<Pattern> = vec![],
         /// Weights whose rows are not looked at, as name patterns. A pattern that matches nothing is an error.
@@ -117,7 +120,7 @@ impl Pass for Calibrate {
             values: values.len(),
         };
         cx.tell(place, format_args!("{text}"), Told::Data(told));
-        cx.session().put_about(function, LayerStats::new(start, &sites, read, &self.stats));
+        cx.session().put_about(function, LayerStats::new(start, &sites, read, &self.stats, self.widest as usize));
         Ok(Changed::No)
     }
 

@@ -95,6 +95,9 @@ impl Pass for Awq {
             return Ok(Changed::No);
         }
         sites::divide_each(cx, &self.skip, "awq", &mut |cx, site| {
+            if stats::too_wide(cx, site.x) {
+                return Ok(Decision::Leave("it has too many channels for a Hessian"));
+            }
             let Chosen { exponent, gain, factors } = self.factors(cx, site)?;
             if exponent == 0.0 {
                 return Ok(Decision::Leave("no exponent is better than 0"));

@@ -1,6 +1,6 @@
 //! Rounds weights so that outputs change little.
 
-use super::gptq_core::{Facts, GptqOptions, Importance, ScaleSearch, rewrite};
+use super::gptq_core::{Facts, GptqOptions, Importance, Rewritten, ScaleSearch, Weighting, fit_scales, rewrite};
 use super::install::{install, outputs};
 use super::options::{FormatName, Grouping, ScaleType, ZeroPoints, check_rule, scheme};
 use super::round_to_nearest::{float_matrix, selects};
@@ -10,7 +10,7 @@ use crate::calib::SiteStats;
 use crate::pass::prelude::*;
 use crate::told::Rounded;
 use quantc_ir::formats;
-use quantc_ir::quant::{Groups, ScaleRule, dequantize_block};
+use quantc_ir::quant::{Groups, ScaleRule, dequantize_block, quantize_block};
 use quantc_ir::scheme::Scheme;
 use quantc_ir::weights::{Recipe, WeightView};
 use serde::{Deserialize, Serialize};
@@ -65,7 +65,7 @@ pass! {
         skip_layers: Vec<Pattern> = vec![],
     }
     needs: [stat(hessian)],
-    scope: Layer, numerics: Requantizes, stats: keeps, version: 2
+    scope: Layer, numerics: Requantizes, stats: keeps, version: 3
 }
 
 /// By what scales are searched for.
@@ -96,6 +96,8 @@ struct Told {
     by_nearest: f64,
     /// Output error by the output.
     relative: f64,
+    /// Whether there was no Hessian, so that nothing is known of outputs.
+    too_wide: bool,
 }
 
 impl Pass for Gptq {
@@ -192,12 +194,13 @@ impl Gptq {
         let told: Told = serde_json::from_slice(&store.read_blob(blobs[outputs.len()])?)
             .map_err(|e| Diag::input(format!("what the store keeps of @{name} is damaged: {e}")))?;
         let (value, bits) = install(cx, op, w, outputs, &blobs)?;
+        let why = if told.too_wide { "the rows have too many channels for a Hessian" } else { "the Hessian has no factor" };
         let mut text = match told.damping {
             Some(_) => format!(
                 "{scheme}: relative output error {:.3e}, {:.2} of rounding to nearest, SQNR {:.2} dB",
                 told.relative, told.by_nearest, told.sqnr_db
             ),
-            None => format!("{scheme}: rounded to nearest, SQNR {:.2} dB: the Hessian has no factor", told.sqnr_db),
+            None => format!("{scheme}: rounded to nearest, SQNR {:.2} dB: {why}", told.sqnr_db),
         };
         if told.escalations > 0 {
             text += &format!(", damping raised {} times", told.escalations);
@@ -211,9 +214,9 @@ impl Gptq {
             bits,
             sqnr_db: told.sqnr_db,
             largest_error: None,
-            output_error: Some(told.relative),
-            by_nearest: Some(told.by_nearest),
-            fallback: told.damping.is_none().then(|| "the Hessian has no factor".into()),
+            output_error: Some(told.relative).filter(|_| !told.too_wide),
+            by_nearest: Some(told.by_nearest).filter(|_| !told.too_wide),
+            fallback: told.damping.is_none().then(|| why.into()),
         };
         let text = format_args!("{text}, {bits:.3} bits per weight");
         cx.tell(format_args!("@{name}"), text, crate::told::Told::Weight(rounded));
@@ -229,19 +232,26 @@ fn write(
     options: &GptqOptions,
     out: &mut Outputs<'_>,
 ) -> Result<Told> {
-    let h = rows.hessian.as_ref().ok_or_else(|| Diag::bug("a Hessian that was not taken"))?;
     let (n, k) = (view.rows(), view.cols());
     let w = view.read_all_f32()?;
     view.release(0..n);
-    let made = rewrite(&w, n, k, h, scheme, options)?;
     let groups = Groups::new(scheme, &view.ty().shape)?;
-    out.codes.write(&pack_rows(scheme.format, &made.codes, k.max(1)))?;
-    write_params(&groups, scheme, &made.params, out)?;
+    let Rewritten { codes, params, facts } = match &rows.hessian {
+        Some(h) => rewrite(&w, n, k, h, scheme, options)?,
+        None => {
+            let params = fit_scales(&w, &groups, scheme, Weighting::Uniform, options.search)?;
+            let mut codes = vec![0; w.len()];
+            quantize_block(&groups, scheme, &params, 0, &w, &mut codes)?;
+            Rewritten { codes, params, facts: Facts::default() }
+        }
+    };
+    out.codes.write(&pack_rows(scheme.format, &codes, k.max(1)))?;
+    write_params(&groups, scheme, &params, out)?;
     let mut after = vec![0.0; w.len()];
-    dequantize_block(&groups, scheme, &made.params, 0, &made.codes, &mut after)?;
-    let Facts { damping, escalations, dead, error, error_nearest, .. } = made.facts;
+    dequantize_block(&groups, scheme, &params, 0, &codes, &mut after)?;
+    let Facts { damping, escalations, dead, error, error_nearest, .. } = facts;
     let loss = Loss::between(&w, &after);
-    let output: f64 = super::gptq_core::output_errors(&w, h).iter().sum();
+    let output: f64 = rows.hessian.iter().flat_map(|h| super::gptq_core::output_errors(&w, h)).sum();
     let ratio = |a: f64, b: f64| if b > 0.0 { a / b } else { 0.0 };
     Ok(Told {
         // JSON has no infinity.
@@ -251,5 +261,6 @@ fn write(
         dead,
         by_nearest: ratio(error, error_nearest),
         relative: ratio(error, output),
+        too_wide: rows.hessian.is_none(),
     })
 }
