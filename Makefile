@@ -3,18 +3,27 @@ SHELL := /bin/bash
 CARGO ?= cargo
 OUT ?= target/demo
 
-.PHONY: demo test lint deps bench clean-demo
+.PHONY: demo test lint deps nvrtc bench clean-demo
 
 # LLVM 19 from Debian's packages, unless it is there.
 deps:
 	@command -v llvm-config-19 >/dev/null 2>&1 || tests/install-deps.sh
+
+# NVIDIA's compiler library and disassembler as Python wheels, for the tests of CUDA kernels; those say so without them.
+NVRTC := target/nvrtc
+WHEELS := 'nvidia-cuda-nvrtc==13.0.*' 'nvidia-cuda-nvdisasm==13.*'
+nvrtc:
+	@[ -n "$$QUANTC_NVRTC" ] || [ -d $(NVRTC)/nvidia ] || { \
+	  python3 -m pip install --quiet --no-deps --target $(NVRTC) $(WHEELS) >/dev/null 2>&1 || \
+	  uv pip install --quiet --no-deps --target $(NVRTC) $(WHEELS) >/dev/null 2>&1 || \
+	  echo "NVRTC cannot be fetched: CUDA kernels are not compiled in tests"; }
 
 demo: deps
 	$(CARGO) build --release --quiet
 	@tests/demo.sh target/release/quantc tests/models/tales-3M tests/models/tales_eval.txt $(OUT)
 
 # Format, lints, and every test of every package.
-test: deps lint
+test: deps lint nvrtc
 	INSTA_UPDATE=no $(CARGO) test --quiet
 
 lint:

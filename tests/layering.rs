@@ -49,6 +49,7 @@ fn outside_packages_stay_where_they_belong() {
         ("egg", &["quantc-passes"][..]),
         ("petgraph", &["quantc-ir"]),
         ("inkwell", &["quantc-codegen"]),
+        ("cudarc", &["quantc-codegen"]),
         ("prost", &["quantc-runtime"]),
         ("object", &["quantc-runtime"]),
         ("tokenizers", &["quantc-frontends"]),

@@ -1,7 +1,7 @@
 //! The machine classes that engines are compiled for, one file each.
 
 use quantc_ir::diag::{Diag, Result, near_misses};
-use quantc_ir::target::TargetDesc;
+use quantc_ir::target::{GpuTarget, TargetDesc};
 use quantc_runtime::format::has_feature;
 
 /// Declares the targets in order of preference, the least demanding first.
@@ -13,6 +13,18 @@ macro_rules! targets {
         pub static TARGETS: &[&TargetDesc] = &[$(&$file::TARGET),*];
     };
 }
+
+/// Declares the GPU classes, the least capable first.
+macro_rules! gpus {
+    ($($file:ident),* $(,)?) => {
+        $(mod $file;)*
+
+        /// The GPU classes that CUDA kernels are built for, the least capable first. No engine is compiled for them yet.
+        pub static GPUS: &[&GpuTarget] = &[$(&$file::TARGET),*];
+    };
+}
+
+gpus![cuda_sm80, cuda_sm89, cuda_sm90, cuda_sm100, cuda_sm120];
 
 targets![cpu_generic, cpu_avx2, cpu_avxvnni, cpu_avx512vnni, cpu_avx512bf16];
 

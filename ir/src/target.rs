@@ -51,6 +51,32 @@ pub struct CpuDesc {
     pub stream_bytes_per_cycle: f32,
 }
 
+/// A class of GPUs that kernels are compiled for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GpuTarget {
+    /// The name used on the command line and in manifests.
+    pub name: &'static str,
+    /// One sentence.
+    pub doc: &'static str,
+    /// Facts of the GPU.
+    pub gpu: GpuDesc,
+}
+
+/// Facts of a GPU class, from NVIDIA's tables of compute capabilities.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GpuDesc {
+    /// The architecture given to the compiler.
+    pub arch: &'static str,
+    /// Bytes of shared memory that a block may have.
+    pub shared_bytes: u32,
+    /// 32-bit registers of a multiprocessor.
+    pub registers: u32,
+    /// Copies of many bytes by one instruction, with barriers in shared memory that count them.
+    pub bulk_copies: bool,
+    /// Matrix products of fp8 by single warps, in hardware.
+    pub fp8_products: bool,
+}
+
 /// An integer dot product of unsigned weights and signed activations that accumulates in i32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Dot {

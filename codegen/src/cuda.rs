@@ -1,0 +1,25 @@
+//! CUDA kernels: from specs, through tile IR, to text and to cubins, without a GPU.
+//!
+//! A template is a Rust function that turns a spec into a [`tile::Kernel`]. Epilogues and bodies of specs are the
+//! expressions of [`crate::eexpr`] that the CPU backend uses; [`expr`] lowers them. [`text`] writes a kernel as CUDA
+//! C++, `nvrtc` (feature `cuda`) compiles that for an architecture where NVIDIA's compiler library is found, and
+//! [`interp`] runs a kernel in Rust with all its checks.
+//!
+//! Templates there are:
+//!
+//! | module | what |
+//! |---|---|
+//! | [`row`] | kernels over rows: norms, softmax, quantization, elementwise arithmetic |
+//! | [`rope`] | tables of rotations, and the rotation of heads |
+//!
+//! What is not here: nothing launches kernels yet, and `quantc compile` does not know the targets of [`crate::targets::GPUS`].
+
+pub mod expr;
+pub mod frag;
+pub mod interp;
+#[cfg(feature = "cuda")]
+pub mod nvrtc;
+pub mod rope;
+pub mod row;
+pub mod text;
+pub mod tile;

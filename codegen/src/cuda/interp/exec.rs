@@ -1,0 +1,453 @@
+//! Steps of one warp.
+
+use super::program::Step;
+use super::shared::{Clock, Who};
+use super::{Block, Fault, Status, fold};
+use crate::cuda::frag;
+use crate::cuda::tile::{Access, Expr, Kernel, Mem, MmaKind, Reg, Stmt, Val, WARP};
+use half::bf16;
+use std::collections::VecDeque;
+
+/// One value for each lane.
+type Lanes = [u64; WARP as usize];
+
+/// A copy under way.
+#[derive(Clone, Debug)]
+struct Copy {
+    lane: u32,
+    to: u64,
+    data: Vec<u8>,
+}
+
+/// Lanes that left an `If` or a loop.
+#[derive(Clone, Copy, Debug)]
+struct Frame {
+    /// All that came.
+    outer: u32,
+    /// Those that take the other branch.
+    other: u32,
+}
+
+/// The state of a warp.
+#[derive(Debug)]
+pub(super) struct Warp {
+    pub pc: usize,
+    pub status: Status,
+    pub clock: Clock,
+    mask: u32,
+    frames: Vec<Frame>,
+    regs: Vec<Lanes>,
+    /// Copies of the group that is still open, and groups under way, the oldest first.
+    open: Vec<Copy>,
+    groups: VecDeque<Vec<Copy>>,
+}
+
+impl Warp {
+    pub fn new(kernel: &Kernel, index: usize) -> Warp {
+        let mut clock = vec![0; (kernel.threads / WARP) as usize];
+        // Period 0 stands for never.
+        clock[index] = 1;
+        Warp {
+            pc: 0,
+            status: Status::Ready,
+            clock,
+            mask: u32::MAX,
+            frames: vec![],
+            regs: vec![[0; WARP as usize]; kernel.regs.len()],
+            open: vec![],
+            groups: VecDeque::new(),
+        }
+    }
+
+    /// Whether copies are under way that brought something.
+    pub fn has_copies(&self) -> bool {
+        !self.open.is_empty() || self.groups.iter().any(|g| !g.is_empty())
+    }
+
+    fn get(&self, v: Val, lane: usize) -> u64 {
+        match v {
+            Val::Reg(r) => self.regs[r.0 as usize][lane],
+            Val::U32(x) => x.into(),
+            Val::F32(x) => x.get().to_bits().into(),
+            Val::Pred(p) => p.into(),
+        }
+    }
+
+    fn all(&self, v: Val) -> Lanes {
+        std::array::from_fn(|lane| self.get(v, lane))
+    }
+
+    /// Writes a register in the lanes that are here.
+    fn put(&mut self, to: Reg, values: Lanes) {
+        let reg = &mut self.regs[to.0 as usize];
+        for lane in lanes(self.mask) {
+            reg[lane] = values[lane];
+        }
+    }
+
+    fn holds(&self, v: Val) -> u32 {
+        (0..WARP).filter(|&lane| self.get(v, lane as usize) != 0).fold(0, |mask, lane| mask | 1 << lane)
+    }
+}
+
+/// The lanes of a mask.
+fn lanes(mask: u32) -> impl Iterator<Item = usize> {
+    (0..WARP as usize).filter(move |lane| mask >> lane & 1 == 1)
+}
+
+impl Block<'_> {
+    /// One step of a warp.
+    pub(super) fn step(&mut self, index: usize) -> Result<(), Fault> {
+        self.memory.counts.steps += 1;
+        self.try_step(index).map_err(|what| self.fault(index, what))
+    }
+
+    fn try_step(&mut self, index: usize) -> Result<(), String> {
+        let warp = &mut self.warps[index];
+        let Some(step) = self.program.steps.get(warp.pc) else {
+            warp.status = Status::Done;
+            return Ok(());
+        };
+        match *step {
+            Step::Plain(stmt) => {
+                self.plain(index, stmt)?;
+                let warp = &mut self.warps[index];
+                if warp.status == Status::AtBarrier {
+                    return Ok(());
+                }
+                warp.pc += 1;
+            }
+            Step::If { cond, otherwise } => {
+                let taken = warp.mask & warp.holds(cond);
+                warp.frames.push(Frame { outer: warp.mask, other: warp.mask & !taken });
+                warp.mask = taken;
+                warp.pc = if taken == 0 { otherwise } else { warp.pc + 1 };
+            }
+            Step::Else { end } => {
+                let frame = warp.frames.last().expect("an `Else` is inside an `If`");
+                warp.mask = frame.other;
+                warp.pc = if warp.mask == 0 { end } else { warp.pc + 1 };
+            }
+            Step::Join => {
+                warp.mask = warp.frames.pop().expect("a `Join` ends an `If` or a loop").outer;
+                warp.pc += 1;
+            }
+            Step::Enter { var, from } => {
+                let first = warp.all(from);
+                warp.put(var, first);
+                warp.frames.push(Frame { outer: warp.mask, other: 0 });
+                warp.pc += 1;
+            }
+            Step::Test { var, to, end } => {
+                let (counter, bound) = (warp.all(var.into()), warp.all(to));
+                for lane in lanes(warp.mask) {
+                    if counter[lane] >= bound[lane] {
+                        warp.mask &= !(1 << lane);
+                    }
+                }
+                warp.pc = if warp.mask == 0 { end } else { warp.pc + 1 };
+            }
+            Step::Again { var, step, test } => {
+                let (counter, step) = (warp.all(var.into()), warp.all(step));
+                warp.put(
+                    var,
+                    std::array::from_fn(|i| u64::from((counter[i] as u32).wrapping_add(step[i] as u32))),
+                );
+                warp.pc = test;
+            }
+        }
+        Ok(())
+    }
+
+    fn plain(&mut self, index: usize, stmt: &Stmt) -> Result<(), String> {
+        match stmt {
+            Stmt::Note(_) | Stmt::If(..) | Stmt::For { .. } => unreachable!("not a step by itself"),
+            Stmt::Let(to, expr) => {
+                let values = self.eval(index, *expr);
+                self.warps[index].put(*to, values);
+            }
+            Stmt::Set(to, v) => {
+                let values = self.warps[index].all(*v);
+                self.warps[index].put(*to, values);
+            }
+            Stmt::Load { to, mem, at, bytes } => self.load(index, to, *mem, *at, *bytes)?,
+            Stmt::Store { mem, at, from, bytes } => self.store(index, *mem, *at, from, *bytes)?,
+            Stmt::CpAsync { to, buffer, at, bytes, valid } => {
+                self.copy(index, *to, *buffer, *at, *bytes, *valid)?;
+            }
+            Stmt::CpCommit => {
+                self.full(index)?;
+                let warp = &mut self.warps[index];
+                let group = std::mem::take(&mut warp.open);
+                warp.groups.push_back(group);
+            }
+            Stmt::CpWait(left) => self.wait(index, *left as usize)?,
+            Stmt::Barrier => {
+                self.full(index)?;
+                self.warps[index].status = Status::AtBarrier;
+            }
+            Stmt::SyncWarp => {
+                self.full(index)?;
+                self.warps[index].clock[index] += 1;
+            }
+            Stmt::ShuffleXor { to, from, mask } => {
+                self.full(index)?;
+                let warp = &mut self.warps[index];
+                let values = warp.all(*from);
+                warp.put(*to, std::array::from_fn(|lane| values[lane ^ *mask as usize]));
+            }
+            Stmt::LdMatrix { to, at, transposed } => self.ld_matrix(index, to, *at, *transposed)?,
+            Stmt::Mma { kind, acc, a, b } => self.mma(index, *kind, acc, a, b)?,
+        }
+        Ok(())
+    }
+
+    /// Refuses to go on without all lanes.
+    fn full(&self, index: usize) -> Result<(), String> {
+        match self.warps[index].mask {
+            u32::MAX => Ok(()),
+            mask => Err(format!("only lanes {mask:#010x} reach a step of the whole warp")),
+        }
+    }
+
+    fn eval(&self, index: usize, expr: Expr) -> Lanes {
+        let warp = &self.warps[index];
+        match expr {
+            Expr::Thread => std::array::from_fn(|lane| (index * WARP as usize + lane) as u64),
+            Expr::BlockX => [self.at[0].into(); WARP as usize],
+            Expr::BlockY => [self.at[1].into(); WARP as usize],
+            Expr::Scalar(i) => [self.scalars[i as usize].into(); WARP as usize],
+            Expr::Unary(op, a) => warp.all(a).map(|a| fold::unary_bits(op, a)),
+            Expr::Binary(op, a, b) => {
+                let (a, b) = (warp.all(a), warp.all(b));
+                std::array::from_fn(|i| fold::binary_bits(op, a[i], b[i]))
+            }
+            Expr::Ternary(op, a, b, c) => {
+                let (a, b, c) = (warp.all(a), warp.all(b), warp.all(c));
+                std::array::from_fn(|i| fold::ternary_bits(op, a[i], b[i], c[i]))
+            }
+        }
+    }
+
+    /// The bytes of a buffer that a lane reads.
+    fn global(&self, buffer: u32, at: u64, bytes: u32, aligned: u32) -> Result<&[u8], String> {
+        let desc = &self.program.kernel.buffers[buffer as usize];
+        let data = &self.memory.buffers[buffer as usize].data;
+        let place = || format!("{bytes} bytes of `{}` at {at}", desc.name);
+        if desc.access == Access::Write {
+            return Err(format!("{}: it is an output", place()));
+        }
+        if !at.is_multiple_of(aligned.into()) {
+            return Err(format!("{}: not aligned", place()));
+        }
+        let end = at.checked_add(bytes.into()).filter(|&end| end <= data.len() as u64);
+        let Some(_) = end else { return Err(format!("{}: it has {}", place(), data.len())) };
+        Ok(&data[at as usize..][..bytes as usize])
+    }
+
+    fn load(&mut self, index: usize, to: &[Reg], mem: Mem, at: Val, bytes: u32) -> Result<(), String> {
+        let at = self.warps[index].all(at);
+        let mask = self.warps[index].mask;
+        if mem == Mem::Shared {
+            self.count_conflicts(mask, &at, bytes);
+        }
+        for lane in lanes(mask) {
+            let mut words = [0u8; 16];
+            let data = match mem {
+                Mem::Global(buffer) => {
+                    self.memory.counts.bytes_read += u64::from(bytes);
+                    self.global(buffer, at[lane], bytes, bytes)?
+                }
+                Mem::Shared => {
+                    let who = Who { warp: index, lane: lane as u32, clock: &self.warps[index].clock };
+                    self.shared.read(who, at[lane], bytes)?
+                }
+            };
+            words[..bytes as usize].copy_from_slice(data);
+            for (to, word) in to.iter().zip(words.chunks_exact(4)) {
+                let word = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+                self.warps[index].regs[to.0 as usize][lane] = word.into();
+            }
+        }
+        Ok(())
+    }
+
+    fn store(&mut self, index: usize, mem: Mem, at: Val, from: &[Val], bytes: u32) -> Result<(), String> {
+        let at = self.warps[index].all(at);
+        let mask = self.warps[index].mask;
+        if mem == Mem::Shared {
+            self.count_conflicts(mask, &at, bytes);
+        }
+        for lane in lanes(mask) {
+            let warp = &self.warps[index];
+            let words: Vec<u8> =
+                from.iter().flat_map(|&v| (warp.get(v, lane) as u32).to_le_bytes()).collect();
+            let data = &words[..bytes as usize];
+            match mem {
+                Mem::Global(buffer) => {
+                    let desc = &self.program.kernel.buffers[buffer as usize];
+                    let out = &mut self.memory.buffers[buffer as usize];
+                    let place = || format!("{bytes} bytes of `{}` at {}", desc.name, at[lane]);
+                    if desc.access != Access::Write {
+                        return Err(format!("{}: it is an input", place()));
+                    }
+                    if !at[lane].is_multiple_of(bytes.into()) {
+                        return Err(format!("{}: not aligned", place()));
+                    }
+                    let end = at[lane].checked_add(bytes.into()).filter(|&e| e <= out.data.len() as u64);
+                    let Some(end) = end else {
+                        return Err(format!("{}: it has {}", place(), out.data.len()));
+                    };
+                    let range = at[lane] as usize..end as usize;
+                    if out.written[range.clone()].contains(&true) {
+                        return Err(format!("{}: written twice", place()));
+                    }
+                    out.written[range.clone()].fill(true);
+                    out.data[range].copy_from_slice(data);
+                }
+                Mem::Shared => {
+                    let who = Who { warp: index, lane: lane as u32, clock: &warp.clock };
+                    self.shared.write(who, at[lane], data)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn copy(
+        &mut self,
+        index: usize,
+        to: Val,
+        buffer: u32,
+        at: Val,
+        bytes: u32,
+        valid: Val,
+    ) -> Result<(), String> {
+        let (to, at, valid) =
+            (self.warps[index].all(to), self.warps[index].all(at), self.warps[index].all(valid));
+        for lane in lanes(self.warps[index].mask) {
+            let valid = valid[lane] as u32;
+            if valid > bytes {
+                return Err(format!("lane {lane} copies {valid} bytes of at most {bytes}"));
+            }
+            let mut data = vec![0; bytes as usize];
+            self.memory.counts.bytes_read += u64::from(valid);
+            data[..valid as usize].copy_from_slice(self.global(buffer, at[lane], valid, bytes)?);
+            let warp = &self.warps[index];
+            let who = Who { warp: index, lane: lane as u32, clock: &warp.clock };
+            self.shared.start_copy(who, to[lane], bytes)?;
+            self.warps[index].open.push(Copy { lane: lane as u32, to: to[lane], data });
+        }
+        Ok(())
+    }
+
+    fn wait(&mut self, index: usize, left: usize) -> Result<(), String> {
+        self.full(index)?;
+        while self.warps[index].groups.len() > left {
+            let group = self.warps[index].groups.pop_front().unwrap_or_default();
+            for copy in group {
+                let who = Who { warp: index, lane: copy.lane, clock: &self.warps[index].clock };
+                self.shared.end_copy(who, copy.to, &copy.data);
+            }
+        }
+        Ok(())
+    }
+
+    fn ld_matrix(&mut self, index: usize, to: &[Reg; 4], at: Val, transposed: bool) -> Result<(), String> {
+        self.full(index)?;
+        let at = self.warps[index].all(at);
+        self.count_conflicts(u32::MAX, &at, 16);
+        // Every lane gets two numbers of each matrix: all lanes read what the warp reads.
+        let mut rows = [[0u16; 8]; 32];
+        for (lane, row) in rows.iter_mut().enumerate() {
+            let who = Who { warp: index, lane: lane as u32, clock: &self.warps[index].clock };
+            let bytes = self.shared.read(who, at[lane], 16)?;
+            for (x, pair) in row.iter_mut().zip(bytes.chunks_exact(2)) {
+                *x = u16::from_le_bytes([pair[0], pair[1]]);
+            }
+        }
+        for (matrix, to) in to.iter().enumerate() {
+            let element = |r: usize, c: usize| match transposed {
+                false => rows[matrix * 8 + r][c],
+                true => rows[matrix * 8 + c][r],
+            };
+            let values = std::array::from_fn(|lane| {
+                let (r, c) = (lane / 4, lane % 4 * 2);
+                u64::from(element(r, c)) | u64::from(element(r, c + 1)) << 16
+            });
+            self.warps[index].put(*to, values);
+        }
+        Ok(())
+    }
+
+    fn mma(
+        &mut self,
+        index: usize,
+        kind: MmaKind,
+        acc: &[Reg; 4],
+        a: &[Val; 4],
+        b: &[Val; 2],
+    ) -> Result<(), String> {
+        self.full(index)?;
+        self.memory.counts.products += 1;
+        let warp = &mut self.warps[index];
+        let (k, per) = (kind.k() as usize, kind.per_reg());
+        let number = |word: u64, i: u32| match kind {
+            MmaKind::Bf16 => bf16::from_bits((word >> (16 * i)) as u16).to_f64(),
+            MmaKind::S8 => f64::from((word >> (8 * i)) as u8 as i8),
+        };
+        let (mut left, mut right) = (vec![0.0; 16 * k], vec![0.0; 8 * k]);
+        for lane in 0..WARP {
+            for i in 0..per {
+                for (reg, v) in (0..).zip(a) {
+                    let (row, col) = frag::left(kind, lane, reg, i);
+                    left[row as usize * k + col as usize] = number(warp.get(*v, lane as usize), i);
+                }
+                for (reg, v) in (0..).zip(b) {
+                    let (row, col) = frag::right(kind, lane, reg, i);
+                    right[col as usize * k + row as usize] = number(warp.get(*v, lane as usize), i);
+                }
+            }
+        }
+        for lane in 0..WARP {
+            for (reg, to) in (0..).zip(acc) {
+                let (row, col) = frag::sums(lane, reg);
+                let x = &left[row as usize * k..][..k];
+                let y = &right[col as usize * k..][..k];
+                let sum: f64 = x.iter().zip(y).map(|(x, y)| x * y).sum();
+                let old = warp.regs[to.0 as usize][lane as usize] as u32;
+                let new = match kind {
+                    MmaKind::Bf16 => ((f64::from(f32::from_bits(old)) + sum) as f32).to_bits(),
+                    MmaKind::S8 => old.wrapping_add(sum as i32 as u32),
+                };
+                warp.regs[to.0 as usize][lane as usize] = new.into();
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts how often banks are asked for different words at once. Banks are 32, of 4 bytes; wide accesses go by
+    /// quarters or halves of a warp.
+    fn count_conflicts(&mut self, mask: u32, at: &Lanes, bytes: u32) {
+        let together = match bytes {
+            16 => 8,
+            8 => 16,
+            _ => 32,
+        };
+        for first in (0..WARP as usize).step_by(together) {
+            let mut words: Vec<u64> = lanes(mask)
+                .filter(|lane| (first..first + together).contains(lane))
+                .flat_map(|lane| (0..u64::from(bytes.div_ceil(4))).map(move |i| at[lane] / 4 + i))
+                .collect();
+            words.sort_unstable();
+            words.dedup();
+            let mut per_bank = [0u64; 32];
+            for word in &words {
+                per_bank[(word % 32) as usize] += 1;
+            }
+            let need = per_bank.iter().copied().max().unwrap_or(0);
+            self.memory.counts.shared_wavefronts += need;
+            self.memory.counts.bank_conflicts += need.saturating_sub((words.len() as u64).div_ceil(32));
+        }
+    }
+}

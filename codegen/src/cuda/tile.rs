@@ -1,0 +1,434 @@
+//! Tile IR: what a CUDA kernel does, thread by thread, as plain data.
+//!
+//! A [`Kernel`] is one program for all threads of a block. Registers hold 32 bits (or 64, for offsets, or one, for
+//! conditions), are assigned once, or are variables that may be assigned again. Some statements need all 32 lanes of a
+//! warp (matrix products, shuffles), some all warps of a block (barriers). Memory is either a parameter, addressed in
+//! bytes from its start, or the block's shared memory.
+//!
+//! Templates build kernels with [`Builder`]. A kernel then has two uses: [`crate::cuda::text`] writes it as CUDA C++,
+//! and [`crate::cuda::interp`] runs it in Rust and checks what a GPU would not tell. Both go over the same statements, so
+//! what was checked is what is compiled.
+//!
+//! # Meaning
+//!
+//! - Float operations are IEEE single precision, rounded to nearest even, subnormals kept; nothing is contracted.
+//! - Integers wrap. Shifts are by less than the width. Division is of unsigned numbers by constants.
+//! - Offsets of memory operations are bytes, and multiples of the bytes accessed.
+//! - Loads of one or two bytes give the bits, zero-extended.
+//! - What one lane writes to shared memory another may read after a barrier, or, in the same warp, after
+//!   [`Stmt::SyncWarp`]; the same for overwriting what another has read.
+//! - What [`Stmt::CpAsync`] copies is there for the lane that asked once a [`Stmt::CpWait`] has returned, and for others
+//!   after a barrier that follows it.
+//! - Matrix products take the fragments that [`crate::cuda::frag`] describes.
+
+use crate::eexpr::F32;
+use std::fmt;
+
+mod build;
+
+pub use build::Builder;
+
+/// Lanes of a warp.
+pub const WARP: u32 = 32;
+
+/// Type of a register.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Ty {
+    /// A condition.
+    Pred,
+    /// 32 bits: an integer, packed halves or bytes.
+    U32,
+    /// Single precision.
+    F32,
+    /// A wide offset.
+    U64,
+}
+
+/// A register of each thread.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Reg(pub u32);
+
+/// An operand.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Val {
+    /// A register.
+    Reg(Reg),
+    /// A constant of 32 bits.
+    U32(u32),
+    /// A float constant.
+    F32(F32),
+    /// A condition that always or never holds.
+    Pred(bool),
+}
+
+/// Functions of one value.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Unary {
+    /// The same value in another register.
+    Copy,
+    /// `-x`.
+    FNeg,
+    /// `|x|`.
+    FAbs,
+    /// Square root.
+    FSqrt,
+    /// Nearest integer as a float, ties to even.
+    FRound,
+    /// The float of a signed integer.
+    IntToFloat,
+    /// The signed integer nearest to a float that is in range, ties to even.
+    FloatToInt,
+    /// The signed byte nearest to a float, ties to even, clamped, sign-extended; 0 for NaN.
+    FloatToByte,
+    /// The float with these bits.
+    FromBits,
+    /// The bits of a float.
+    Bits,
+    /// The float of a half in the low 16 bits.
+    HalfToFloat,
+    /// The half nearest to a float, in the low 16 bits.
+    FloatToHalf,
+    /// The low 8 bits, sign-extended.
+    SignExtend8,
+    /// `!p`.
+    PNot,
+    /// The same number in 64 bits.
+    Widen,
+}
+
+/// Functions of two values.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[expect(missing_docs, reason = "F operations take floats, P operations conditions, others 32-bit integers")]
+pub enum Binary {
+    FAdd,
+    FSub,
+    FMul,
+    FDiv,
+    /// The magnitude of the first with the sign of the second.
+    FCopySign,
+    FLt,
+    FEq,
+    Add,
+    Sub,
+    Mul,
+    Div,
+    Rem,
+    And,
+    Or,
+    Xor,
+    Shl,
+    Shr,
+    Min,
+    Lt,
+    Eq,
+    PAnd,
+    /// Two floats rounded to bf16: the first in the low half.
+    PackBf16,
+    /// Two 64-bit numbers.
+    Add64,
+}
+
+/// Functions of three values.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Ternary {
+    /// `a * b + c` in floats, rounded once.
+    FFma,
+    /// `a ? b : c`.
+    Select,
+    /// `a * b + c` in each half, as bf16, rounded once.
+    Bf16Fma2,
+    /// `a * b + c`, where a and b have 32 bits and the rest 64.
+    MulWide,
+}
+
+/// A value computed from others.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Expr {
+    /// Of one value.
+    Unary(Unary, Val),
+    /// Of two values.
+    Binary(Binary, Val, Val),
+    /// Of three values.
+    Ternary(Ternary, Val, Val, Val),
+    /// Thread of the block.
+    Thread,
+    /// Column of the grid.
+    BlockX,
+    /// Row of the grid.
+    BlockY,
+    /// A number the kernel is called with.
+    Scalar(u32),
+}
+
+/// A place in memory.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Mem {
+    /// A parameter of the kernel, by index among the buffers.
+    Global(u32),
+    /// The block's shared memory.
+    Shared,
+}
+
+/// What matrix product a warp computes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum MmaKind {
+    /// 16 x 16 bf16 times 16 x 8 bf16, summed in f32.
+    Bf16,
+    /// 16 x 32 signed bytes times 32 x 8 signed bytes, summed in i32.
+    S8,
+}
+
+/// One step of a kernel.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Stmt {
+    /// Defines a register.
+    Let(Reg, Expr),
+    /// Assigns a variable again.
+    Set(Reg, Val),
+    /// Loads `bytes` (1, 2 or 4 into one register, 8 into two, 16 into four).
+    Load {
+        /// Registers defined.
+        to: Vec<Reg>,
+        /// Which memory.
+        mem: Mem,
+        /// Byte offset.
+        at: Val,
+        /// Bytes of one lane.
+        bytes: u32,
+    },
+    /// Stores `bytes`, as loads.
+    Store {
+        /// Which memory.
+        mem: Mem,
+        /// Byte offset.
+        at: Val,
+        /// What to store.
+        from: Vec<Val>,
+        /// Bytes of one lane.
+        bytes: u32,
+    },
+    /// Copies from a buffer to shared memory without waiting; bytes from `valid` on are zero.
+    CpAsync {
+        /// Byte offset in shared memory.
+        to: Val,
+        /// The buffer.
+        buffer: u32,
+        /// Byte offset in the buffer.
+        at: Val,
+        /// Bytes of one lane: 4, 8 or 16.
+        bytes: u32,
+        /// Bytes read, at most `bytes`.
+        valid: Val,
+    },
+    /// Ends a group of copies of this lane.
+    CpCommit,
+    /// Waits until at most this many groups of this lane are under way.
+    CpWait(u32),
+    /// All warps of the block.
+    Barrier,
+    /// All lanes of a warp.
+    SyncWarp,
+    /// Gives each lane the value of the lane whose number differs in the bits of `mask`.
+    ShuffleXor {
+        /// Register defined.
+        to: Reg,
+        /// The value.
+        from: Val,
+        /// Bits of the lane number that differ.
+        mask: u32,
+    },
+    /// Loads four 8 x 8 matrices of 16-bit numbers: lane i gives the address of row i % 8 of matrix i / 8.
+    LdMatrix {
+        /// One register a matrix.
+        to: [Reg; 4],
+        /// Byte offset in shared memory of the row.
+        at: Val,
+        /// Whether matrices are transposed on the way.
+        transposed: bool,
+    },
+    /// `acc += a * b`.
+    Mma {
+        /// Types and sizes.
+        kind: MmaKind,
+        /// Variables.
+        acc: [Reg; 4],
+        /// Fragments of the left side.
+        a: [Val; 4],
+        /// Fragments of the right side.
+        b: [Val; 2],
+    },
+    /// Lanes where the condition holds do the first, the others the second.
+    If(Val, Vec<Stmt>, Vec<Stmt>),
+    /// `for (var = from; var < to; var += step)`.
+    For {
+        /// The counter, defined in the body.
+        var: Reg,
+        /// First value.
+        from: Val,
+        /// Bound.
+        to: Val,
+        /// Step, at least 1.
+        step: Val,
+        /// What is repeated.
+        body: Vec<Stmt>,
+    },
+    /// A remark for readers of the text.
+    Note(String),
+}
+
+/// What a kernel does with a buffer.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Access {
+    /// Reads it; nothing writes it while the kernel runs.
+    Read,
+    /// Reads it, each place before the kernel writes there: it may be an output too.
+    ReadBeforeWrite,
+    /// Writes each byte at most once.
+    Write,
+}
+
+/// A buffer argument.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Buffer {
+    /// Name in the text.
+    pub name: String,
+    /// What is done with it.
+    pub access: Access,
+}
+
+/// A number of blocks.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Extent {
+    /// Always the same.
+    Fixed(u32),
+    /// One block for each `per` of a scalar argument times `times`, the last one perhaps with fewer.
+    PerScalar {
+        /// Index among the scalars.
+        scalar: u32,
+        /// Factor on the scalar.
+        times: u32,
+        /// Served by one block.
+        per: u32,
+    },
+}
+
+impl Extent {
+    /// Blocks of a call with these scalars.
+    pub fn blocks(self, scalars: &[u32]) -> u32 {
+        match self {
+            Extent::Fixed(n) => n,
+            Extent::PerScalar { scalar, times, per } => (scalars[scalar as usize] * times).div_ceil(per),
+        }
+    }
+}
+
+/// A kernel.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Kernel {
+    /// Its symbol.
+    pub name: String,
+    /// Buffers, the first arguments.
+    pub buffers: Vec<Buffer>,
+    /// Names of the 32-bit numbers that follow.
+    pub scalars: Vec<String>,
+    /// Threads of a block.
+    pub threads: u32,
+    /// Blocks that fit on a multiprocessor at once: a demand on registers.
+    pub blocks_per_sm: u32,
+    /// Bytes of shared memory.
+    pub shared: u32,
+    /// Columns and rows of the grid.
+    pub grid: [Extent; 2],
+    /// Types of registers.
+    pub regs: Vec<Ty>,
+    /// What a thread does.
+    pub body: Vec<Stmt>,
+}
+
+impl Kernel {
+    /// The type of an operand.
+    pub fn ty(&self, v: Val) -> Ty {
+        match v {
+            Val::Reg(r) => self.regs[r.0 as usize],
+            Val::U32(_) => Ty::U32,
+            Val::F32(_) => Ty::F32,
+            Val::Pred(_) => Ty::Pred,
+        }
+    }
+
+    /// The fewest bytes of shared memory that one lane reads or writes at once; 16 where none is used.
+    pub fn shared_granule(&self) -> u32 {
+        fn least(body: &[Stmt]) -> u32 {
+            let of = |s: &Stmt| match s {
+                Stmt::Load { mem: Mem::Shared, bytes, .. }
+                | Stmt::Store { mem: Mem::Shared, bytes, .. }
+                | Stmt::CpAsync { bytes, .. } => *bytes,
+                Stmt::If(_, a, b) => least(a).min(least(b)),
+                Stmt::For { body, .. } => least(body),
+                _ => 16,
+            };
+            body.iter().map(of).min().unwrap_or(16)
+        }
+        least(&self.body)
+    }
+}
+
+impl Unary {
+    /// Type of the result.
+    pub fn ty(self, of: Ty) -> Ty {
+        match self {
+            Unary::Copy => of,
+            Unary::FNeg
+            | Unary::FAbs
+            | Unary::FSqrt
+            | Unary::FRound
+            | Unary::IntToFloat
+            | Unary::FromBits
+            | Unary::HalfToFloat => Ty::F32,
+            Unary::FloatToInt
+            | Unary::FloatToByte
+            | Unary::Bits
+            | Unary::FloatToHalf
+            | Unary::SignExtend8 => Ty::U32,
+            Unary::PNot => Ty::Pred,
+            Unary::Widen => Ty::U64,
+        }
+    }
+}
+
+impl Binary {
+    /// Type of the result.
+    pub fn ty(self) -> Ty {
+        use Binary::*;
+        match self {
+            FAdd | FSub | FMul | FDiv | FCopySign => Ty::F32,
+            FLt | FEq | Lt | Eq | PAnd => Ty::Pred,
+            Add | Sub | Mul | Div | Rem | And | Or | Xor | Shl | Shr | Min | PackBf16 => Ty::U32,
+            Add64 => Ty::U64,
+        }
+    }
+}
+
+impl From<u32> for Val {
+    fn from(x: u32) -> Val {
+        Val::U32(x)
+    }
+}
+
+impl From<f32> for Val {
+    fn from(x: f32) -> Val {
+        Val::F32(F32::new(x))
+    }
+}
+
+impl From<Reg> for Val {
+    fn from(r: Reg) -> Val {
+        Val::Reg(r)
+    }
+}
+
+impl fmt::Display for Reg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "r{}", self.0)
+    }
+}

@@ -1,0 +1,370 @@
+//! Building kernels statement by statement; constants are folded and equal address arithmetic is left to the compiler.
+
+use super::{Access, Binary, Buffer, Expr, Extent, Kernel, Mem, MmaKind, Reg, Stmt, Ternary, Ty, Unary, Val};
+use crate::cpu::math::Lanes;
+use crate::cuda::interp::fold;
+
+/// A kernel under construction.
+#[derive(Debug)]
+pub struct Builder {
+    kernel: Kernel,
+    /// Bodies that are open, the innermost last.
+    open: Vec<Vec<Stmt>>,
+}
+
+impl Builder {
+    /// A kernel of `threads` threads a block.
+    pub fn new(name: &str, threads: u32) -> Builder {
+        let kernel = Kernel {
+            name: name.to_owned(),
+            buffers: vec![],
+            scalars: vec![],
+            threads,
+            blocks_per_sm: 1,
+            shared: 0,
+            grid: [Extent::Fixed(1); 2],
+            regs: vec![],
+            body: vec![],
+        };
+        Builder { kernel, open: vec![vec![]] }
+    }
+
+    /// The finished kernel.
+    pub fn finish(mut self) -> Kernel {
+        self.kernel.body = self.open.pop().expect("the outermost body is open");
+        self.kernel
+    }
+
+    /// Declares a buffer; all buffers come before the first scalar.
+    pub fn buffer(&mut self, name: &str, access: Access) -> Mem {
+        self.kernel.buffers.push(Buffer { name: name.to_owned(), access });
+        Mem::Global(self.kernel.buffers.len() as u32 - 1)
+    }
+
+    /// Declares a number that the kernel is called with; gives its index.
+    pub fn scalar(&mut self, name: &str) -> u32 {
+        self.kernel.scalars.push(name.to_owned());
+        self.kernel.scalars.len() as u32 - 1
+    }
+
+    /// Takes `bytes` of shared memory; gives the offset, a multiple of 128.
+    pub fn shared(&mut self, bytes: u32) -> u32 {
+        let at = self.kernel.shared;
+        self.kernel.shared = (at + bytes).next_multiple_of(128);
+        at
+    }
+
+    /// Sets the grid.
+    pub fn grid(&mut self, x: Extent, y: Extent) {
+        self.kernel.grid = [x, y];
+    }
+
+    /// Demands that registers suffice for this many blocks on a multiprocessor.
+    pub fn blocks_per_sm(&mut self, blocks: u32) {
+        self.kernel.blocks_per_sm = blocks;
+    }
+
+    fn reg(&mut self, ty: Ty) -> Reg {
+        self.kernel.regs.push(ty);
+        Reg(self.kernel.regs.len() as u32 - 1)
+    }
+
+    fn emit(&mut self, stmt: Stmt) {
+        self.open.last_mut().expect("a body is open").push(stmt);
+    }
+
+    fn define(&mut self, ty: Ty, expr: Expr) -> Val {
+        let to = self.reg(ty);
+        self.emit(Stmt::Let(to, expr));
+        to.into()
+    }
+
+    /// The type of an operand.
+    pub fn ty(&self, v: Val) -> Ty {
+        self.kernel.ty(v)
+    }
+
+    /// A remark in the text.
+    pub fn note(&mut self, text: &str) {
+        self.emit(Stmt::Note(text.to_owned()));
+    }
+
+    /// A function of one value.
+    pub fn unary(&mut self, op: Unary, a: impl Into<Val>) -> Val {
+        let a = a.into();
+        if op != Unary::Copy
+            && let Some(v) = fold::unary(op, a)
+        {
+            return v;
+        }
+        let ty = op.ty(self.kernel.ty(a));
+        self.define(ty, Expr::Unary(op, a))
+    }
+
+    /// A function of two values.
+    pub fn binary(&mut self, op: Binary, a: impl Into<Val>, b: impl Into<Val>) -> Val {
+        let (a, b) = (a.into(), b.into());
+        if let Some(v) = fold::binary(op, a, b) {
+            return v;
+        }
+        self.define(op.ty(), Expr::Binary(op, a, b))
+    }
+
+    /// A function of three values.
+    pub fn ternary(&mut self, op: Ternary, a: impl Into<Val>, b: impl Into<Val>, c: impl Into<Val>) -> Val {
+        let (a, b, c) = (a.into(), b.into(), c.into());
+        if let (Ternary::Select, Val::Pred(p)) = (op, a) {
+            return if p { b } else { c };
+        }
+        let ty = match op {
+            Ternary::FFma => Ty::F32,
+            Ternary::Select => self.kernel.ty(b),
+            Ternary::Bf16Fma2 => Ty::U32,
+            Ternary::MulWide => Ty::U64,
+        };
+        self.define(ty, Expr::Ternary(op, a, b, c))
+    }
+
+    /// `a + b` in integers.
+    pub fn add(&mut self, a: impl Into<Val>, b: impl Into<Val>) -> Val {
+        self.binary(Binary::Add, a, b)
+    }
+
+    /// `a * b` in integers.
+    pub fn mul(&mut self, a: impl Into<Val>, b: impl Into<Val>) -> Val {
+        self.binary(Binary::Mul, a, b)
+    }
+
+    /// `a * b + c` in integers.
+    pub fn mad(&mut self, a: impl Into<Val>, b: impl Into<Val>, c: impl Into<Val>) -> Val {
+        let product = self.mul(a, b);
+        self.add(product, c)
+    }
+
+    /// `a / b` in unsigned integers.
+    pub fn div(&mut self, a: impl Into<Val>, b: impl Into<Val>) -> Val {
+        self.binary(Binary::Div, a, b)
+    }
+
+    /// `a % b` in unsigned integers.
+    pub fn rem(&mut self, a: impl Into<Val>, b: impl Into<Val>) -> Val {
+        self.binary(Binary::Rem, a, b)
+    }
+
+    /// `a & b`.
+    pub fn and(&mut self, a: impl Into<Val>, b: impl Into<Val>) -> Val {
+        self.binary(Binary::And, a, b)
+    }
+
+    /// `a << b`.
+    pub fn shl(&mut self, a: impl Into<Val>, b: u32) -> Val {
+        self.binary(Binary::Shl, a, b)
+    }
+
+    /// `a >> b` of unsigned numbers.
+    pub fn shr(&mut self, a: impl Into<Val>, b: u32) -> Val {
+        self.binary(Binary::Shr, a, b)
+    }
+
+    /// `a < b` in unsigned integers.
+    pub fn lt(&mut self, a: impl Into<Val>, b: impl Into<Val>) -> Val {
+        self.binary(Binary::Lt, a, b)
+    }
+
+    /// Either of two values.
+    pub fn select(&mut self, p: Val, a: impl Into<Val>, b: impl Into<Val>) -> Val {
+        self.ternary(Ternary::Select, p, a, b)
+    }
+
+    /// Thread of the block.
+    pub fn thread(&mut self) -> Val {
+        self.define(Ty::U32, Expr::Thread)
+    }
+
+    /// Column of the grid.
+    pub fn block_x(&mut self) -> Val {
+        self.define(Ty::U32, Expr::BlockX)
+    }
+
+    /// Row of the grid.
+    pub fn block_y(&mut self) -> Val {
+        self.define(Ty::U32, Expr::BlockY)
+    }
+
+    /// A number the kernel is called with.
+    pub fn scalar_value(&mut self, index: u32) -> Val {
+        self.define(Ty::U32, Expr::Scalar(index))
+    }
+
+    /// A variable with its first value.
+    pub fn var(&mut self, first: impl Into<Val>) -> Reg {
+        match self.unary(Unary::Copy, first) {
+            Val::Reg(r) => r,
+            Val::U32(_) | Val::F32(_) | Val::Pred(_) => unreachable!("a copy is never folded"),
+        }
+    }
+
+    /// Assigns a variable.
+    pub fn set(&mut self, var: Reg, v: impl Into<Val>) {
+        self.emit(Stmt::Set(var, v.into()));
+    }
+
+    /// Loads 1, 2, 4, 8 or 16 bytes as words.
+    pub fn load(&mut self, mem: Mem, at: impl Into<Val>, bytes: u32) -> Vec<Val> {
+        let to: Vec<Reg> = (0..bytes.div_ceil(4)).map(|_| self.reg(Ty::U32)).collect();
+        self.emit(Stmt::Load { to: to.clone(), mem, at: at.into(), bytes });
+        to.into_iter().map(Val::Reg).collect()
+    }
+
+    /// Stores 1, 2, 4, 8 or 16 bytes of words.
+    pub fn store(&mut self, mem: Mem, at: impl Into<Val>, from: &[Val], bytes: u32) {
+        self.emit(Stmt::Store { mem, at: at.into(), from: from.to_vec(), bytes });
+    }
+
+    /// Copies to shared memory without waiting.
+    pub fn cp_async(&mut self, to: Val, from: Mem, at: Val, bytes: u32, valid: impl Into<Val>) {
+        let Mem::Global(buffer) = from else { unreachable!("copies come from buffers") };
+        self.emit(Stmt::CpAsync { to, buffer, at, bytes, valid: valid.into() });
+    }
+
+    /// Ends a group of copies.
+    pub fn cp_commit(&mut self) {
+        self.emit(Stmt::CpCommit);
+    }
+
+    /// Waits for all but the last `groups` groups of copies.
+    pub fn cp_wait(&mut self, groups: u32) {
+        self.emit(Stmt::CpWait(groups));
+    }
+
+    /// A barrier of the block.
+    pub fn barrier(&mut self) {
+        self.emit(Stmt::Barrier);
+    }
+
+    /// Orders the shared memory accesses of a warp's lanes.
+    pub fn sync_warp(&mut self) {
+        self.emit(Stmt::SyncWarp);
+    }
+
+    /// The value of the lane whose number differs in `mask`.
+    pub fn shuffle_xor(&mut self, from: Val, mask: u32) -> Val {
+        let to = self.reg(self.kernel.ty(from));
+        self.emit(Stmt::ShuffleXor { to, from, mask });
+        to.into()
+    }
+
+    /// Four 8 x 8 matrices from shared memory.
+    pub fn ld_matrix(&mut self, at: Val, transposed: bool) -> [Val; 4] {
+        let to = [(); 4].map(|()| self.reg(Ty::U32));
+        self.emit(Stmt::LdMatrix { to, at, transposed });
+        to.map(Val::Reg)
+    }
+
+    /// `acc += a * b`.
+    pub fn mma(&mut self, kind: MmaKind, acc: [Reg; 4], a: [Val; 4], b: [Val; 2]) {
+        self.emit(Stmt::Mma { kind, acc, a, b });
+    }
+
+    /// What lanes do where `p` holds.
+    pub fn when(&mut self, p: Val, then: impl FnOnce(&mut Builder)) {
+        if let Val::Pred(p) = p {
+            if p {
+                then(self);
+            }
+            return;
+        }
+        let body = self.body(then);
+        self.emit(Stmt::If(p, body, vec![]));
+    }
+
+    /// What is repeated with a counter.
+    pub fn repeat(
+        &mut self,
+        from: impl Into<Val>,
+        to: impl Into<Val>,
+        step: impl Into<Val>,
+        f: impl FnOnce(&mut Builder, Val),
+    ) {
+        let (from, to, step) = (from.into(), to.into(), step.into());
+        let var = self.reg(Ty::U32);
+        let body = self.body(|b| f(b, var.into()));
+        self.emit(Stmt::For { var, from, to, step, body });
+    }
+
+    fn body(&mut self, f: impl FnOnce(&mut Builder)) -> Vec<Stmt> {
+        self.open.push(vec![]);
+        f(self);
+        self.open.pop().expect("the body is open")
+    }
+}
+
+/// Floats of a kernel under construction: what expressions and their functions are made of.
+impl Lanes for Builder {
+    type V = Val;
+
+    fn constant(&mut self, x: f32) -> Val {
+        x.into()
+    }
+    fn add(&mut self, a: Val, b: Val) -> Val {
+        self.binary(Binary::FAdd, a, b)
+    }
+    fn sub(&mut self, a: Val, b: Val) -> Val {
+        self.binary(Binary::FSub, a, b)
+    }
+    fn mul(&mut self, a: Val, b: Val) -> Val {
+        self.binary(Binary::FMul, a, b)
+    }
+    fn div(&mut self, a: Val, b: Val) -> Val {
+        self.binary(Binary::FDiv, a, b)
+    }
+    fn mul_add(&mut self, a: Val, b: Val, c: Val) -> Val {
+        self.ternary(Ternary::FFma, a, b, c)
+    }
+    fn sqrt(&mut self, a: Val) -> Val {
+        self.unary(Unary::FSqrt, a)
+    }
+    fn abs(&mut self, a: Val) -> Val {
+        self.unary(Unary::FAbs, a)
+    }
+    fn neg(&mut self, a: Val) -> Val {
+        self.unary(Unary::FNeg, a)
+    }
+    fn copysign(&mut self, a: Val, sign: Val) -> Val {
+        self.binary(Binary::FCopySign, a, sign)
+    }
+    fn select_lt(&mut self, a: Val, b: Val, x: Val, y: Val) -> Val {
+        let p = self.binary(Binary::FLt, a, b);
+        self.select(p, x, y)
+    }
+    fn bits_shl_23(&mut self, a: Val) -> Val {
+        let bits = self.unary(Unary::Bits, a);
+        let shifted = self.shl(bits, 23);
+        self.unary(Unary::FromBits, shifted)
+    }
+    fn round(&mut self, a: Val) -> Val {
+        self.unary(Unary::FRound, a)
+    }
+    fn round_e4m3(&mut self, a: Val) -> Val {
+        let largest = self.constant(448.0);
+        let size = self.abs(a);
+        let size = self.select_lt(size, largest, size, largest);
+        let bits = self.unary(Unary::Bits, size);
+        // Normal numbers: add just under half of the last place (all of it when odd), cut.
+        let last = self.shr(bits, 20);
+        let odd = self.and(last, 1);
+        let up = Builder::add(self, bits, 0x7_ffff);
+        let up = Builder::add(self, up, odd);
+        let cut = self.and(up, 0xfff0_0000);
+        let normal = self.unary(Unary::FromBits, cut);
+        // Subnormal ones: the last place of numbers from 2^14 on is theirs, 2^-9.
+        let shift = self.constant(16384.0);
+        let small = self.binary(Binary::FAdd, size, shift);
+        let small = self.binary(Binary::FSub, small, shift);
+        let least = self.constant(0.015_625);
+        let rounded = self.select_lt(size, least, small, normal);
+        let signed = self.copysign(rounded, a);
+        let number = self.binary(Binary::FEq, a, a);
+        self.select(number, signed, a)
+    }
+}

@@ -1,0 +1,9 @@
+//! NVIDIA GPUs of compute capability 8.0: A100, A30.
+
+use quantc_ir::target::{GpuDesc, GpuTarget};
+
+pub(super) static TARGET: GpuTarget = GpuTarget {
+    name: "cuda-sm80",
+    doc: "NVIDIA GPUs of compute capability 8.0 (A100): int8 and bf16 matrix products, asynchronous copies.",
+    gpu: GpuDesc { arch: "sm_80", shared_bytes: 166_912, registers: 65_536, bulk_copies: false, fp8_products: false },
+};

@@ -1,0 +1,9 @@
+//! NVIDIA GPUs of compute capability 8.9: L4, L40, RTX 40.
+
+use quantc_ir::target::{GpuDesc, GpuTarget};
+
+pub(super) static TARGET: GpuTarget = GpuTarget {
+    name: "cuda-sm89",
+    doc: "NVIDIA GPUs of compute capability 8.9 (L4, L40, RTX 40): as 8.0 with less shared memory, and fp8 products.",
+    gpu: GpuDesc { arch: "sm_89", shared_bytes: 101_376, registers: 65_536, bulk_copies: false, fp8_products: true },
+};

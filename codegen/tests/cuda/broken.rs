@@ -1,0 +1,157 @@
+//! Kernels with something wrong in them: the interpreter finds each of them out.
+
+use quantc_codegen::cpu::row::RowSpec;
+use quantc_codegen::cuda::interp::{self, Schedule};
+use quantc_codegen::cuda::row::{RowTile, build};
+use quantc_codegen::cuda::tile::{Access, Builder, Extent, Kernel, Mem, Stmt};
+use quantc_codegen::eexpr::MemTy;
+
+/// The places of statements of a kind, by their order in the text.
+fn count(body: &[Stmt], is: &impl Fn(&Stmt) -> bool) -> usize {
+    let of = |s: &Stmt| match s {
+        Stmt::If(_, a, b) => count(a, is) + count(b, is),
+        Stmt::For { body, .. } => count(body, is),
+        s => usize::from(is(s)),
+    };
+    body.iter().map(of).sum()
+}
+
+/// Takes the statement of a kind away that is number `at`.
+fn without(body: &[Stmt], is: &impl Fn(&Stmt) -> bool, at: &mut usize) -> Vec<Stmt> {
+    let mut kept = vec![];
+    for stmt in body {
+        match stmt {
+            Stmt::If(p, a, b) => kept.push(Stmt::If(*p, without(a, is, at), without(b, is, at))),
+            Stmt::For { var, from, to, step, body } => {
+                let body = without(body, is, at);
+                kept.push(Stmt::For { var: *var, from: *from, to: *to, step: *step, body });
+            }
+            s if is(s) => {
+                if *at != 0 {
+                    kept.push(s.clone());
+                }
+                *at = at.wrapping_sub(1);
+            }
+            s => kept.push(s.clone()),
+        }
+    }
+    kept
+}
+
+/// The kernel runs as it is, and with any one statement of a kind taken away it is found out in any order of its warps.
+fn each_is_needed(
+    kernel: &Kernel,
+    buffers: &[Vec<u8>],
+    scalars: &[u32],
+    is: impl Fn(&Stmt) -> bool,
+    why: &[&str],
+) {
+    let run = |kernel: &Kernel, schedule| interp::run(kernel, buffers, scalars, schedule);
+    run(kernel, Schedule::Turns).unwrap();
+    let all = count(&kernel.body, &is);
+    assert!(all > 0);
+    for at in 0..all {
+        let broken = Kernel { body: without(&kernel.body, &is, &mut at.clone()), ..kernel.clone() };
+        for schedule in [Schedule::Turns, Schedule::Ahead, Schedule::Behind, Schedule::Random(5)] {
+            let fault = run(&broken, schedule).expect_err("a statement that is needed is gone");
+            assert!(why.iter().any(|w| fault.what.contains(w)), "{fault}");
+        }
+    }
+}
+
+fn norm() -> (Kernel, Vec<Vec<u8>>) {
+    let spec = RowSpec::layer_norm(1500, 1e-5, MemTy::F32, MemTy::F32, None, MemTy::F32);
+    let tile = RowTile::of(&spec);
+    assert!(tile.warps_per_row > 1);
+    (build("norm", &spec, tile).unwrap(), vec![vec![0; 6000 * 2], vec![0; 6000], vec![0; 6000 * 2]])
+}
+
+#[test]
+fn a_norm_without_a_barrier() {
+    let (kernel, buffers) = norm();
+    each_is_needed(&kernel, &buffers, &[2, 2], |s| *s == Stmt::Barrier, &["a race", "nobody wrote"]);
+}
+
+#[test]
+fn a_norm_with_a_row_too_many() {
+    let (kernel, buffers) = norm();
+    let fault = interp::run(&kernel, &buffers, &[3, 3], Schedule::Turns).unwrap_err();
+    assert!(fault.what.contains("bytes of `in0`") && fault.what.contains("it has 12000"), "{fault}");
+    // The same row by two blocks.
+    let twice = Kernel { grid: [kernel.grid[0], Extent::Fixed(2)], ..kernel };
+    let fault = interp::run(&twice, &buffers, &[2, 2], Schedule::Turns).unwrap_err();
+    assert!(fault.what.contains("written twice"), "{fault}");
+}
+
+/// A block that stores what its threads copied, each another's.
+fn exchange(waits: bool, barrier: bool) -> Kernel {
+    let mut b = Builder::new("exchange", 64);
+    let (from, to) = (b.buffer("from", Access::Read), b.buffer("to", Access::Write));
+    let at = b.shared(1024);
+    let thread = b.thread();
+    let mine = b.mad(thread, 16, at);
+    b.cp_async(mine, from, mine, 16, 16);
+    b.cp_commit();
+    if waits {
+        b.cp_wait(0);
+    }
+    if barrier {
+        b.barrier();
+    }
+    let other = b.binary(quantc_codegen::cuda::tile::Binary::Xor, mine, 16 * 33);
+    let words = b.load(Mem::Shared, other, 16);
+    b.store(to, mine, &words, 16);
+    b.finish()
+}
+
+#[test]
+fn copies_that_nobody_waits_for() {
+    let buffers = [(0..1024u32).map(|i| i as u8).collect::<Vec<_>>(), vec![0; 1024]];
+    let run = |kernel: &Kernel, schedule| interp::run(kernel, &buffers, &[], schedule);
+    let got = run(&exchange(true, true), Schedule::Turns).unwrap();
+    assert_eq!(got.buffers[1].data[..16], buffers[0][16 * 33..][..16]);
+    for schedule in [Schedule::Turns, Schedule::Ahead, Schedule::Behind, Schedule::Random(7)] {
+        let fault = run(&exchange(false, true), schedule).unwrap_err();
+        assert!(fault.what.contains("while a copy to it is under way"), "{fault}");
+        let fault = run(&exchange(true, false), schedule).unwrap_err();
+        assert!(["a race", "under way", "nobody wrote"].iter().any(|w| fault.what.contains(w)), "{fault}");
+    }
+}
+
+#[test]
+fn what_a_warp_must_do_together() {
+    let mut b = Builder::new("alone", 32);
+    let thread = b.thread();
+    let some = b.lt(thread, 7);
+    b.when(some, |b| b.barrier());
+    let fault = interp::run(&b.finish(), &[], &[], Schedule::Turns).unwrap_err();
+    assert!(fault.what.contains("only lanes 0x0000007f"), "{fault}");
+
+    // A warp reads what its lanes wrote, without and with waiting for them.
+    for syncs in [false, true] {
+        let mut b = Builder::new("lanes", 32);
+        let at = b.shared(128);
+        let out = b.buffer("out", Access::Write);
+        let thread = b.thread();
+        let mine = b.mad(thread, 4, at);
+        b.store(Mem::Shared, mine, &[thread], 4);
+        if syncs {
+            b.sync_warp();
+        }
+        let other = b.binary(quantc_codegen::cuda::tile::Binary::Xor, mine, 4);
+        let word = b.load(Mem::Shared, other, 4);
+        b.store(out, mine, &word, 4);
+        let run = interp::run(&b.finish(), &[vec![0; 128]], &[], Schedule::Turns);
+        assert_eq!(run.is_ok(), syncs, "{run:?}");
+    }
+}
+
+#[test]
+fn warps_at_different_barriers() {
+    let mut b = Builder::new("apart", 64);
+    let thread = b.thread();
+    let first = b.lt(thread, 32);
+    b.when(first, |b| b.barrier());
+    let fault = interp::run(&b.finish(), &[], &[], Schedule::Turns).unwrap_err();
+    assert!(fault.what.contains("this one is gone"), "{fault}");
+}
