@@ -79,12 +79,19 @@ pub struct Counts {
 }
 
 /// A buffer in a run.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Bytes {
     /// Contents; those of outputs are poison until written.
     pub data: Vec<u8>,
     /// For outputs, whether each byte was written.
     pub written: Vec<bool>,
+}
+
+impl fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let written = self.written.iter().filter(|w| **w).count();
+        write!(f, "{} bytes, {written} of them written", self.data.len())
+    }
 }
 
 /// The state of memory of a run.

@@ -1,10 +1,14 @@
 //! Kernels with something wrong in them: the interpreter finds each of them out.
 
+use crate::products;
 use quantc_codegen::cpu::row::RowSpec;
 use quantc_codegen::cuda::interp::{self, Schedule};
+use quantc_codegen::cuda::layout::FragmentLayout;
 use quantc_codegen::cuda::row::{RowTile, build};
+use quantc_codegen::cuda::skinny::{self, SkinnyTile};
 use quantc_codegen::cuda::tile::{Access, Builder, Extent, Kernel, Mem, Stmt};
 use quantc_codegen::eexpr::MemTy;
+use quantc_codegen::spec::{AFmt, Code, ScaleTy, WFmt, Zero};
 
 /// The places of statements of a kind, by their order in the text.
 fn count(body: &[Stmt], is: &impl Fn(&Stmt) -> bool) -> usize {
@@ -154,4 +158,46 @@ fn warps_at_different_barriers() {
     b.when(first, |b| b.barrier());
     let fault = interp::run(&b.finish(), &[], &[], Schedule::Turns).unwrap_err();
     assert!(fault.what.contains("this one is gone"), "{fault}");
+}
+
+fn product() -> (Kernel, Vec<Vec<u8>>) {
+    let w = WFmt { code: Code::U4, group: 32, zero: Zero::Sym(8), scale: ScaleTy::Bf16 };
+    let spec = products::spec(32, 1024, w, AFmt::Bf16, false);
+    let tile = SkinnyTile { rows: 2, tokens: 1, warps: 2, stages: 3 };
+    let layout = FragmentLayout::of(&spec).unwrap();
+    let buffers = vec![vec![0; 5 * 2 * 1056], vec![0; layout.bytes() as usize], vec![0; 5 * 35 * 4]];
+    (skinny::build("product", &spec, tile).unwrap(), buffers)
+}
+
+#[test]
+fn a_product_without_a_barrier_or_a_wait() {
+    let (kernel, buffers) = product();
+    each_is_needed(
+        &kernel,
+        &buffers,
+        &[5, 1],
+        |s| *s == Stmt::Barrier,
+        &["a race", "nobody wrote", "under way"],
+    );
+    let why = ["under way", "nobody wrote", "never waited for", "a race"];
+    each_is_needed(&kernel, &buffers, &[5, 1], |s| matches!(s, Stmt::CpWait(_)), &why);
+    each_is_needed(&kernel, &buffers, &[5, 1], |s| matches!(s, Stmt::CpCommit), &why);
+}
+
+/// Waiting for one group of copies fewer than needed.
+#[test]
+fn a_product_that_waits_too_little() {
+    fn later(body: &mut [Stmt]) {
+        for s in body {
+            match s {
+                Stmt::CpWait(n) if *n > 0 => *n += 1,
+                Stmt::For { body, .. } | Stmt::If(_, body, _) => later(body),
+                _ => {}
+            }
+        }
+    }
+    let (mut kernel, buffers) = product();
+    later(&mut kernel.body);
+    let fault = interp::run(&kernel, &buffers, &[5, 1], Schedule::Turns).unwrap_err();
+    assert!(fault.what.contains("while a copy to it is under way"), "{fault}");
 }

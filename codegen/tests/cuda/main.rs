@@ -3,6 +3,7 @@
 
 mod broken;
 mod compiled;
+mod products;
 mod rope;
 mod rows;
 mod support;
