@@ -4,7 +4,7 @@
 //! Statements become lines one to one, in order, so the text reads as the kernel does. It is to be compiled without
 //! contraction of products and sums (`--fmad=false`); what is to be fused says so.
 
-use super::tile::{Access, Binary, Expr, Kernel, Mem, MmaKind, Stmt, Ternary, Ty, Unary, Val};
+use super::tile::{Access, Addr, Binary, Expr, Kernel, Mem, MmaKind, Stmt, Ternary, Ty, Unary, Val};
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
@@ -146,9 +146,13 @@ pub fn emit(kernel: &Kernel) -> String {
     if kernel.shared > 0 {
         out.push_str("extern __shared__ __align__(128) u8 shared[];\n");
     }
+    let base = match used.contains("shared_address") {
+        true => "  const u32 base = shared_address(shared);\n",
+        false => "",
+    };
     let _ = write!(
         out,
-        "extern \"C\" __global__ void __launch_bounds__({}, {}) {}({arguments}) {{\n{body}}}\n",
+        "extern \"C\" __global__ void __launch_bounds__({}, {}) {}({arguments}) {{\n{base}{body}}}\n",
         kernel.threads, kernel.blocks_per_sm, kernel.name
     );
     out
@@ -188,15 +192,18 @@ impl Writer<'_> {
         }
     }
 
-    fn address(&mut self, mem: Mem, at: Val) -> String {
+    fn address(&mut self, mem: Mem, at: Addr) -> String {
         let base = match mem {
             Mem::Global(i) => self.kernel.buffers[i as usize].name.clone(),
             Mem::Shared => "shared".to_owned(),
         };
-        match at {
-            Val::U32(0) => base,
-            at => format!("{base} + {}", value(at)),
-        }
+        offset(base, at)
+    }
+
+    /// An address in shared memory as 32 bits, for instructions that take one.
+    fn shared_address(&mut self, at: Addr) -> String {
+        self.helper("shared_address");
+        offset("base".to_owned(), at)
     }
 
     fn sized(&mut self, load: bool, bytes: u32) -> &'static str {
@@ -254,10 +261,9 @@ impl Writer<'_> {
                     8 => "cp_async_8",
                     _ => "cp_async_16",
                 });
-                let address = self.helper("shared_address");
-                let to = self.address(Mem::Shared, *to);
+                let to = self.shared_address(*to);
                 let from = self.address(Mem::Global(*buffer), *at);
-                self.line(&format!("{name}({address}({to}), {from}, {});", value(*valid)));
+                self.line(&format!("{name}({to}, {from}, {});", value(*valid)));
             }
             Stmt::CpCommit => self.call("cp_commit", "()"),
             Stmt::CpWait(n) => self.call("cp_wait", &format!("<{n}>()")),
@@ -274,10 +280,9 @@ impl Writer<'_> {
             }
             Stmt::LdMatrix { to, at, transposed } => {
                 let name = self.helper(if *transposed { "ldmatrix_trans" } else { "ldmatrix" });
-                let address = self.helper("shared_address");
-                let at = self.address(Mem::Shared, *at);
+                let at = self.shared_address(*at);
                 let m = to[0].0;
-                self.line(&format!("const v4 m{m} = {name}({address}({at}));"));
+                self.line(&format!("const v4 m{m} = {name}({at});"));
                 let [a, b, c, d] = to;
                 self.line(&format!("const u32 {a} = m{m}.x, {b} = m{m}.y, {c} = m{m}.z, {d} = m{m}.w;"));
             }
@@ -393,6 +398,12 @@ impl Writer<'_> {
         };
         format!("{a} {sign} {b}")
     }
+}
+
+/// An offset from a base.
+fn offset(base: String, at: Addr) -> String {
+    let with = |base: String, v: Val| if v == Val::U32(0) { base } else { format!("{base} + {}", value(v)) };
+    with(with(base, at.base), at.plus.into())
 }
 
 /// An operand in C++.

@@ -25,6 +25,7 @@ use crate::eexpr::F32;
 use std::fmt;
 
 mod build;
+mod clean;
 
 pub use build::Builder;
 
@@ -169,6 +170,15 @@ pub enum Mem {
     Shared,
 }
 
+/// A byte offset: a value and a constant, which costs nothing to add.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Addr {
+    /// What is computed, of 32 or 64 bits.
+    pub base: Val,
+    /// What is added.
+    pub plus: u32,
+}
+
 /// What matrix product a warp computes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum MmaKind {
@@ -192,7 +202,7 @@ pub enum Stmt {
         /// Which memory.
         mem: Mem,
         /// Byte offset.
-        at: Val,
+        at: Addr,
         /// Bytes of one lane.
         bytes: u32,
     },
@@ -201,7 +211,7 @@ pub enum Stmt {
         /// Which memory.
         mem: Mem,
         /// Byte offset.
-        at: Val,
+        at: Addr,
         /// What to store.
         from: Vec<Val>,
         /// Bytes of one lane.
@@ -210,11 +220,11 @@ pub enum Stmt {
     /// Copies from a buffer to shared memory without waiting; bytes from `valid` on are zero.
     CpAsync {
         /// Byte offset in shared memory.
-        to: Val,
+        to: Addr,
         /// The buffer.
         buffer: u32,
         /// Byte offset in the buffer.
-        at: Val,
+        at: Addr,
         /// Bytes of one lane: 4, 8 or 16.
         bytes: u32,
         /// Bytes read, at most `bytes`.
@@ -242,7 +252,7 @@ pub enum Stmt {
         /// One register a matrix.
         to: [Reg; 4],
         /// Byte offset in shared memory of the row.
-        at: Val,
+        at: Addr,
         /// Whether matrices are transposed on the way.
         transposed: bool,
     },
@@ -370,6 +380,19 @@ impl Kernel {
             body.iter().map(of).min().unwrap_or(16)
         }
         least(&self.body)
+    }
+}
+
+impl Expr {
+    /// The operands.
+    pub fn operands(self) -> impl Iterator<Item = Val> {
+        let list = match self {
+            Expr::Unary(_, a) => [Some(a), None, None],
+            Expr::Binary(_, a, b) => [Some(a), Some(b), None],
+            Expr::Ternary(_, a, b, c) => [Some(a), Some(b), Some(c)],
+            Expr::Thread | Expr::BlockX | Expr::BlockY | Expr::Scalar(_) => [None; 3],
+        };
+        list.into_iter().flatten()
     }
 }
 

@@ -1,6 +1,7 @@
 //! Kernels with something wrong in them: the interpreter finds each of them out.
 
 use crate::products;
+use crate::support::count;
 use quantc_codegen::cpu::row::RowSpec;
 use quantc_codegen::cuda::interp::{self, Schedule};
 use quantc_codegen::cuda::layout::FragmentLayout;
@@ -9,16 +10,6 @@ use quantc_codegen::cuda::skinny::{self, SkinnyTile};
 use quantc_codegen::cuda::tile::{Access, Builder, Extent, Kernel, Mem, Stmt};
 use quantc_codegen::eexpr::MemTy;
 use quantc_codegen::spec::{AFmt, Code, ScaleTy, WFmt, Zero};
-
-/// The places of statements of a kind, by their order in the text.
-fn count(body: &[Stmt], is: &impl Fn(&Stmt) -> bool) -> usize {
-    let of = |s: &Stmt| match s {
-        Stmt::If(_, a, b) => count(a, is) + count(b, is),
-        Stmt::For { body, .. } => count(body, is),
-        s => usize::from(is(s)),
-    };
-    body.iter().map(of).sum()
-}
 
 /// Takes the statement of a kind away that is number `at`.
 fn without(body: &[Stmt], is: &impl Fn(&Stmt) -> bool, at: &mut usize) -> Vec<Stmt> {

@@ -2,8 +2,12 @@
 //! NVIDIA's compiler is found.
 
 mod broken;
+#[cfg(feature = "cuda")]
 mod compiled;
+#[cfg(feature = "cuda")]
+mod machine;
 mod products;
 mod rope;
 mod rows;
 mod support;
+mod texts;

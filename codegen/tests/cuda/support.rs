@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 use quantc_codegen::cuda::interp::{self, Memory, Schedule};
-use quantc_codegen::cuda::tile::Kernel;
+use quantc_codegen::cuda::tile::{Kernel, Stmt};
 use quantc_codegen::eexpr::MemTy;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -84,4 +84,14 @@ pub fn compare(what: &str, ty: MemTy, got: &interp::Bytes, want: &[f64], near: N
         let differs = (got_value - want).abs() > limit && got_value != want;
         assert!(want.is_nan() || !differs, "{what}: element {i} is {got_value}, not {want} within {limit}");
     }
+}
+
+/// How many statements of a kind a kernel has.
+pub fn count(body: &[Stmt], is: &impl Fn(&Stmt) -> bool) -> usize {
+    let of = |s: &Stmt| match s {
+        Stmt::If(_, a, b) => count(a, is) + count(b, is),
+        Stmt::For { body, .. } => count(body, is),
+        s => usize::from(is(s)),
+    };
+    body.iter().map(of).sum()
 }

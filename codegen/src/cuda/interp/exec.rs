@@ -4,7 +4,7 @@ use super::program::Step;
 use super::shared::{Clock, Who};
 use super::{Block, Fault, Status, fold};
 use crate::cuda::frag;
-use crate::cuda::tile::{Access, Expr, Kernel, Mem, MmaKind, Reg, Stmt, Val, WARP};
+use crate::cuda::tile::{Access, Addr, Expr, Kernel, Mem, MmaKind, Reg, Stmt, Val, WARP};
 use half::bf16;
 use std::collections::VecDeque;
 
@@ -75,6 +75,11 @@ impl Warp {
 
     fn all(&self, v: Val) -> Lanes {
         std::array::from_fn(|lane| self.get(v, lane))
+    }
+
+    /// Byte offsets; those of 32 bits do not wrap, or they would be found out of bounds.
+    fn offsets(&self, at: Addr) -> Lanes {
+        self.all(at.base).map(|base| base + u64::from(at.plus))
     }
 
     /// Writes a register in the lanes that are here.
@@ -249,8 +254,8 @@ impl Block<'_> {
         Ok(&data[at as usize..][..bytes as usize])
     }
 
-    fn load(&mut self, index: usize, to: &[Reg], mem: Mem, at: Val, bytes: u32) -> Result<(), String> {
-        let at = self.warps[index].all(at);
+    fn load(&mut self, index: usize, to: &[Reg], mem: Mem, at: Addr, bytes: u32) -> Result<(), String> {
+        let at = self.warps[index].offsets(at);
         let mask = self.warps[index].mask;
         if mem == Mem::Shared {
             self.count_conflicts(mask, &at, bytes);
@@ -276,8 +281,8 @@ impl Block<'_> {
         Ok(())
     }
 
-    fn store(&mut self, index: usize, mem: Mem, at: Val, from: &[Val], bytes: u32) -> Result<(), String> {
-        let at = self.warps[index].all(at);
+    fn store(&mut self, index: usize, mem: Mem, at: Addr, from: &[Val], bytes: u32) -> Result<(), String> {
+        let at = self.warps[index].offsets(at);
         let mask = self.warps[index].mask;
         if mem == Mem::Shared {
             self.count_conflicts(mask, &at, bytes);
@@ -321,14 +326,14 @@ impl Block<'_> {
     fn copy(
         &mut self,
         index: usize,
-        to: Val,
+        to: Addr,
         buffer: u32,
-        at: Val,
+        at: Addr,
         bytes: u32,
         valid: Val,
     ) -> Result<(), String> {
         let (to, at, valid) =
-            (self.warps[index].all(to), self.warps[index].all(at), self.warps[index].all(valid));
+            (self.warps[index].offsets(to), self.warps[index].offsets(at), self.warps[index].all(valid));
         for lane in lanes(self.warps[index].mask) {
             let valid = valid[lane] as u32;
             if valid > bytes {
@@ -357,9 +362,9 @@ impl Block<'_> {
         Ok(())
     }
 
-    fn ld_matrix(&mut self, index: usize, to: &[Reg; 4], at: Val, transposed: bool) -> Result<(), String> {
+    fn ld_matrix(&mut self, index: usize, to: &[Reg; 4], at: Addr, transposed: bool) -> Result<(), String> {
         self.full(index)?;
-        let at = self.warps[index].all(at);
+        let at = self.warps[index].offsets(at);
         self.count_conflicts(u32::MAX, &at, 16);
         // Every lane gets two numbers of each matrix: all lanes read what the warp reads.
         let mut rows = [[0u16; 8]; 32];

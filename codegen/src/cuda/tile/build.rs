@@ -1,8 +1,13 @@
-//! Building kernels statement by statement; constants are folded and equal address arithmetic is left to the compiler.
+//! Building kernels statement by statement. Constants are folded, what is computed already is used again, and constants
+//! added to offsets become part of the access.
 
-use super::{Access, Binary, Buffer, Expr, Extent, Kernel, Mem, MmaKind, Reg, Stmt, Ternary, Ty, Unary, Val};
+use super::{
+    Access, Addr, Binary, Buffer, Expr, Extent, Kernel, Mem, MmaKind, Reg, Stmt, Ternary, Ty, Unary, Val,
+    clean,
+};
 use crate::cpu::math::Lanes;
 use crate::cuda::interp::fold;
+use std::collections::{HashMap, HashSet};
 
 /// A kernel under construction.
 #[derive(Debug)]
@@ -10,6 +15,12 @@ pub struct Builder {
     kernel: Kernel,
     /// Bodies that are open, the innermost last.
     open: Vec<Vec<Stmt>>,
+    /// For each open body what is computed in it.
+    known: Vec<HashMap<Expr, Val>>,
+    /// Registers that are a sum of another value and a constant.
+    sums: HashMap<Reg, (Val, u32)>,
+    /// Registers that are assigned again.
+    vars: HashSet<Reg>,
 }
 
 impl Builder {
@@ -26,12 +37,19 @@ impl Builder {
             regs: vec![],
             body: vec![],
         };
-        Builder { kernel, open: vec![vec![]] }
+        Builder {
+            kernel,
+            open: vec![vec![]],
+            known: vec![HashMap::new()],
+            sums: HashMap::new(),
+            vars: HashSet::new(),
+        }
     }
 
     /// The finished kernel.
     pub fn finish(mut self) -> Kernel {
         self.kernel.body = self.open.pop().expect("the outermost body is open");
+        clean::unused(&mut self.kernel);
         self.kernel
     }
 
@@ -74,9 +92,34 @@ impl Builder {
     }
 
     fn define(&mut self, ty: Ty, expr: Expr) -> Val {
+        if let Some(&v) = self.known.iter().find_map(|known| known.get(&expr)) {
+            return v;
+        }
         let to = self.reg(ty);
         self.emit(Stmt::Let(to, expr));
+        // What is made of variables changes with them.
+        let changes = |v: Val| matches!(v, Val::Reg(r) if self.vars.contains(&r));
+        if !expr.operands().any(changes) {
+            self.known.last_mut().expect("a body is open").insert(expr, to.into());
+            if let Expr::Binary(Binary::Add | Binary::Add64, a, Val::U32(c)) = expr {
+                self.sums.insert(to, (a, c));
+            }
+        }
         to.into()
+    }
+
+    /// An offset without the constants that were added to it.
+    fn at(&self, offset: impl Into<Val>) -> Addr {
+        let mut at = Addr { base: offset.into(), plus: 0 };
+        while let Val::Reg(r) = at.base
+            && let Some(&(base, plus)) = self.sums.get(&r)
+        {
+            at = Addr { base, plus: at.plus + plus };
+        }
+        if let Val::U32(base) = at.base {
+            at = Addr { base: 0.into(), plus: at.plus + base };
+        }
+        at
     }
 
     /// The type of an operand.
@@ -92,9 +135,7 @@ impl Builder {
     /// A function of one value.
     pub fn unary(&mut self, op: Unary, a: impl Into<Val>) -> Val {
         let a = a.into();
-        if op != Unary::Copy
-            && let Some(v) = fold::unary(op, a)
-        {
+        if let Some(v) = fold::unary(op, a) {
             return v;
         }
         let ty = op.ty(self.kernel.ty(a));
@@ -106,6 +147,15 @@ impl Builder {
         let (a, b) = (a.into(), b.into());
         if let Some(v) = fold::binary(op, a, b) {
             return v;
+        }
+        // Constants go last, and together.
+        if let (Binary::Add, Val::U32(_), Val::Reg(_)) = (op, a, b) {
+            return self.binary(op, b, a);
+        }
+        if let (Binary::Add, Val::Reg(r), Val::U32(c)) = (op, a, b)
+            && let Some(&(base, plus)) = self.sums.get(&r)
+        {
+            return self.binary(op, base, plus.wrapping_add(c));
         }
         self.define(op.ty(), Expr::Binary(op, a, b))
     }
@@ -198,10 +248,11 @@ impl Builder {
 
     /// A variable with its first value.
     pub fn var(&mut self, first: impl Into<Val>) -> Reg {
-        match self.unary(Unary::Copy, first) {
-            Val::Reg(r) => r,
-            Val::U32(_) | Val::F32(_) | Val::Pred(_) => unreachable!("a copy is never folded"),
-        }
+        let first = first.into();
+        let var = self.reg(self.kernel.ty(first));
+        self.vars.insert(var);
+        self.emit(Stmt::Let(var, Expr::Unary(Unary::Copy, first)));
+        var
     }
 
     /// Assigns a variable.
@@ -212,18 +263,21 @@ impl Builder {
     /// Loads 1, 2, 4, 8 or 16 bytes as words.
     pub fn load(&mut self, mem: Mem, at: impl Into<Val>, bytes: u32) -> Vec<Val> {
         let to: Vec<Reg> = (0..bytes.div_ceil(4)).map(|_| self.reg(Ty::U32)).collect();
-        self.emit(Stmt::Load { to: to.clone(), mem, at: at.into(), bytes });
+        let at = self.at(at);
+        self.emit(Stmt::Load { to: to.clone(), mem, at, bytes });
         to.into_iter().map(Val::Reg).collect()
     }
 
     /// Stores 1, 2, 4, 8 or 16 bytes of words.
     pub fn store(&mut self, mem: Mem, at: impl Into<Val>, from: &[Val], bytes: u32) {
-        self.emit(Stmt::Store { mem, at: at.into(), from: from.to_vec(), bytes });
+        let at = self.at(at);
+        self.emit(Stmt::Store { mem, at, from: from.to_vec(), bytes });
     }
 
     /// Copies to shared memory without waiting.
     pub fn cp_async(&mut self, to: Val, from: Mem, at: Val, bytes: u32, valid: impl Into<Val>) {
         let Mem::Global(buffer) = from else { unreachable!("copies come from buffers") };
+        let (to, at) = (self.at(to), self.at(at));
         self.emit(Stmt::CpAsync { to, buffer, at, bytes, valid: valid.into() });
     }
 
@@ -257,6 +311,7 @@ impl Builder {
     /// Four 8 x 8 matrices from shared memory.
     pub fn ld_matrix(&mut self, at: Val, transposed: bool) -> [Val; 4] {
         let to = [(); 4].map(|()| self.reg(Ty::U32));
+        let at = self.at(at);
         self.emit(Stmt::LdMatrix { to, at, transposed });
         to.map(Val::Reg)
     }
@@ -294,7 +349,9 @@ impl Builder {
 
     fn body(&mut self, f: impl FnOnce(&mut Builder)) -> Vec<Stmt> {
         self.open.push(vec![]);
+        self.known.push(HashMap::new());
         f(self);
+        self.known.pop();
         self.open.pop().expect("the body is open")
     }
 }
