@@ -431,8 +431,8 @@ fn elementwise_and_norms() {
             g.append(ops::RmsNorm::default(), &[x], None)
         });
         cases.case(&format!("cast{width}"), width, |_, g, x| {
-            let half = g.append(ops::Cast { to: Float::F16 }, &[x], None)?;
-            g.append(ops::Cast { to: Float::F32 }, &[half], None)
+            let half = g.append(ops::Cast { to: Float::F16.into(), ..Default::default() }, &[x], None)?;
+            g.append(ops::Cast { to: Float::F32.into(), ..Default::default() }, &[half], None)
         });
     }
     conforms(&cases.finish(), "", 3e-6);

@@ -40,7 +40,9 @@ pub fn weight_format(w: ElemTy, k: u32) -> Result<WFmt> {
         ElemTy::F32 => return float(Code::F32),
         ElemTy::F16 => return float(Code::F16),
         ElemTy::Bf16 => return float(Code::Bf16),
-        ElemTy::I32 => return Err(Diag::target("integer matrices have no matmul kernel")),
+        ElemTy::F64 | ElemTy::Int(_) => {
+            return Err(Diag::target("matrices of doubles or integers have no matmul kernel"));
+        }
         ElemTy::Q(scheme) => scheme,
     };
     let group = match scheme.group {
@@ -175,7 +177,7 @@ impl MatmulWeight {
         let a = match graph.ty(node.args[0]).elem {
             ElemTy::Bf16 => AFmt::Bf16,
             ElemTy::Q(_) => AFmt::I8Token,
-            ElemTy::F32 | ElemTy::F16 | ElemTy::I32 => AFmt::F32,
+            ElemTy::F32 | ElemTy::F16 | ElemTy::F64 | ElemTy::Int(_) => AFmt::F32,
         };
         let layout = Layout::new(n, k, weight_format(ty.elem, k)?, a);
         let scale = optional(2, "scale")?;

@@ -357,7 +357,9 @@ fn mem(ty: &TensorTy) -> Result<MemTy> {
         ElemTy::F32 => Ok(MemTy::F32),
         ElemTy::F16 => Ok(MemTy::F16),
         ElemTy::Bf16 => Ok(MemTy::Bf16),
-        ElemTy::I32 | ElemTy::Q(_) => Err(Diag::target(format!("a value of type {ty} is read as float"))),
+        ElemTy::F64 | ElemTy::Int(_) | ElemTy::Q(_) => {
+            Err(Diag::target(format!("a value of type {ty} is read as float")))
+        }
     }
 }
 
@@ -658,10 +660,8 @@ impl Lowering<'_> {
             }
             Op::Dequantize(_) => Err(Diag::target("expanding a quantized tensor has no kernel")
                 .help("run `fuse-dequant-matmul`, so that the product reads the codes")),
-            Op::BitcastStorage(_) | Op::Slice(_) | Op::Transpose(_) => {
-                Err(Diag::target(format!("`{}` has no kernel", node.op.name()))
-                    .help("run `fold-constants`; on values computed by the engine it is not supported"))
-            }
+            _ => Err(Diag::target(format!("`{}` has no kernel", node.op.name()))
+                .help("run `fold-constants`; on values computed by the engine it is not supported")),
         }
     }
 

@@ -3,12 +3,14 @@
 //! It is the oracle that importers, rewrites and kernels are compared with, so it is plain, not fast. Values are
 //! kept in f32; sums inside an op are taken in f64 and rounded once.
 
+mod stored;
+
 use crate::diag::{Diag, Loc, Result};
 use crate::entity::{SecondaryMap, StateId, ValueId};
 use crate::graph::{Def, Graph};
 use crate::module::Module;
 use crate::ops::OpSpec;
-use crate::ty::{Dim, ElemTy, Shape, TensorTy};
+use crate::ty::{Dim, ElemTy, Int, Shape, TensorTy};
 use crate::weights::Store;
 use std::collections::BTreeMap;
 
@@ -17,10 +19,56 @@ use std::collections::BTreeMap;
 pub enum Data {
     /// Numbers of any float type, already rounded to it.
     F32(Vec<f32>),
-    /// Plain integers.
+    /// Doubles.
+    F64(Vec<f64>),
+    /// Plain integers of 32 bits.
     I32(Vec<i32>),
+    /// Plain integers of any other type; those of u64 by their bits.
+    I64(Vec<i64>),
     /// Codes of a quantized type, one a byte.
     Codes(Vec<u8>),
+}
+
+impl Data {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        match self {
+            Data::F32(x) => x.len(),
+            Data::F64(x) => x.len(),
+            Data::I32(x) => x.len(),
+            Data::I64(x) => x.len(),
+            Data::Codes(x) => x.len(),
+        }
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The elements at `from`, which are indices of elements.
+    pub fn take(&self, from: impl Iterator<Item = usize>) -> Data {
+        match self {
+            Data::F32(x) => Data::F32(from.map(|i| x[i]).collect()),
+            Data::F64(x) => Data::F64(from.map(|i| x[i]).collect()),
+            Data::I32(x) => Data::I32(from.map(|i| x[i]).collect()),
+            Data::I64(x) => Data::I64(from.map(|i| x[i]).collect()),
+            Data::Codes(x) => Data::Codes(from.map(|i| x[i]).collect()),
+        }
+    }
+
+    /// The elements of `self` and of what follows, which has elements of the same kind.
+    pub fn append(&mut self, other: Data) -> Result<()> {
+        match (self, other) {
+            (Data::F32(x), Data::F32(y)) => x.extend(y),
+            (Data::F64(x), Data::F64(y)) => x.extend(y),
+            (Data::I32(x), Data::I32(y)) => x.extend(y),
+            (Data::I64(x), Data::I64(y)) => x.extend(y),
+            (Data::Codes(x), Data::Codes(y)) => x.extend(y),
+            _ => return Err(Diag::bug("elements of another kind")),
+        }
+        Ok(())
+    }
 }
 
 /// A tensor with its type; the shape is static.
@@ -50,6 +98,51 @@ impl Tensor {
         }
         let len = data.len();
         Tensor::checked(ty, Data::F32(data), len)
+    }
+
+    /// A tensor of plain floats, doubles, plain integers or codes without scales; numbers are rounded to nearest, and
+    /// those that an integer type does not hold saturate.
+    pub fn from_reals(ty: &TensorTy, data: Vec<f64>) -> Result<Tensor> {
+        let len = data.len();
+        match ty.elem {
+            ElemTy::F64 => Tensor::checked(ty, Data::F64(data), len),
+            ElemTy::Int(int) => {
+                let (min, max) = int.range();
+                let one = |x: f64| (x.round_ties_even() as i128).clamp(min, max);
+                Tensor::from_ints(ty, data.into_iter().map(one))
+            }
+            ElemTy::Q(s) => {
+                Tensor::codes(ty, data.iter().map(|&x| s.format.encode(x as f32) as u8).collect())
+            }
+            _ => Tensor::float(ty, data.into_iter().map(|x| x as f32).collect()),
+        }
+    }
+
+    /// A tensor of plain integers, which are taken modulo the range of the type.
+    pub fn from_ints(ty: &TensorTy, data: impl Iterator<Item = i128>) -> Result<Tensor> {
+        let int = ty.elem.int().ok_or_else(|| Diag::bug(format!("integer data for {ty}")))?;
+        let data = match int {
+            Int::I32 => Data::I32(data.map(|x| int.wrap(x) as i32).collect()),
+            _ => Data::I64(data.map(|x| int.wrap(x) as i64).collect()),
+        };
+        let len = data.len();
+        Tensor::checked(ty, data, len)
+    }
+
+    /// A tensor whose elements are of the kind that its type wants.
+    pub fn new(ty: &TensorTy, data: Data) -> Result<Tensor> {
+        let fits = match ty.elem {
+            ElemTy::F32 | ElemTy::F16 | ElemTy::Bf16 => matches!(data, Data::F32(_)),
+            ElemTy::F64 => matches!(data, Data::F64(_)),
+            ElemTy::I32 => matches!(data, Data::I32(_)),
+            ElemTy::Int(_) => matches!(data, Data::I64(_)),
+            ElemTy::Q(_) => matches!(data, Data::Codes(_)),
+        };
+        if !fits {
+            return Err(Diag::bug(format!("elements of another kind for {ty}")));
+        }
+        let len = data.len();
+        Tensor::checked(ty, data, len)
     }
 
     /// An f32 tensor of static extents.
@@ -82,6 +175,34 @@ impl Tensor {
         match &self.data {
             Data::I32(x) => Ok(x),
             _ => Err(Diag::bug(format!("{} has no i32 elements", self.ty))),
+        }
+    }
+
+    /// All elements as doubles: floats and integers as they are, codes as the numbers they stand for without scales.
+    pub fn reals(&self) -> Vec<f64> {
+        match &self.data {
+            Data::F32(x) => x.iter().map(|&x| x.into()).collect(),
+            Data::F64(x) => x.clone(),
+            Data::Codes(x) => {
+                let format = self.ty.elem.scheme().map(|s| s.format);
+                let one = |&c: &u8| format.map_or(f64::from(c), |f| f64::from(f.decode(c.into())));
+                x.iter().map(one).collect()
+            }
+            Data::I32(_) | Data::I64(_) => self.ints().into_iter().map(|x| x as f64).collect(),
+        }
+    }
+
+    /// All elements of plain integers, and codes of integers without scales; other numbers are cut towards zero.
+    pub fn ints(&self) -> Vec<i128> {
+        match &self.data {
+            Data::I32(x) => x.iter().map(|&x| x.into()).collect(),
+            Data::I64(x) if self.ty.elem == ElemTy::Int(Int::U64) => {
+                x.iter().map(|&x| i128::from(x as u64)).collect()
+            }
+            Data::I64(x) => x.iter().map(|&x| x.into()).collect(),
+            Data::F32(_) | Data::F64(_) | Data::Codes(_) => {
+                self.reals().into_iter().map(|x| x as i128).collect()
+            }
         }
     }
 
@@ -129,9 +250,10 @@ impl Tensor {
         let mut ty = self.ty.clone();
         ty.shape.0[0] = Dim::Static(count as u64);
         let data = match &self.data {
+            // Codes and floats of states are many; the others are not worth a line each.
             Data::F32(x) => Data::F32(x[a..b].to_vec()),
-            Data::I32(x) => Data::I32(x[a..b].to_vec()),
             Data::Codes(x) => Data::Codes(x[a..b].to_vec()),
+            other => other.take(a..b),
         };
         Ok(Tensor { ty, data })
     }
@@ -145,7 +267,9 @@ impl Tensor {
         let start = at * dims[1..].iter().product::<usize>();
         match (&mut self.data, &rows.data) {
             (Data::F32(x), Data::F32(y)) => x[start..start + y.len()].copy_from_slice(y),
+            (Data::F64(x), Data::F64(y)) => x[start..start + y.len()].copy_from_slice(y),
             (Data::I32(x), Data::I32(y)) => x[start..start + y.len()].copy_from_slice(y),
+            (Data::I64(x), Data::I64(y)) => x[start..start + y.len()].copy_from_slice(y),
             (Data::Codes(x), Data::Codes(y)) => x[start..start + y.len()].copy_from_slice(y),
             _ => return Err(Diag::bug("rows of another kind")),
         }
@@ -169,6 +293,8 @@ pub struct EvalCx<'a> {
     pub tokens: u64,
     /// Rows of logits wanted.
     pub rows: u64,
+    /// Extents that the inputs of `main` have where their types have symbols.
+    symbols: BTreeMap<char, u64>,
     states: &'a mut BTreeMap<StateId, Tensor>,
     arg_states: Vec<Option<StateId>>,
     layer: &'a RunLayer<'a>,
@@ -180,7 +306,7 @@ impl EvalCx<'_> {
         match c {
             's' => self.past + self.tokens,
             'r' => self.rows,
-            _ => self.tokens,
+            _ => self.symbols.get(&c).copied().unwrap_or(self.tokens),
         }
     }
 
@@ -205,6 +331,7 @@ impl EvalCx<'_> {
             past: self.past,
             tokens: self.tokens,
             rows: self.rows,
+            symbols: self.symbols.clone(),
             states: self.states,
             arg_states: vec![],
             layer: self.layer,
@@ -255,6 +382,8 @@ impl<'m> Evaluator<'m> {
             })?;
             let data = match state.ty.elem {
                 ElemTy::I32 => Data::I32(vec![0; n as usize]),
+                ElemTy::Int(_) => Data::I64(vec![0; n as usize]),
+                ElemTy::F64 => Data::F64(vec![0.0; n as usize]),
                 ElemTy::Q(_) => Data::Codes(vec![0; n as usize]),
                 _ => Data::F32(vec![0.0; n as usize]),
             };
@@ -291,6 +420,7 @@ impl<'m> Evaluator<'m> {
             past: self.past,
             tokens,
             rows: rows.min(tokens),
+            symbols: symbols(&self.module.main, inputs),
             states: &mut self.states,
             arg_states: vec![],
             layer: &run,
@@ -300,6 +430,19 @@ impl<'m> Evaluator<'m> {
         self.past += tokens;
         Ok(out)
     }
+}
+
+/// The extents that the inputs give to the symbols of the parameters' types. Where inputs disagree, the first counts.
+fn symbols(main: &Graph, inputs: &[Tensor]) -> BTreeMap<char, u64> {
+    let mut found = BTreeMap::new();
+    for (&param, input) in main.params.iter().zip(inputs) {
+        for (want, got) in main.ty(param).shape.0.iter().zip(&input.ty.shape.0) {
+            if let (Dim::Sym(c), Dim::Static(n)) = (*want, *got) {
+                found.entry(c).or_insert(n);
+            }
+        }
+    }
+    found
 }
 
 struct LayerRunner<'m> {
@@ -331,7 +474,16 @@ pub fn eval_pure(
     let layer = LayerRunner { module, store, watch: Watch::default() };
     let run = |name: &str, args: &[&Tensor], cx: EvalCx<'_>| layer.run(name, args, cx);
     let mut states = BTreeMap::new();
-    let cx = EvalCx { past: 0, tokens, rows: tokens, states: &mut states, arg_states: vec![], layer: &run };
+    let symbols = BTreeMap::new();
+    let cx = EvalCx {
+        past: 0,
+        tokens,
+        rows: tokens,
+        symbols,
+        states: &mut states,
+        arg_states: vec![],
+        layer: &run,
+    };
     eval_graph("main", graph, args, cx, module, store, Watch::default())
 }
 
@@ -345,7 +497,8 @@ pub fn weight_tensor(module: &Module, store: &Store, id: crate::entity::WeightId
             view.read_rows_codes(0, view.rows(), &mut codes)?;
             Tensor::codes(ty, codes)
         }
-        ElemTy::I32 => Err(Diag::input(format!("weight @{} has integer elements", module.weights[id].name))),
+        ElemTy::F64 => Tensor::new(ty, Data::F64(view.read_all_f64()?)),
+        ElemTy::Int(_) => Tensor::from_ints(ty, view.read_all_ints()?.into_iter()),
         _ => Tensor::float(ty, view.read_all_f32()?),
     }
 }

@@ -109,6 +109,50 @@ impl<'a> InferCx<'a> {
         Err(Diag::input(format!("operand {i} has type {ty}, expected a float tensor"))
             .help("put a `dequantize` in front of it"))
     }
+    /// The type of operand `i`, which must have plain elements: floats, doubles or integers.
+    pub fn number(&self, i: usize) -> Result<&'a TensorTy> {
+        let ty = self.arg(i)?;
+        if ty.elem.scheme().is_none() {
+            return Ok(ty);
+        }
+        Err(Diag::input(format!("operand {i} has type {ty}, expected plain numbers"))
+            .help("put a `dequantize` in front of it"))
+    }
+    /// The type of operand `i`, which must have float elements, doubles included.
+    pub fn real(&self, i: usize) -> Result<&'a TensorTy> {
+        let ty = self.arg(i)?;
+        if ty.elem.is_real() {
+            return Ok(ty);
+        }
+        Err(Diag::input(format!("operand {i} has type {ty}, expected floats")))
+    }
+    /// The type of operand `i`, whose elements keep their meaning wherever they are put: no scale belongs to a place.
+    pub fn movable(&self, i: usize) -> Result<&'a TensorTy> {
+        let ty = self.arg(i)?;
+        match ty.elem.scheme() {
+            Some(scheme) if scheme.group != crate::scheme::Group::Tensor => {
+                Err(Diag::input(format!("operand {i} has type {ty}, whose scales belong to places"))
+                    .help("put a `dequantize` in front of it"))
+            }
+            _ => Ok(ty),
+        }
+    }
+    /// The type of operand `i`, which must have integers that say places: i32 or i64.
+    pub fn indices(&self, i: usize) -> Result<&'a TensorTy> {
+        let ty = self.arg(i)?;
+        match ty.elem {
+            ElemTy::I32 | ElemTy::I64 => Ok(ty),
+            _ => Err(Diag::input(format!("operand {i} has type {ty}, expected i32 or i64"))),
+        }
+    }
+    /// The type of operand `i`, which must have truth values.
+    pub fn truths(&self, i: usize) -> Result<&'a TensorTy> {
+        let ty = self.arg(i)?;
+        match ty.elem {
+            ElemTy::BOOL => Ok(ty),
+            _ => Err(Diag::input(format!("operand {i} has type {ty}, expected bool"))),
+        }
+    }
     /// The type of operand `i`, which must have plain i32 elements.
     pub fn ints(&self, i: usize) -> Result<&'a TensorTy> {
         let ty = self.arg(i)?;
@@ -127,6 +171,12 @@ impl<'a> InferCx<'a> {
         let want = TensorTy { elem: ty.elem, shape: Shape(shape.to_vec()) };
         Err(Diag::input(format!("{what} has type {ty}, expected {want}")))
     }
+}
+
+/// `axis` as an index into the shape of `ty`.
+pub(crate) fn axis_of(ty: &TensorTy, axis: u8) -> Result<usize> {
+    let axis = usize::from(axis);
+    if axis < ty.rank() { Ok(axis) } else { Err(Diag::input(format!("{ty} has no axis {axis}"))) }
 }
 
 /// The last extent of a tensor of rank one or more.
@@ -317,22 +367,34 @@ pub trait AsOp: Sized {
 mod elementwise;
 mod epilogue;
 mod scales;
+mod walk;
 
 ops! {
-    add::Add, attention::Attention, bitcast_storage::BitcastStorage, cache_append::CacheAppend, call::Call, cast::Cast,
-    dequantize::Dequantize, dynamic_scale::DynamicScale, embedding::Embedding, gelu::Gelu, last_rows::LastRows,
-    layernorm::LayerNorm, matmul::MatMul, mul::Mul, positions::Positions, qmatmul::QMatMul, quantize::Quantize,
-    relu::Relu, reshape::Reshape, rmsnorm::RmsNorm, rope::Rope, rope_table::RopeTable, silu::Silu, slice::Slice,
-    tanh::Tanh, transpose::Transpose,
+    add::Add, arg_reduce::ArgReduce, attention::Attention, binary::Binary, bitcast_storage::BitcastStorage,
+    cache_append::CacheAppend, call::Call, cast::Cast, compare::Compare, concat::Concat, conv::Conv,
+    cumulate::Cumulate, dequantize::Dequantize, dot::Dot, dynamic_scale::DynamicScale, einsum::Einsum,
+    embedding::Embedding, expand::Expand, gather::Gather, gather_elements::GatherElements, gather_nd::GatherNd,
+    gelu::Gelu, last_rows::LastRows, layernorm::LayerNorm, matmul::MatMul, mul::Mul, pad::Pad, pool::Pool,
+    positions::Positions, qmatmul::QMatMul, quantize::Quantize, reduce::Reduce, relu::Relu, reshape::Reshape,
+    rmsnorm::RmsNorm, rope::Rope, rope_table::RopeTable, scatter_elements::ScatterElements,
+    scatter_nd::ScatterNd, select::Select, silu::Silu, slice::Slice, softmax::Softmax, tanh::Tanh, topk::TopK,
+    transpose::Transpose, unary::Unary,
 }
 
 pub use attention::visible;
+pub use binary::BinaryKind;
+pub use compare::Order;
 pub use epilogue::Step;
+pub use pad::PadMode;
+pub use pool::PoolKind;
 pub use qmatmul::QMATMUL_EXTRAS;
 pub use quantize::DYNAMIC_INT8;
+pub use reduce::ReduceKind;
 pub use rope::RopeStyle;
 pub use rope_table::RopeScaling;
 pub use scales::zero_scheme;
+pub use scatter_elements::Combine;
+pub use unary::UnaryKind;
 
 impl OpKind {
     /// The op named `name`.

@@ -388,7 +388,7 @@ mod tests {
     fn types_must_agree() {
         let error = patched(CHAIN, |p, v| {
             let a = p.tap(v("a"));
-            let new = p.op(Cast { to: Float::F16 }, &[a])?;
+            let new = p.op(Cast { to: Float::F16.into(), ..Default::default() }, &[a])?;
             p.shunt(v("c"), new)
         });
         let message = error.unwrap_err().message;

@@ -41,14 +41,16 @@
 //! - Any input is answered in time and memory in proportion to its length: nesting, ranks and the number of reported
 //!   errors are bounded, and nothing is allocated for a weight beyond what is written for it.
 
+mod elements;
 pub mod fields;
 mod lexer;
 mod parser;
 mod printer;
 
+pub(crate) use elements::code_format;
 pub use lexer::Pos;
 pub use parser::parse;
-pub(crate) use printer::{Line, Listing, code_format};
+pub(crate) use printer::{Line, Listing};
 pub use printer::{attributes, print, print_graph, print_layer};
 
 use crate::entity::{LayerId, OpId, StateId, WeightId};

@@ -2,7 +2,7 @@
 
 use crate::diag::{Diag, Result};
 use crate::formats::{self, Format};
-use crate::scheme::Scheme;
+use crate::scheme::{Group, Scheme, Zero};
 use std::fmt;
 
 /// One extent of a shape.
@@ -119,14 +119,56 @@ pub enum ElemTy {
     F16,
     /// The upper half of an IEEE single.
     Bf16,
-    /// 32-bit integers: token ids, positions, sums.
-    I32,
+    /// IEEE double.
+    F64,
+    /// A plain integer or a truth value.
+    Int(Int),
     /// A quantized number, to be read together with its scales.
     Q(Scheme),
 }
 
 impl ElemTy {
-    /// Whether this is one of the plain float types.
+    /// 32-bit integers: token ids, positions, sums.
+    pub const I32: ElemTy = ElemTy::Int(Int::I32);
+    /// 64-bit integers: indices and extents.
+    pub const I64: ElemTy = ElemTy::Int(Int::I64);
+    /// Truth values.
+    pub const BOOL: ElemTy = ElemTy::Int(Int::Bool);
+
+    /// Codes of `format` without scales: the codes are the numbers.
+    pub fn bare(format: &'static Format) -> ElemTy {
+        ElemTy::Q(Scheme { format, group: Group::Tensor, zero: Zero::Symmetric, scale: Float::F32 })
+    }
+    /// The format of codes without scales.
+    pub fn bare_format(self) -> Option<&'static Format> {
+        self.scheme().map(|s| s.format).filter(|f| ElemTy::bare(f) == self)
+    }
+    /// Whether this is a plain float type or doubles.
+    pub fn is_real(self) -> bool {
+        self.is_float() || self == ElemTy::F64
+    }
+    /// The integer type.
+    pub fn int(self) -> Option<Int> {
+        match self {
+            ElemTy::Int(i) => Some(i),
+            _ => None,
+        }
+    }
+    /// The plain type called `name`.
+    pub fn by_name(name: &str) -> Option<ElemTy> {
+        match name {
+            "f64" => Some(ElemTy::F64),
+            name => Float::by_name(name).map(ElemTy::from).or_else(|| Int::by_name(name).map(ElemTy::Int)),
+        }
+    }
+    /// Reads a type as it is written: the name of a plain type, or a scheme.
+    pub fn parse(text: &str) -> Result<ElemTy> {
+        if text.starts_with("!q<") {
+            return Ok(ElemTy::Q(Scheme::parse(text)?));
+        }
+        ElemTy::by_name(text).ok_or_else(|| Diag::input(format!("`{text}` is not an element type")))
+    }
+    /// Whether this is one of the plain float types that kernels compute with: f32, f16, bf16.
     pub fn is_float(self) -> bool {
         matches!(self, ElemTy::F32 | ElemTy::F16 | ElemTy::Bf16)
     }
@@ -140,7 +182,9 @@ impl ElemTy {
     /// Bits of one stored element.
     pub fn bits(self) -> u32 {
         match self {
-            ElemTy::F32 | ElemTy::I32 => 32,
+            ElemTy::F32 => 32,
+            ElemTy::F64 => 64,
+            ElemTy::Int(i) => i.bits(),
             ElemTy::F16 | ElemTy::Bf16 => 16,
             ElemTy::Q(s) => s.format.bits,
         }
@@ -163,9 +207,101 @@ impl fmt::Display for ElemTy {
             ElemTy::F32 => f.write_str("f32"),
             ElemTy::F16 => f.write_str("f16"),
             ElemTy::Bf16 => f.write_str("bf16"),
-            ElemTy::I32 => f.write_str("i32"),
+            ElemTy::F64 => f.write_str("f64"),
+            ElemTy::Int(i) => f.write_str(i.name()),
             ElemTy::Q(s) => write!(f, "{s}"),
         }
+    }
+}
+
+impl serde::Serialize for ElemTy {
+    fn serialize<S: serde::Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        out.collect_str(self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for ElemTy {
+    fn deserialize<D: serde::Deserializer<'de>>(input: D) -> Result<ElemTy, D::Error> {
+        let text = String::deserialize(input)?;
+        ElemTy::parse(&text).map_err(|e| serde::de::Error::custom(e.message))
+    }
+}
+
+macro_rules! ints {
+    ($($(#[doc = $doc:literal])* $name:ident = $text:literal, $bits:literal, $signed:literal;)*) => {
+        /// Plain integers and truth values. Arithmetic wraps around.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum Int {
+            $($(#[doc = $doc])* $name,)*
+        }
+
+        impl Int {
+            /// Every integer type.
+            pub const ALL: &'static [Int] = &[$(Int::$name),*];
+
+            /// The name in texts.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Int::$name => $text,)*
+                }
+            }
+            /// Bits of one stored element.
+            pub fn bits(self) -> u32 {
+                match self {
+                    $(Int::$name => $bits,)*
+                }
+            }
+            /// Whether there are negative numbers.
+            pub fn signed(self) -> bool {
+                match self {
+                    $(Int::$name => $signed,)*
+                }
+            }
+        }
+    };
+}
+
+ints! {
+    /// False and true, stored as bytes 0 and 1.
+    Bool = "bool", 8, false;
+    /// Two's complement of 8 bits.
+    I8 = "i8", 8, true;
+    /// Two's complement of 16 bits.
+    I16 = "i16", 16, true;
+    /// Two's complement of 32 bits.
+    I32 = "i32", 32, true;
+    /// Two's complement of 64 bits.
+    I64 = "i64", 64, true;
+    /// Unsigned, 8 bits.
+    U8 = "u8", 8, false;
+    /// Unsigned, 16 bits.
+    U16 = "u16", 16, false;
+    /// Unsigned, 32 bits.
+    U32 = "u32", 32, false;
+    /// Unsigned, 64 bits.
+    U64 = "u64", 64, false;
+}
+
+impl Int {
+    /// The type called `name`.
+    pub fn by_name(name: &str) -> Option<Int> {
+        Int::ALL.iter().copied().find(|i| i.name() == name)
+    }
+    /// The least and the largest number.
+    pub fn range(self) -> (i128, i128) {
+        match (self, self.signed()) {
+            (Int::Bool, _) => (0, 1),
+            (_, true) => (-(1 << (self.bits() - 1)), (1 << (self.bits() - 1)) - 1),
+            (_, false) => (0, (1 << self.bits()) - 1),
+        }
+    }
+    /// The number of this type that `x` is, modulo a power of two; what is not 0 is true.
+    pub fn wrap(self, x: i128) -> i128 {
+        if self == Int::Bool {
+            return i128::from(x != 0);
+        }
+        let (min, max) = self.range();
+        (x - min).rem_euclid(max - min + 1) + min
     }
 }
 

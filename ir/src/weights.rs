@@ -18,7 +18,7 @@ mod view;
 
 pub use blob::BlobWriter;
 pub use digest::{Digest, Recipe};
-pub use store::{Store, StoreStats};
+pub use store::{ShardBytes, Store, StoreStats};
 pub use view::{RowBlocks, WeightView};
 
 use crate::diag::{Diag, Loc, Result};

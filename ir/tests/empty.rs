@@ -36,9 +36,15 @@ fn a_product_over_nothing_is_zero() {
 fn tensors_without_elements_stay_so() {
     assert_eq!(run(MatMul::default(), &[(&[0, 4], 1.0), (&[3, 4], 1.0)]).dims(), [0, 3]);
     assert_eq!(run(MatMul::default(), &[(&[2, 4], 1.0), (&[0, 4], 1.0)]).dims(), [2, 0]);
-    assert_eq!(run(Slice { axis: 1, start: 1, len: 2 }, &[(&[4, 8, 0], 1.0)]).dims(), [4, 2, 0]);
-    assert_eq!(run(Slice { axis: 0, start: 1, len: 2 }, &[(&[4, 0], 1.0)]).dims(), [2, 0]);
-    assert_eq!(run(Transpose {}, &[(&[0, 4], 1.0)]).dims(), [4, 0]);
+    assert_eq!(
+        run(Slice { axis: 1, start: 1, len: 2, ..Default::default() }, &[(&[4, 8, 0], 1.0)]).dims(),
+        [4, 2, 0]
+    );
+    assert_eq!(
+        run(Slice { axis: 0, start: 1, len: 2, ..Default::default() }, &[(&[4, 0], 1.0)]).dims(),
+        [2, 0]
+    );
+    assert_eq!(run(Transpose::default(), &[(&[0, 4], 1.0)]).dims(), [4, 0]);
     assert_eq!(run(RmsNorm::default(), &[(&[3, 0], 1.0)]).dims(), [3, 0]);
     assert_eq!(run(Add {}, &[(&[0, 4], 1.0), (&[4], 1.0)]).dims(), [0, 4]);
 }
@@ -47,5 +53,8 @@ fn tensors_without_elements_stay_so() {
 fn extents_of_one_are_not_special() {
     let y = run(MatMul::default(), &[(&[3, 1], 2.0), (&[1, 1], 5.0)]);
     assert_eq!((y.dims(), y.f32s().unwrap()), (vec![3, 1], &[10.0; 3][..]));
-    assert_eq!(run(Slice { axis: 1, start: 0, len: 1 }, &[(&[2, 1], 7.0)]).f32s().unwrap(), [7.0; 2]);
+    assert_eq!(
+        run(Slice { axis: 1, start: 0, len: 1, ..Default::default() }, &[(&[2, 1], 7.0)]).f32s().unwrap(),
+        [7.0; 2]
+    );
 }

@@ -146,7 +146,13 @@ mod tests {
         let wrong = Rule {
             name: "wrong",
             on: OpKind::Relu,
-            rewrite: |g, op| replace(g, op, quantc_ir::ops::Cast { to: quantc_ir::ty::Float::Bf16 }),
+            rewrite: |g, op| {
+                replace(
+                    g,
+                    op,
+                    quantc_ir::ops::Cast { to: quantc_ir::ty::Float::Bf16.into(), ..Default::default() },
+                )
+            },
         };
         let error = apply(&mut chain(), &[&wrong]).unwrap_err();
         assert_eq!(error.context, ["applying the rule `wrong` to %a"]);

@@ -252,7 +252,7 @@ impl<'a> Builder<'a> {
 
     /// The transposed weight.
     pub(crate) fn transposed(&mut self, name: &str, w: ValueId) -> Result<ValueId> {
-        self.op(name, Transpose {}, &[w])
+        self.op(name, Transpose::default(), &[w])
     }
 
     /// Indices `start .. start + len` of one axis of a weight.
@@ -264,7 +264,7 @@ impl<'a> Builder<'a> {
         start: u64,
         len: u64,
     ) -> Result<ValueId> {
-        self.op(name, Slice { axis, start, len }, &[w])
+        self.op(name, Slice { axis, start, len, ..Default::default() }, &[w])
     }
 
     /// Checks what was noted, maps the files and gives the result.

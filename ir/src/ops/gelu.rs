@@ -29,7 +29,7 @@ pub fn gelu(x: f64, approx: bool) -> f64 {
 
 impl OpSpec for Gelu {
     fn infer(&self, cx: &InferCx<'_>) -> Result<TensorTy> {
-        cx.float(0).cloned()
+        cx.real(0).cloned()
     }
     fn eval(&self, _: &mut EvalCx<'_>, args: &[Option<&Tensor>], out: &TensorTy) -> Result<Tensor> {
         elementwise::map(arg(args, 0)?, out, |x| gelu(x, self.approx))

@@ -20,6 +20,6 @@ impl OpSpec for Mul {
         elementwise::broadcast(cx)
     }
     fn eval(&self, _: &mut EvalCx<'_>, args: &[Option<&Tensor>], out: &TensorTy) -> Result<Tensor> {
-        elementwise::zip(arg(args, 0)?, arg(args, 1)?, out, |a, b| a * b)
+        elementwise::zip(arg(args, 0)?, arg(args, 1)?, out, |a, b| a * b, |a, b| Ok(a * b))
     }
 }

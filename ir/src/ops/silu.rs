@@ -15,7 +15,7 @@ op! {
 
 impl OpSpec for Silu {
     fn infer(&self, cx: &InferCx<'_>) -> Result<TensorTy> {
-        cx.float(0).cloned()
+        cx.real(0).cloned()
     }
     fn eval(&self, _: &mut EvalCx<'_>, args: &[Option<&Tensor>], out: &TensorTy) -> Result<Tensor> {
         elementwise::map(arg(args, 0)?, out, |x| x / (1.0 + (-x).exp()))

@@ -4,9 +4,10 @@
 //! After an error the reader goes on at the next line, and a value whose definition failed is known but poisoned: ops
 //! that read it are skipped in silence, so that one mistake gives one error.
 
+use super::elements::{self, double, single};
 use super::fields::{Fields, Reader, Value, near};
 use super::lexer::{Pos, Tok, Tokens, shorten};
-use super::printer::{code_format, is_number, single_function};
+use super::printer::{is_number, single_function};
 use super::{Function, MAX_RANK, Parsed, Place};
 use crate::diag::{Diag, Diags, Result};
 use crate::entity::{Entity, LayerId, ShardId, StateId, ValueId, WeightId};
@@ -14,7 +15,7 @@ use crate::graph::Graph;
 use crate::module::{Layer, Module, Signature, State};
 use crate::ops::{Op, OpKind, Real};
 use crate::scheme::Scheme;
-use crate::ty::{ElemTy, Float, Shape, TensorTy};
+use crate::ty::{ElemTy, Shape, TensorTy};
 use crate::weights::{Shard, WeightDecl, WeightSource};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -396,20 +397,14 @@ impl<'a> Parser<'a> {
         }
         self.numbers(&dims, ty, &mut codes)?;
         // There are as many codes as numbers in the text, so this allocates in proportion to it.
-        let format = code_format(ty.elem);
         let cols = dims.last().copied().unwrap_or(1) as usize;
-        let row_bytes = format.packed_len(cols);
-        let mut bytes = vec![0; codes.len() / cols * row_bytes];
-        for (row, out) in codes.chunks_exact(cols).zip(bytes.chunks_exact_mut(row_bytes)) {
-            format.pack_wide(row, out);
-        }
-        Ok(WeightSource::Inline(bytes))
+        Ok(WeightSource::Inline(elements::pack(&codes, cols, ty.elem)))
     }
 
     /// Reads as many numbers as `dims` say, nested as they say.
-    fn numbers(&mut self, dims: &[u64], ty: &TensorTy, codes: &mut Vec<u32>) -> Result<()> {
+    fn numbers(&mut self, dims: &[u64], ty: &TensorTy, codes: &mut Vec<u64>) -> Result<()> {
         let Some((&n, inner)) = dims.split_first() else {
-            codes.push(self.number(ty.elem, |text| code(text, ty.elem))?);
+            codes.push(self.number(ty.elem, |text| elements::read(text, ty.elem))?);
             return Ok(());
         };
         let what = if inner.is_empty() { "numbers" } else { "rows" };
@@ -876,11 +871,7 @@ fn read_type(body: &str) -> Result<TensorTy> {
         Some(at) => (&body[..at], ElemTy::Q(Scheme::parse(&body[at..])?)),
         None => {
             let at = body.rfind('x').map_or(0, |x| x + 1);
-            let elem = match &body[at..] {
-                "i32" => ElemTy::I32,
-                name => Float::by_name(name).map(ElemTy::from).ok_or_else(bad)?,
-            };
-            (&body[..at], elem)
+            (&body[..at], ElemTy::by_name(&body[at..]).ok_or_else(bad)?)
         }
     };
     let shape = match dims {
@@ -894,40 +885,4 @@ fn read_type(body: &str) -> Result<TensorTy> {
         return Err(Diag::input(format!("a type has {} axes, more than {MAX_RANK}", shape.rank())));
     }
     Ok(TensorTy { elem, shape })
-}
-
-/// The code of the number written as `text`, when it is one of the element type.
-fn code(text: &str, elem: ElemTy) -> Option<u32> {
-    match elem {
-        ElemTy::I32 => text.parse::<i32>().ok().map(|n| n as u32),
-        ElemTy::Q(s) if s.format.is_int() => {
-            let n = text.parse::<i32>().ok()?;
-            let (min, max) = s.format.int_range();
-            (min..=max).contains(&n).then(|| s.format.int_code(n))
-        }
-        elem => {
-            let x = single(text)?;
-            let format = code_format(elem);
-            let code = format.encode(x);
-            let fits = if x.is_finite() {
-                (format.min()..=format.max()).contains(&x)
-            } else {
-                // Infinities and NaN are numbers of some formats only.
-                format.decode(code).is_nan() == x.is_nan() && !format.decode(code).is_finite()
-            };
-            fits.then_some(code)
-        }
-    }
-}
-
-/// The single written as `text`; one that is not written as infinite must be finite.
-fn single(text: &str) -> Option<f32> {
-    let x = text.parse::<f32>().ok()?;
-    (!x.is_infinite() || text.ends_with("inf")).then_some(x)
-}
-
-/// As [`single`], for doubles.
-fn double(text: &str) -> Option<f64> {
-    let x = text.parse::<f64>().ok()?;
-    (!x.is_infinite() || text.ends_with("inf")).then_some(x)
 }

@@ -2,15 +2,14 @@
 //!
 //! Anything is printed, broken modules too: an id that leads nowhere is written with a `?`.
 
+use super::elements::{self, f32_text};
 use super::fields::{Fields, Value, Writer, collect};
 use super::lexer::{float_text, is_word, name, quoted};
 use super::{Function, Place};
 use crate::entity::{Entity, LayerId, SecondaryMap, ValueId};
-use crate::formats::Format;
 use crate::graph::{Def, Graph};
 use crate::module::Module;
 use crate::ops::{Op, Real};
-use crate::ty::{ElemTy, Float, TensorTy};
 use crate::weights::{WeightDecl, WeightSource};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -302,11 +301,6 @@ impl Names {
     }
 }
 
-/// A single, with the fewest digits that read back.
-fn f32_text(x: f32) -> String {
-    if x.is_nan() { "nan".into() } else { format!("{x:?}") }
-}
-
 /// The data of a weight as nested lists.
 fn inline(w: &WeightDecl, bytes: &[u8], most: usize) -> String {
     let dims = w.ty.shape.dims().filter(|_| w.ty.stored_bytes() == Some(bytes.len() as u64));
@@ -319,7 +313,9 @@ fn inline(w: &WeightDecl, bytes: &[u8], most: usize) -> String {
         return "[..]".into();
     }
     let mut out = String::new();
-    let mut numbers = numbers(&w.ty, bytes).into_iter();
+    let cols = dims.last().copied().unwrap_or(1) as usize;
+    let mut numbers =
+        elements::unpack(bytes, cols, w.ty.elem).into_iter().map(|e| elements::write(e, w.ty.elem));
     nest(&dims, &mut numbers, &mut out);
     out
 }
@@ -334,31 +330,4 @@ fn nest(dims: &[u64], numbers: &mut impl Iterator<Item = String>, out: &mut Stri
         nest(inner, numbers, out);
     }
     out.push(']');
-}
-
-/// The elements of inline data whose length fits its type; there is at least one.
-fn numbers(ty: &TensorTy, bytes: &[u8]) -> Vec<String> {
-    let cols = ty.shape.last().and_then(|d| d.fixed()).unwrap_or(1) as usize;
-    let row_bytes = code_format(ty.elem).packed_len(cols);
-    let mut out = vec![];
-    let mut codes = vec![0; cols];
-    for row in bytes.chunks_exact(row_bytes) {
-        code_format(ty.elem).unpack_wide(row, &mut codes);
-        out.extend(codes.iter().map(|&code| match ty.elem {
-            ElemTy::I32 => (code as i32).to_string(),
-            ElemTy::Q(s) if s.format.is_int() => s.format.int_value(code).to_string(),
-            elem => f32_text(code_format(elem).decode(code)),
-        }));
-    }
-    out
-}
-
-/// The format whose codes the stored bits of an element are. Plain integers are stored as singles are: as 32 bits.
-pub(crate) fn code_format(elem: ElemTy) -> &'static Format {
-    match elem {
-        ElemTy::F32 | ElemTy::I32 => Float::F32.format(),
-        ElemTy::F16 => Float::F16.format(),
-        ElemTy::Bf16 => Float::Bf16.format(),
-        ElemTy::Q(scheme) => scheme.format,
-    }
 }

@@ -40,6 +40,16 @@ struct Inner {
     stats: StoreStats,
 }
 
+/// The bytes of a mapped file.
+#[derive(Clone)]
+pub struct ShardBytes(Arc<Mapping>);
+
+impl AsRef<[u8]> for ShardBytes {
+    fn as_ref(&self) -> &[u8] {
+        self.0.bytes()
+    }
+}
+
 /// One blob that a recipe made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Output {
@@ -116,6 +126,11 @@ impl Store {
     /// The length of a shard in bytes, if it was added.
     pub fn shard_len(&self, id: ShardId) -> Option<u64> {
         self.lock().shards.get(&id.index()).map(|m| m.bytes().len() as u64)
+    }
+
+    /// The bytes of a shard, which stay mapped as long as they are held.
+    pub fn shard(&self, id: ShardId) -> Option<ShardBytes> {
+        self.lock().shards.get(&id.index()).cloned().map(ShardBytes)
     }
 
     /// A view of the weight `id`. Nothing is read until rows are.

@@ -187,6 +187,31 @@ impl<'a> WeightView<'a> {
         }
     }
 
+    /// All numbers of a weight of doubles.
+    pub fn read_all_f64(&self) -> Result<Vec<f64>> {
+        match (self.decl.ty.elem, self.bytes()) {
+            (ElemTy::F64, Some(raw)) => {
+                Ok(raw.as_chunks().0.iter().map(|&b| f64::from_le_bytes(b)).collect())
+            }
+            _ => Err(self.not_of("doubles")),
+        }
+    }
+
+    /// All numbers of a weight of plain integers. A truth value is true when its byte is not 0.
+    pub fn read_all_ints(&self) -> Result<Vec<i128>> {
+        match (self.decl.ty.elem, self.bytes()) {
+            (ElemTy::Int(int), Some(raw)) => {
+                let one = |b: &[u8]| b.iter().rev().fold(0u64, |n, &b| n << 8 | u64::from(b));
+                Ok(raw.chunks_exact(int.bits() as usize / 8).map(|b| int.wrap(one(b).into())).collect())
+            }
+            _ => Err(self.not_of("integers")),
+        }
+    }
+
+    fn not_of(&self, what: &str) -> Diag {
+        Diag::bug(format!("weight @{} of type {} is not of {what}", self.decl.name, self.decl.ty))
+    }
+
     /// All numbers of a weight of plain floats.
     pub fn read_all_f32(&self) -> Result<Vec<f32>> {
         self.float()?;

@@ -73,9 +73,9 @@ impl FoldConstants {
 
 /// Whether the op is computed without holding whole tensors.
 fn streams(op: &Op, ty: &TensorTy) -> bool {
-    let rows_or_columns = |s: &Slice| s.axis == 0 || usize::from(s.axis) + 1 == ty.rank();
+    let rows_or_columns = |s: &Slice| s.step == 1 && (s.axis == 0 || usize::from(s.axis) + 1 == ty.rank());
     op.is::<Cast>().is_some()
-        || op.is::<Transpose>().is_some()
+        || op.is::<Transpose>().is_some_and(|t| t.perm.is_empty())
         || op.is::<Slice>().is_some_and(rows_or_columns)
 }
 
@@ -95,7 +95,7 @@ fn fold(cx: &mut PassCx<'_>, node: &Node, inputs: &[WeightId], ty: &TensorTy) ->
         (Op::Cast(_), Some(to)) => cx.derive_weight(&name, ty.clone(), inputs, &more, &mut |views, out| {
             crate::stream::rows(&views[0], budget, |_, rows| out.write_f32(to, rows))
         }),
-        (Op::Transpose(_), Some(to)) => {
+        (Op::Transpose(t), Some(to)) if t.perm.is_empty() => {
             cx.derive_weight(&name, ty.clone(), inputs, &more, &mut |views, out| {
                 transpose(&views[0], to, budget, out)
             })

@@ -62,7 +62,7 @@ impl CastActivations {
         let at = graph.position(op).ok_or_else(|| Diag::bug("an op that is not in the program"))?;
         let name = graph.value(x).name.as_ref().map(|name| format!("{name}.r"));
         let name = name.filter(|name| !graph.values().any(|(_, v)| v.name.as_ref() == Some(name)));
-        graph.insert_inferred(at, Cast { to: self.to }, &[x], name.as_deref())
+        graph.insert_inferred(at, Cast { to: self.to.into(), ..Default::default() }, &[x], name.as_deref())
     }
 }
 

@@ -73,7 +73,7 @@ fn convert(graph: &mut Graph, state: StateId, ty: &TensorTy, to: Float) -> Resul
         }
         let at = graph.position(op).ok_or_else(|| Diag::bug("a user of a state is not in the program"))?;
         let x = node.args[1];
-        let cast = graph.insert_inferred(at, Cast { to }, &[x], None)?;
+        let cast = graph.insert_inferred(at, Cast { to: to.into(), ..Default::default() }, &[x], None)?;
         graph.node_mut(op).args[1] = cast;
     }
     // What attention reads has other elements now; nothing behind it changes.

@@ -210,7 +210,7 @@ fn a_rule_that_changes_a_type_is_refused() {
     static WRONG: &[Rule] = &[crate::rule! {
         /// `silu(x) = cast(x)`, which it is not.
         "wrong", Exact, "(silu ?x)" => "(cast ?x)",
-        root: |_| Some(Op::Cast(quantc_ir::ops::Cast { to: Float::Bf16 })), samples: Vec::new,
+        root: |_| Some(Op::Cast(quantc_ir::ops::Cast { to: Float::Bf16.into(), ..Default::default() })), samples: Vec::new,
     }];
     let mut b = Builder::new();
     let x = b.input();
