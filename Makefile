@@ -3,7 +3,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 OUT ?= target/demo
 
-.PHONY: demo test lint deps nvrtc bench clean-demo
+.PHONY: demo test lint deps nvrtc bench clean-demo onnx-nodes
 
 # LLVM 19 from Debian's packages, unless it is there.
 deps:
@@ -29,6 +29,12 @@ test: deps lint nvrtc
 lint:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --quiet --all-targets -- -D warnings
+
+# The ONNX standard's node tests, for `cargo test -p quantc-frontends --test onnx_nodes`. Needs Python and its packages.
+onnx-nodes:
+	python3 -m venv target/onnx-venv
+	target/onnx-venv/bin/pip install --quiet onnx==1.23.2
+	target/onnx-venv/bin/python frontends/tests/onnx_nodes/make_cases.py target/onnx-nodes
 
 bench: deps
 	$(CARGO) bench --bench models

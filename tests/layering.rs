@@ -50,7 +50,7 @@ fn outside_packages_stay_where_they_belong() {
         ("petgraph", &["quantc-ir"]),
         ("inkwell", &["quantc-codegen"]),
         ("cudarc", &["quantc-codegen"]),
-        ("prost", &["quantc-runtime"]),
+        ("prost", &["quantc-frontends", "quantc-runtime"]),
         ("object", &["quantc-runtime"]),
         ("tokenizers", &["quantc-frontends"]),
         ("clap", &["quantc"]),

@@ -2,7 +2,7 @@
 
 use crate::failure::Outcome;
 use crate::output;
-use quantc_frontends::ImportOptions;
+use quantc_frontends::{ImportOptions, onnx};
 use quantc_ir::diag::Diag;
 use quantc_ir::weights::Store;
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use std::path::PathBuf;
 /// Arguments of `quantc import`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// A model folder.
+    /// A model folder or an `.onnx` file.
     model: PathBuf,
     /// The file to write instead of stdout.
     #[arg(short, long)]
@@ -18,18 +18,33 @@ pub struct Args {
     /// Tokens that a sequence may have, instead of the model's context.
     #[arg(long)]
     context: Option<u32>,
+    /// A number for an extent that an `.onnx` file gives a name, as in `batch=1`; may be given several times.
+    #[arg(long = "dim", value_name = "NAME=N", value_parser = dim)]
+    dims: Vec<(String, u64)>,
+}
+
+/// Reads `NAME=N`.
+pub(crate) fn dim(text: &str) -> Result<(String, u64), String> {
+    let parts = text.rsplit_once('=').ok_or("expected NAME=N")?;
+    Ok((parts.0.into(), parts.1.parse().map_err(|_| format!("`{}` is not a number", parts.1))?))
 }
 
 /// Runs the subcommand.
 pub fn run(args: Args) -> Outcome {
     let store = Store::in_memory();
-    let imported = quantc_frontends::import(&args.model, &store, &ImportOptions { context: args.context })?;
-    imported.notes.iter().for_each(|note| eprintln!("note: {note}"));
-    for name in &imported.unused {
-        eprintln!("note: tensor `{name}` is not used");
-    }
-    crate::opt::verify(&imported.module)?;
-    let text = quantc_ir::text::print(&imported.module);
+    let (module, notes) = if onnx::is_onnx(&args.model) {
+        let options = onnx::Options { dims: args.dims.iter().cloned().collect(), ..onnx::Options::default() };
+        let imported = onnx::import(&args.model, &store, &options).map_err(|refused| refused.problems)?;
+        (imported.module, imported.notes)
+    } else {
+        let options = ImportOptions { context: args.context };
+        let imported = quantc_frontends::import(&args.model, &store, &options)?;
+        let unused = imported.unused.iter().map(|name| format!("tensor `{name}` is not used"));
+        (imported.module, imported.notes.into_iter().chain(unused).collect())
+    };
+    notes.iter().for_each(|note| eprintln!("note: {note}"));
+    crate::opt::verify(&module)?;
+    let text = quantc_ir::text::print(&module);
     match &args.output {
         None => output::piece(&text),
         Some(path) => std::fs::write(path, text).map_err(|e| {

@@ -2,7 +2,7 @@
 
 use crate::failure::Outcome;
 use crate::{output, subject};
-use quantc_frontends::ImportOptions;
+use quantc_frontends::{ImportOptions, onnx};
 use quantc_ir::diag::Diag;
 use quantc_ir::module::Module;
 use quantc_ir::weights::Store;
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 /// Arguments of `quantc inspect`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// A model folder, an engine or a `.qir` file.
+    /// A model folder, an `.onnx` file, an engine or a `.qir` file.
     subject: PathBuf,
     /// Also read every weight and show its digest.
     #[arg(long)]
@@ -70,6 +70,10 @@ pub fn run(args: Args) -> Outcome {
 fn read(path: &Path, store: &Store) -> Outcome<Module> {
     if path.is_dir() {
         return Ok(quantc_frontends::import(path, store, &ImportOptions::default())?.module);
+    }
+    if onnx::is_onnx(path) {
+        let imported = onnx::import(path, store, &onnx::Options::default());
+        return Ok(imported.map_err(|refused| refused.problems)?.module);
     }
     let text = subject::read_text(path)?;
     Ok(quantc_ir::text::parse(&text, &path.display().to_string())?.module)

@@ -127,7 +127,7 @@ fn import_inner(dir: &Path, store: &Store, options: &ImportOptions) -> Result<Im
 }
 
 /// The name of the module made from `dir`.
-fn module_name(dir: &Path) -> String {
+pub(crate) fn module_name(dir: &Path) -> String {
     let full = dir.canonicalize().unwrap_or_else(|_| dir.into());
     let last = full.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let plain = |c: char| if c.is_ascii_alphanumeric() || "_.-".contains(c) { c } else { '_' };

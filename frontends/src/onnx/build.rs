@@ -1,0 +1,382 @@
+//! Building the graph: values that are computed when the engine runs, and those that are known before.
+//!
+//! An op whose operands are all small constants is evaluated at once by its own meaning, so that the arithmetic on
+//! shapes that exporters write is gone. Extents that are not known are carried as extents as far as such arithmetic
+//! only moves them.
+
+use super::tensor::{Const, MOST_READ};
+use quantc_ir::diag::{Diag, Result};
+use quantc_ir::entity::ValueId;
+use quantc_ir::eval::{Tensor, eval_pure};
+use quantc_ir::graph::{Def, Graph};
+use quantc_ir::module::Module;
+use quantc_ir::ops::{
+    Add, Binary, BinaryKind, Cast, Compare, Concat, Expand, InferCx, Mul, Op, OpSpec, Order, Reduce,
+    ReduceKind, Reshape, Select, Slice, Transpose, Unary, UnaryKind,
+};
+use quantc_ir::ty::{Dim, ElemTy, Shape, TensorTy};
+use quantc_ir::weights::{Store, WeightDecl, WeightSource};
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+/// Elements of constants that are computed while importing.
+const MOST_FOLDED: u64 = 1 << 16;
+
+/// Stored bytes of a constant that is written into the module itself.
+const MOST_INLINE: usize = 1024;
+
+/// What a name of the model stands for.
+#[derive(Clone)]
+pub(crate) enum Val {
+    /// Computed when the engine runs.
+    Value(ValueId),
+    /// Known.
+    Const(Rc<Const>),
+    /// Extents, of which some are known when the engine runs only: a list of i64, or one number.
+    Extents {
+        /// The extents.
+        dims: Rc<Vec<Dim>>,
+        /// Whether it is one number, not a list.
+        scalar: bool,
+    },
+}
+
+/// The module under construction.
+pub(crate) struct Build<'a> {
+    pub(crate) module: Module,
+    pub(crate) store: &'a Store,
+    /// Inputs that would have to be known.
+    pub(crate) needs: BTreeSet<String>,
+    /// Names of inputs.
+    inputs: BTreeMap<ValueId, String>,
+    names: BTreeSet<String>,
+    empty: Module,
+}
+
+impl<'a> Build<'a> {
+    pub(crate) fn new(name: &str, store: &'a Store) -> Build<'a> {
+        Build {
+            module: Module::new(name),
+            store,
+            needs: BTreeSet::new(),
+            inputs: BTreeMap::new(),
+            names: BTreeSet::new(),
+            empty: Module::new("constants"),
+        }
+    }
+
+    /// Adds an input.
+    pub(crate) fn input(&mut self, name: &str, ty: TensorTy) -> Val {
+        let fresh = self.fresh(name);
+        let value = self.module.main.add_param(&fresh, ty);
+        self.inputs.insert(value, name.into());
+        Val::Value(value)
+    }
+
+    /// Calls a computed value by the name it has in the model.
+    pub(crate) fn name(&mut self, val: &Val, name: &str) {
+        let Val::Value(v) = val else { return };
+        if self.module.main.def(*v).is_some() && self.module.main.value(*v).name.is_none() {
+            let fresh = self.fresh(name);
+            self.module.main.value_mut(*v).name = Some(fresh);
+        }
+    }
+
+    fn fresh(&mut self, name: &str) -> String {
+        let clean = |c: char| if c.is_control() || c == '"' || c == '\\' { '_' } else { c };
+        let stem: String = name.chars().take(200).map(clean).collect();
+        let mut name = stem.clone();
+        let mut n = 1;
+        while name.is_empty() || !self.names.insert(name.clone()) {
+            n += 1;
+            name = format!("{stem}.{n}");
+        }
+        name
+    }
+
+    /// The type of a value.
+    pub(crate) fn ty(&self, val: &Val) -> TensorTy {
+        match val {
+            Val::Value(v) => self.module.main.ty(*v).clone(),
+            Val::Const(c) => c.ty.clone(),
+            Val::Extents { scalar: true, .. } => TensorTy::fixed(ElemTy::I64, &[]),
+            Val::Extents { dims, .. } => TensorTy::fixed(ElemTy::I64, &[dims.len() as u64]),
+        }
+    }
+
+    /// The extents of a value.
+    pub(crate) fn dims(&self, val: &Val) -> Vec<Dim> {
+        self.ty(val).shape.0
+    }
+
+    /// Number of axes.
+    pub(crate) fn rank(&self, val: &Val) -> usize {
+        self.ty(val).rank()
+    }
+
+    /// The extents of a value, all of which must be known.
+    pub(crate) fn fixed(&self, val: &Val) -> Result<Vec<u64>> {
+        let ty = self.ty(val);
+        ty.shape.dims().ok_or_else(|| {
+            Diag::input(format!("an operand of type {ty} has extents that are not known"))
+                .help("give the named extents of the inputs numbers")
+        })
+    }
+
+    /// A constant.
+    pub(crate) fn constant(&self, tensor: Tensor) -> Val {
+        Val::Const(Rc::new(Const::new(tensor)))
+    }
+
+    /// A list of i64.
+    pub(crate) fn ints(&self, numbers: &[i64]) -> Val {
+        let ty = TensorTy::fixed(ElemTy::I64, &[numbers.len() as u64]);
+        let tensor = Tensor::from_ints(&ty, numbers.iter().map(|&n| n.into()));
+        self.constant(tensor.expect("there are as many numbers as the type says"))
+    }
+
+    /// One number of type `elem`.
+    pub(crate) fn scalar(&self, elem: ElemTy, x: f64) -> Result<Val> {
+        let ty = TensorTy::fixed(elem, &[]);
+        Ok(self.constant(match elem.int() {
+            Some(_) => Tensor::from_ints(&ty, [x as i128].into_iter())?,
+            None => Tensor::from_reals(&ty, vec![x])?,
+        }))
+    }
+
+    /// A value that holds these extents: a constant when all are known.
+    pub(crate) fn extents(&self, dims: Vec<Dim>) -> Val {
+        let fixed: Option<Vec<i64>> = dims.iter().map(|d| i64::try_from(d.fixed()?).ok()).collect();
+        match fixed {
+            Some(fixed) => self.ints(&fixed),
+            None => Val::Extents { dims: Rc::new(dims), scalar: false },
+        }
+    }
+
+    /// The elements of a value that is known, and not too large to be read.
+    pub(crate) fn known(&self, val: &Val) -> Option<Result<Rc<Tensor>>> {
+        match val {
+            Val::Const(c) if c.ty.shape.elements().is_some_and(|n| n <= MOST_READ) => Some(c.tensor()),
+            _ => None,
+        }
+    }
+
+    /// The graph's value for `val`; constants become weights when they are first read.
+    pub(crate) fn value(&mut self, val: &Val) -> Result<ValueId> {
+        let constant = match val {
+            Val::Value(v) => return Ok(*v),
+            Val::Const(c) => c,
+            Val::Extents { .. } => {
+                return Err(Diag::input("extents that are not known are computed with")
+                    .help("give the named extents of the inputs numbers"));
+            }
+        };
+        if let Some(&v) = constant.value.get() {
+            return Ok(v);
+        }
+        let stem = constant.name.as_deref().filter(|n| !n.is_empty()).unwrap_or("const");
+        let name = self.fresh(stem);
+        let source = match &constant.raw {
+            Some(raw) => WeightSource::File { shard: raw.shard, at: raw.at, len: raw.bytes.len() as u64 },
+            None => {
+                let bytes = constant.tensor()?.to_stored();
+                if bytes.len() <= MOST_INLINE {
+                    WeightSource::Inline(bytes)
+                } else {
+                    WeightSource::Blob(self.store.put(&bytes)?)
+                }
+            }
+        };
+        let weight = self.module.weights.push(WeightDecl { name, ty: constant.ty.clone(), source });
+        let value = self.module.main.weight(weight, &constant.ty);
+        Ok(*constant.value.get_or_init(|| value))
+    }
+
+    /// The result of an op.
+    pub(crate) fn op(&mut self, op: impl Into<Op>, args: &[&Val]) -> Result<Val> {
+        let args: Vec<Option<&Val>> = args.iter().map(|&a| Some(a)).collect();
+        self.op_with(op, &args)
+    }
+
+    /// The result of an op of which operands are absent.
+    pub(crate) fn op_with(&mut self, op: impl Into<Op>, args: &[Option<&Val>]) -> Result<Val> {
+        let op = op.into();
+        if let Some(folded) = self.fold(&op, args)? {
+            return Ok(folded);
+        }
+        let mut ids = Vec::with_capacity(args.len());
+        for arg in args {
+            ids.push(match arg {
+                Some(arg) => self.value(arg)?,
+                None => self.module.main.none(),
+            });
+        }
+        Ok(Val::Value(self.module.main.append(op, &ids, None)?))
+    }
+
+    /// The op evaluated now, when everything it reads is known and small.
+    fn fold(&self, op: &Op, args: &[Option<&Val>]) -> Result<Option<Val>> {
+        let mut tensors = vec![];
+        for arg in args.iter().flatten() {
+            match arg {
+                Val::Const(c) if c.ty.shape.elements().is_some_and(|n| n <= MOST_FOLDED) => {
+                    tensors.push(c.tensor()?);
+                }
+                _ => return Ok(None),
+            }
+        }
+        if tensors.is_empty() {
+            return Ok(None);
+        }
+        let types: Vec<Option<TensorTy>> = args.iter().map(|a| a.map(|a| self.ty(a))).collect();
+        let fixed = op.operands().fixed().max(types.len());
+        let mut infer: Vec<Option<&TensorTy>> = types.iter().map(Option::as_ref).collect();
+        infer.resize(fixed, None);
+        let ty = op.infer(&InferCx { args: infer, layers: &|_| None })?;
+        if ty.shape.elements().is_none_or(|n| n > MOST_FOLDED) {
+            return Ok(None);
+        }
+        let mut graph = Graph::new();
+        let ids: Vec<ValueId> = types
+            .iter()
+            .map(|t| match t {
+                Some(t) => graph.add_param("", t.clone()),
+                None => graph.none(),
+            })
+            .collect();
+        let y = graph.push(op.clone(), ids, ty, None);
+        graph.results = vec![y];
+        let tensors: Vec<&Tensor> = tensors.iter().map(|t| &**t).collect();
+        let mut out = eval_pure(&graph, &tensors, 1, &self.empty, self.store)?;
+        Ok(Some(self.constant(out.remove(0))))
+    }
+
+    /// Notes the inputs that `val` is computed from: those that would have to be known for it to be.
+    pub(crate) fn need(&mut self, val: &Val) {
+        let Val::Value(v) = val else { return };
+        let (mut stack, mut seen) = (vec![*v], BTreeSet::new());
+        while let Some(v) = stack.pop() {
+            if !seen.insert(v) {
+                continue;
+            }
+            match self.module.main.value(v).def {
+                Def::Op(op) => stack.extend(&self.module.main.node(op).args),
+                _ => self.needs.extend(self.inputs.get(&v).cloned()),
+            }
+        }
+    }
+
+    // Ops by their common use.
+
+    /// `kind(x)`.
+    pub(crate) fn unary(&mut self, kind: UnaryKind, x: &Val) -> Result<Val> {
+        self.op(Unary { kind }, &[x])
+    }
+    /// `kind(a, b)`.
+    pub(crate) fn binary(&mut self, kind: BinaryKind, a: &Val, b: &Val) -> Result<Val> {
+        self.op(Binary { kind }, &[a, b])
+    }
+    /// `a + b`.
+    pub(crate) fn add(&mut self, a: &Val, b: &Val) -> Result<Val> {
+        self.op(Add {}, &[a, b])
+    }
+    /// `a - b`.
+    pub(crate) fn sub(&mut self, a: &Val, b: &Val) -> Result<Val> {
+        self.binary(BinaryKind::Sub, a, b)
+    }
+    /// `a * b`.
+    pub(crate) fn mul(&mut self, a: &Val, b: &Val) -> Result<Val> {
+        self.op(Mul {}, &[a, b])
+    }
+    /// `a / b`.
+    pub(crate) fn div(&mut self, a: &Val, b: &Val) -> Result<Val> {
+        self.binary(BinaryKind::Div, a, b)
+    }
+    /// `x * factor`, with the factor in the element type of `x`.
+    pub(crate) fn scale(&mut self, x: &Val, factor: f64) -> Result<Val> {
+        let factor = self.scalar(self.ty(x).elem, factor)?;
+        self.mul(x, &factor)
+    }
+    /// `x + summand`, with the summand in the element type of `x`.
+    pub(crate) fn shift(&mut self, x: &Val, summand: f64) -> Result<Val> {
+        let summand = self.scalar(self.ty(x).elem, summand)?;
+        self.add(x, &summand)
+    }
+    /// Truth of `a order b`.
+    pub(crate) fn compare(&mut self, order: Order, a: &Val, b: &Val) -> Result<Val> {
+        self.op(Compare { order }, &[a, b])
+    }
+    /// `if cond then a else b`.
+    pub(crate) fn select(&mut self, cond: &Val, a: &Val, b: &Val) -> Result<Val> {
+        self.op(Select {}, &[cond, a, b])
+    }
+    /// The same numbers with other elements.
+    pub(crate) fn cast(&mut self, x: &Val, to: ElemTy) -> Result<Val> {
+        if self.ty(x).elem == to {
+            return Ok(x.clone());
+        }
+        self.op(Cast { to, ..Cast::default() }, &[x])
+    }
+    /// The same elements under another shape.
+    pub(crate) fn reshape(&mut self, x: &Val, dims: Vec<Dim>) -> Result<Val> {
+        if self.dims(x) == dims {
+            return Ok(x.clone());
+        }
+        self.op(Reshape { shape: Shape(dims) }, &[x])
+    }
+    /// The tensor repeated to a shape.
+    pub(crate) fn expand(&mut self, x: &Val, dims: Vec<Dim>) -> Result<Val> {
+        if self.dims(x) == dims {
+            return Ok(x.clone());
+        }
+        self.op(Expand { shape: Shape(dims) }, &[x])
+    }
+    /// Axes in another order.
+    pub(crate) fn transpose(&mut self, x: &Val, perm: &[usize]) -> Result<Val> {
+        if perm.iter().enumerate().all(|(i, &p)| i == p) {
+            return Ok(x.clone());
+        }
+        let perm = perm.iter().map(|&p| p as u8).collect();
+        self.op(Transpose { perm }, &[x])
+    }
+    /// Indices `start .. start + len` of an axis.
+    pub(crate) fn slice(&mut self, x: &Val, axis: usize, start: u64, len: u64) -> Result<Val> {
+        if start == 0 && self.dims(x).get(axis) == Some(&Dim::Static(len)) {
+            return Ok(x.clone());
+        }
+        self.op(Slice { axis: axis as u8, start, len, step: 1 }, &[x])
+    }
+    /// Values behind one another.
+    pub(crate) fn concat(&mut self, parts: &[&Val], axis: usize) -> Result<Val> {
+        if let [one] = parts {
+            return Ok((*one).clone());
+        }
+        self.op(Concat { axis: axis as u8 }, parts)
+    }
+    /// A reduction that keeps its axes with an extent of one.
+    pub(crate) fn reduce(&mut self, kind: ReduceKind, x: &Val, axes: &[usize]) -> Result<Val> {
+        let axes = axes.iter().map(|&a| a as u8).collect();
+        self.op(Reduce { kind, axes }, &[x])
+    }
+    /// The tensor without some axes of extent one.
+    pub(crate) fn squeeze(&mut self, x: &Val, axes: &[usize]) -> Result<Val> {
+        let dims = self.dims(x);
+        if let Some(&bad) = axes.iter().find(|&&a| dims[a] != Dim::Static(1)) {
+            return Err(Diag::input(format!("axis {bad} of {} does not have an extent of one", self.ty(x))));
+        }
+        let kept = dims.iter().enumerate().filter(|(a, _)| !axes.contains(a)).map(|(_, d)| *d);
+        let kept = kept.collect();
+        self.reshape(x, kept)
+    }
+    /// The tensor with more axes of extent one, whose places in the result are `axes` in order.
+    pub(crate) fn unsqueeze(&mut self, x: &Val, axes: &[usize]) -> Result<Val> {
+        let mut dims = self.dims(x);
+        for &axis in axes {
+            if axis > dims.len() {
+                return Err(Diag::input(format!("there is no place {axis} for an axis")));
+            }
+            dims.insert(axis, Dim::Static(1));
+        }
+        self.reshape(x, dims)
+    }
+}
