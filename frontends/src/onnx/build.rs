@@ -11,11 +11,13 @@ use quantc_ir::eval::{Tensor, eval_pure};
 use quantc_ir::graph::{Def, Graph};
 use quantc_ir::module::Module;
 use quantc_ir::ops::{
-    Add, Binary, BinaryKind, Cast, Compare, Concat, Expand, InferCx, Mul, Op, OpSpec, Order, Reduce,
-    ReduceKind, Reshape, Select, Slice, Transpose, Unary, UnaryKind,
+    Add, Binary, BinaryKind, BitcastStorage, Cast, Compare, Concat, Dequantize, Expand, InferCx, Mul, Op,
+    OpSpec, Order, Reduce, ReduceKind, Reshape, Select, Slice, Transpose, Unary, UnaryKind,
 };
-use quantc_ir::ty::{Dim, ElemTy, Shape, TensorTy};
+use quantc_ir::scheme::Group;
+use quantc_ir::ty::{Dim, ElemTy, Float, Shape, TensorTy};
 use quantc_ir::weights::{Store, WeightDecl, WeightSource};
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
@@ -39,6 +41,32 @@ pub(crate) enum Val {
         /// Whether it is one number, not a list.
         scalar: bool,
     },
+    /// Codes that are computed, which the model takes for integers.
+    Codes(Rc<Codes>),
+}
+
+/// Codes that are computed, and what the model says of them.
+pub(crate) struct Codes {
+    /// The codes with their scheme.
+    pub(crate) codes: Val,
+    /// Scales and zero points as the model gives them.
+    pub(crate) scale: Val,
+    pub(crate) zero: Option<Val>,
+    /// The same in the shapes that the scheme wants.
+    pub(crate) group_scale: Val,
+    pub(crate) group_zero: Option<Val>,
+    /// The type in the model: plain integers.
+    pub(crate) ty: TensorTy,
+    /// The codes as plain integers, once somebody reads them so.
+    pub(crate) plain: OnceCell<ValueId>,
+}
+
+/// A constant of codes that is read as numbers.
+pub(crate) struct Read {
+    codes: Val,
+    scale: Val,
+    zero: Option<Val>,
+    to: Float,
 }
 
 /// The module under construction.
@@ -49,6 +77,8 @@ pub(crate) struct Build<'a> {
     pub(crate) needs: BTreeSet<String>,
     /// Names of inputs.
     inputs: BTreeMap<ValueId, String>,
+    /// Values that are constants of codes read as numbers.
+    read: BTreeMap<ValueId, Rc<Read>>,
     names: BTreeSet<String>,
     empty: Module,
 }
@@ -60,6 +90,7 @@ impl<'a> Build<'a> {
             store,
             needs: BTreeSet::new(),
             inputs: BTreeMap::new(),
+            read: BTreeMap::new(),
             names: BTreeSet::new(),
             empty: Module::new("constants"),
         }
@@ -99,6 +130,7 @@ impl<'a> Build<'a> {
         match val {
             Val::Value(v) => self.module.main.ty(*v).clone(),
             Val::Const(c) => c.ty.clone(),
+            Val::Codes(c) => c.ty.clone(),
             Val::Extents { scalar: true, .. } => TensorTy::fixed(ElemTy::I64, &[]),
             Val::Extents { dims, .. } => TensorTy::fixed(ElemTy::I64, &[dims.len() as u64]),
         }
@@ -166,6 +198,7 @@ impl<'a> Build<'a> {
         let constant = match val {
             Val::Value(v) => return Ok(*v),
             Val::Const(c) => c,
+            Val::Codes(codes) => return self.plain(codes),
             Val::Extents { .. } => {
                 return Err(Diag::input("extents that are not known are computed with")
                     .help("give the named extents of the inputs numbers"));
@@ -192,6 +225,94 @@ impl<'a> Build<'a> {
         Ok(*constant.value.get_or_init(|| value))
     }
 
+    /// Codes as the integers that the model takes them for.
+    fn plain(&mut self, codes: &Codes) -> Result<ValueId> {
+        if let Some(&v) = codes.plain.get() {
+            return Ok(v);
+        }
+        let bits = self.op(BitcastStorage {}, &[&codes.codes])?;
+        let plain = self.cast(&bits, codes.ty.elem)?;
+        let plain = self.value(&plain)?;
+        Ok(*codes.plain.get_or_init(|| plain))
+    }
+
+    /// A constant of codes read as numbers.
+    pub(crate) fn dequantized(
+        &mut self,
+        to: Float,
+        codes: Val,
+        scale: Val,
+        zero: Option<Val>,
+    ) -> Result<Val> {
+        let y = self.op_with(Dequantize { to }, &[Some(&codes), Some(&scale), zero.as_ref()])?;
+        if let Val::Value(v) = y {
+            self.read.insert(v, Rc::new(Read { codes, scale, zero, to }));
+        }
+        Ok(y)
+    }
+
+    /// A matrix with its axes swapped that is a constant, or is read from codes that are: the codes are swapped, not the
+    /// numbers. `None` when it is neither, or too large to be rewritten.
+    pub(crate) fn swapped_weight(&mut self, w: &Val) -> Result<Option<Val>> {
+        let Val::Value(v) = w else { return Ok(None) };
+        let Some(read) = self.read.get(v).cloned() else { return Ok(None) };
+        let Some(codes) = self.known(&read.codes).transpose()? else { return Ok(None) };
+        let (Some(mut scheme), Some(&[rows, cols])) = (
+            codes.ty.elem.scheme(),
+            codes.ty.shape.dims().as_deref().and_then(|d| d.first_chunk()).filter(|_| codes.ty.rank() == 2),
+        ) else {
+            return Ok(None);
+        };
+        scheme.group = match scheme.group {
+            Group::Axis(axis) => Group::Axis(1 - axis),
+            Group::Block { axis, size } => Group::Block { axis: 1 - axis, size },
+            Group::Tensor => Group::Tensor,
+            Group::Tile(_) | Group::Token => return Ok(None),
+        };
+        let old = codes.code_bytes()?;
+        let (r, c) = (rows as usize, cols as usize);
+        let swapped = (0..c).flat_map(|j| (0..r).map(move |i| old[i * c + j])).collect();
+        let ty = TensorTy::fixed(ElemTy::Q(scheme), &[cols, rows]);
+        let codes = self.constant(Tensor::codes(&ty, swapped)?);
+        let scale = self.transpose(&read.scale, &[1, 0])?;
+        let zero = read.zero.as_ref().map(|z| self.transpose(z, &[1, 0])).transpose()?;
+        self.dequantized(read.to, codes, scale, zero).map(Some)
+    }
+
+    /// Whether a value is a constant, or is read from codes that are.
+    pub(crate) fn is_weight(&self, val: &Val) -> bool {
+        match val {
+            Val::Const(_) => true,
+            Val::Value(v) => self.read.contains_key(v),
+            Val::Extents { .. } | Val::Codes(_) => false,
+        }
+    }
+
+    /// Whether two values are the same, or constants of the same numbers.
+    pub(crate) fn same(&self, a: &Val, b: &Val) -> Result<bool> {
+        Ok(match (a, b) {
+            (Val::Value(a), Val::Value(b)) => a == b,
+            (Val::Const(x), Val::Const(y)) if Rc::ptr_eq(x, y) => true,
+            (Val::Const(_), Val::Const(_)) => match (self.known(a), self.known(b)) {
+                (Some(x), Some(y)) => x? == y?,
+                _ => false,
+            },
+            _ => false,
+        })
+    }
+
+    /// As [`Build::same`], of values that may be absent; an absent zero point is one of zeros.
+    pub(crate) fn same_opt(&self, a: Option<&Val>, b: Option<&Val>) -> Result<bool> {
+        match (a, b) {
+            (Some(a), Some(b)) => self.same(a, b),
+            (None, None) => Ok(true),
+            (Some(z), None) | (None, Some(z)) => match self.known(z) {
+                Some(z) => Ok(z?.reals().iter().all(|&x| x == 0.0)),
+                None => Ok(false),
+            },
+        }
+    }
+
     /// The result of an op.
     pub(crate) fn op(&mut self, op: impl Into<Op>, args: &[&Val]) -> Result<Val> {
         let args: Vec<Option<&Val>> = args.iter().map(|&a| Some(a)).collect();
@@ -216,6 +337,10 @@ impl<'a> Build<'a> {
 
     /// The op evaluated now, when everything it reads is known and small.
     fn fold(&self, op: &Op, args: &[Option<&Val>]) -> Result<Option<Val>> {
+        if matches!(op, Op::Dequantize(_)) {
+            // Codes stay codes.
+            return Ok(None);
+        }
         let mut tensors = vec![];
         for arg in args.iter().flatten() {
             match arg {

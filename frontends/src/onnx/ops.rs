@@ -51,7 +51,10 @@ macro_rules! families {
     };
 }
 
-families! { constants, control, elementwise, indexing, layout, linear, normalization, pooling, reductions, shapes }
+families! {
+    attention, constants, control, elementwise, indexing, layout, linear, losses, normalization, pooling, quantized,
+    recurrent, reductions, resize, shapes,
+}
 
 /// The operator of a domain.
 pub(crate) fn find(domain: &str, name: &str) -> Option<&'static OnnxOp> {

@@ -103,6 +103,26 @@ impl Const {
         Const { ty, name: None, raw: None, read, value: OnceCell::new() }
     }
 
+    /// The same stored bytes as elements of another type with as many bits.
+    pub(crate) fn retyped(&self, elem: ElemTy) -> Result<Const> {
+        self.as_stored(self.ty.with_elem(elem))
+    }
+
+    /// The same stored bytes as another type.
+    pub(crate) fn as_stored(&self, ty: TensorTy) -> Result<Const> {
+        let bytes = self.ty.stored_bytes();
+        if ty.stored_bytes() != bytes {
+            return Err(Diag::input(format!("{} does not have the bytes of {ty}", self.ty)));
+        }
+        let name = self.name.clone();
+        if let Some(raw) = &self.raw {
+            let raw = Raw { shard: raw.shard, at: raw.at, bytes: raw.bytes.clone() };
+            return Ok(Const { ty, name, raw: Some(raw), read: OnceCell::new(), value: OnceCell::new() });
+        }
+        let tensor = Tensor::from_stored(&ty, &self.tensor()?.to_stored())?;
+        Ok(Const { name, ..Const::new(tensor) })
+    }
+
     /// The elements.
     pub(crate) fn tensor(&self) -> Result<Rc<Tensor>> {
         if let Some(read) = self.read.get() {

@@ -25,7 +25,11 @@ pub(super) fn product(cx: &mut Cx<'_, '_>, a: &Val, b: &Val) -> Result<Val> {
     let row = if rank_a == 1 { cx.unsqueeze(a, &[0])? } else { a.clone() };
     let column = if rank_b == 1 { cx.unsqueeze(b, &[1])? } else { b.clone() };
     let weight = matches!(column, Val::Const(_)) && cx.rank(&column) == 2 && cx.ty(&column).elem.is_float();
-    let y = if weight && cx.ty(&row).elem == cx.ty(&column).elem {
+    let y = if let Some(w) = cx.swapped_weight(&column)?
+        && cx.ty(&row).elem == cx.ty(&w).elem
+    {
+        cx.op(MatMul::default(), &[&row, &w])?
+    } else if weight && cx.ty(&row).elem == cx.ty(&column).elem {
         let w = cx.transpose(&column, &[1, 0])?;
         cx.op(MatMul::default(), &[&row, &w])?
     } else {
@@ -76,7 +80,7 @@ fn gemm(cx: &mut Cx<'_, '_>) -> Results {
         a = swapped(cx, &a)?;
     }
     let turned = cx.flag("transB", false)?;
-    let weight = matches!(b, Val::Const(_)) && cx.ty(&b).elem.is_float() && cx.ty(&a).elem == cx.ty(&b).elem;
+    let weight = cx.is_weight(&b) && cx.ty(&b).elem.is_float() && cx.ty(&a).elem == cx.ty(&b).elem;
     let mut y = if weight && turned {
         cx.op(MatMul::default(), &[&a, &b])?
     } else {
