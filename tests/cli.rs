@@ -277,12 +277,25 @@ fn eval_tells_one_object() {
     assert_eq!(done.code, 0, "{}", done.err);
     assert!(done.err.contains("compiling"), "{}", done.err);
     let against = one_object(&done.out);
-    has_keys(&against, &["perplexity", "kl_mean", "kl_p99", "top1_agreement", "perplexity_base"]);
+    let compared = ["kl_mean", "kl_p99", "top1_agreement", "perplexity_base", "logits_error"];
+    has_keys(&against, &compared);
+    assert!((1e-3..0.5).contains(&number(&against, "logits_error")), "{against}");
     assert_eq!(against["perplexity"], scores["perplexity"]);
     assert!(number(&against, "kl_mean") > 0.0 && number(&against, "kl_mean") <= number(&against, "kl_p99"));
 
     let itself = json(args("eval {} --text {} --window 128 --against {}", &[&engine, &text(), &engine]));
     assert_eq!((number(&itself, "kl_mean"), number(&itself, "top1_agreement")), (0.0, 1.0));
+    assert_eq!(number(&itself, "logits_error"), 0.0);
+
+    // Ids of an array are taken as they are: 3 rows of 64 make one window of 128, less one.
+    let mut array = b"\x93NUMPY\x01\x00v\x00".to_vec();
+    let head = "{'descr': '<u2', 'fortran_order': False, 'shape': (3, 64), }";
+    array.extend(format!("{head:<117}\n").bytes());
+    array.extend((0..192u16).flat_map(|i| (i * 5).to_le_bytes()));
+    let ids = folder().join("ids.npy");
+    std::fs::write(&ids, array).expect("the folder is writable");
+    let scores = json(args("eval {} --text {} --window 128", &[&engine, &ids]));
+    assert_eq!(number(&scores, "tokens_scored"), 126.0);
 }
 
 #[test]

@@ -391,16 +391,7 @@ fn read_data(
     tokenizer: &quantc_frontends::Tokenizer,
     module: &quantc_ir::module::Module,
 ) -> Outcome<Data> {
-    let array = path.extension().is_some_and(|e| e == "npy");
-    let tokens = match array {
-        true => {
-            let place = path.display().to_string();
-            let bytes = std::fs::read(path)
-                .map_err(|e| Diag::input(format!("cannot read it: {e}")).in_file(&place))?;
-            quantc_frontends::data::npy_tokens(&bytes).map_err(|e| e.in_file(place))?
-        }
-        false => tokenizer.encode(&subject::read_text(path)?, false)?,
-    };
+    let (tokens, array) = subject::tokens(path, tokenizer)?;
     // An array holds samples as they are.
     let bos = module.fact_u64("bos").ok().flatten().and_then(|id| u32::try_from(id).ok()).filter(|_| !array);
     let vocab = module.fact_u64("vocab")?.unwrap_or(u64::from(u32::MAX));

@@ -15,7 +15,7 @@ use std::sync::Arc;
 pub struct Args {
     /// An engine, or a model, which is compiled to f32 for this machine first.
     subject: PathBuf,
-    /// The text to score.
+    /// The text to score, or token ids in rows, as a NumPy array (`.npy`), in front of which no BOS is put.
     #[arg(long)]
     text: PathBuf,
     /// Tokens of a window, BOS included; by default the context, at most 2048.
@@ -42,8 +42,7 @@ pub fn run(args: Args) -> Outcome {
     };
     let engine = open(&args.subject)?;
     let base = args.against.as_deref().map(open).transpose()?;
-    let text = subject::read_text(&args.text)?;
-    let tokenizer = subject::tokenizer(&engine)?;
+    let (tokens, array) = subject::tokens(&args.text, &subject::tokenizer(&engine)?)?;
     let context = engine.manifest().context;
     let window = args.window.unwrap_or(context.min(2048));
     let shortest = base.as_ref().map_or(context, |b| b.manifest().context.min(context));
@@ -52,9 +51,9 @@ pub fn run(args: Args) -> Outcome {
             Diag::input(format!("a window of {window} tokens exceeds the context of {shortest}")).into()
         );
     }
-    let bos = engine.manifest().generation.as_ref().and_then(|g| g.bos);
+    let bos = engine.manifest().generation.as_ref().and_then(|g| g.bos).filter(|_| !array);
     let known = engine.manifest().token_ids().min(engine.manifest().vocab);
-    let windows = TokenWindows::of_text(&tokenizer, &text, args.max_tokens, bos, window as usize, known)?;
+    let windows = TokenWindows::of_ids(tokens, args.max_tokens, bos, window as usize, known)?;
     let options = SessionOptions { threads: args.threads, ..SessionOptions::default() };
     let mut session = Session::new(Arc::clone(&engine), &options)?;
     let mut base = base.map(|b| Session::new(b, &options)).transpose()?;
@@ -70,6 +69,7 @@ pub fn run(args: Args) -> Outcome {
         output::line(&format!("base perplexity  {:.5}", c.perplexity_base))?;
         output::line(&format!("KL to base       mean {:.5}, 99th percentile {:.5}", c.kl_mean, c.kl_p99))?;
         output::line(&format!("top-1 agreement  {:.4}", c.top1_agreement))?;
+        output::line(&format!("logits           off by {:.4} of their norm", c.logits_error))?;
     }
     eprintln!("{:.1} s", scores.seconds);
     Ok(())

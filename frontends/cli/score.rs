@@ -37,6 +37,8 @@ pub struct Comparison {
     pub top1_agreement: f64,
     /// The base's perplexity.
     pub perplexity_base: f64,
+    /// Norm of the difference of all logits by the norm of the base's.
+    pub logits_error: f64,
 }
 
 /// Logarithms of the probabilities of one row of logits, in f64.
@@ -94,6 +96,7 @@ pub fn score(
     let count = windows.len();
     let (mut nll, mut base_nll, mut scored, mut agree) = (0.0, 0.0, 0u64, 0u64);
     let mut divergence = vec![];
+    let (mut apart, mut size) = (0.0, 0.0);
     for (n, window) in windows.iter().enumerate() {
         session.reset(0)?;
         if let Some(base) = base.as_deref_mut() {
@@ -115,6 +118,10 @@ pub fn score(
                 scored += 1;
                 if let Some(reference) = reference {
                     let reference = LogSoftmax::new(&reference[i * width..][..width]);
+                    for (&x, &y) in row.logits.iter().zip(reference.logits) {
+                        apart += f64::from(x - y).powi(2);
+                        size += f64::from(y).powi(2);
+                    }
                     base_nll -= reference.at(next as usize);
                     divergence.push(reference.kl(&row));
                     let top = |r: &LogSoftmax<'_>| quantc_runtime::sample::greedy(r.logits);
@@ -134,6 +141,7 @@ pub fn score(
             kl_p99: divergence.get(p99).copied().unwrap_or(0.0),
             top1_agreement: agree as f64 / tokens,
             perplexity_base: (base_nll / tokens).exp(),
+            logits_error: if size > 0.0 { (apart / size).sqrt() } else { 0.0 },
         }
     });
     Ok(Scores {

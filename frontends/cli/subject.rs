@@ -183,6 +183,17 @@ pub fn tokenizer(engine: &Arc<Engine>) -> Outcome<Tokenizer> {
     Ok(Tokenizer::from_bytes(&bytes, &place(TOKENIZER))?)
 }
 
+/// The tokens of a text, or the ids of a NumPy array; and whether it is an array, which holds samples as they are.
+pub fn tokens(path: &Path, tokenizer: &quantc_frontends::Tokenizer) -> Outcome<(Vec<u32>, bool)> {
+    if path.extension().is_none_or(|e| e != "npy") {
+        return Ok((tokenizer.encode(&read_text(path)?, false)?, false));
+    }
+    let place = path.display().to_string();
+    let bytes =
+        std::fs::read(path).map_err(|e| Diag::input(format!("cannot read it: {e}")).in_file(&place))?;
+    Ok((quantc_frontends::data::npy_tokens(&bytes).map_err(|e| e.in_file(place))?, true))
+}
+
 /// Reads a text file.
 pub fn read_text(path: &Path) -> Outcome<String> {
     let place = path.display().to_string();

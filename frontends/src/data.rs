@@ -24,7 +24,17 @@ impl TokenWindows {
         size: usize,
         vocab: u32,
     ) -> Result<TokenWindows> {
-        let mut tokens = tokenizer.encode(text, false)?;
+        TokenWindows::of_ids(tokenizer.encode(text, false)?, most, bos, size, vocab)
+    }
+
+    /// As [`of_text`](Self::of_text), for a text that is tokenized.
+    pub fn of_ids(
+        mut tokens: Vec<u32>,
+        most: usize,
+        bos: Option<u32>,
+        size: usize,
+        vocab: u32,
+    ) -> Result<TokenWindows> {
         if most > 0 {
             tokens.truncate(most);
         }
