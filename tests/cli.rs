@@ -629,9 +629,20 @@ fn tuning_is_an_input_of_its_own() {
 #[test]
 fn help() {
     let mut pages = vec![vec!["--help"]];
-    for page in
-        ["compile", "run", "embed", "eval", "bench", "tune", "opt", "import", "inspect", "explain", "passes"]
-    {
+    for page in [
+        "compile",
+        "calibrate",
+        "run",
+        "embed",
+        "eval",
+        "bench",
+        "tune",
+        "opt",
+        "import",
+        "inspect",
+        "explain",
+        "passes",
+    ] {
         pages.push(vec![page, "--help"]);
     }
     for page in pages {

@@ -52,7 +52,7 @@ pub fn measure(module: &Module, store: &Store, calibrator: &Calibrator) -> Outco
     let Some(plain) = plain_cache(module)? else { return Ok(None) };
     let context = module.fact_u64("context")?.unwrap_or(LENGTH);
     let (data, exec) = (calibrator.data(), calibrator.exec());
-    let choice = Choice { samples: WINDOWS, length: context.min(LENGTH) as u32, seed: 0 };
+    let choice = Choice { first: 0, samples: WINDOWS, length: context.min(LENGTH) as u32, seed: 0 };
     // A text that is too short for one of these windows was long enough for shorter samples.
     let Ok(samples) = data.samples(choice) else { return Ok(None) };
     let pair = Pair::new(&plain, module, store, samples)?;

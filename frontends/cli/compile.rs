@@ -14,7 +14,7 @@ use quantc_ir::target::TargetDesc;
 use quantc_ir::ty::ElemTy;
 use quantc_ir::weights::Store;
 use quantc_passes::Registry;
-use quantc_passes::calib::{Calibrator, Data};
+use quantc_passes::calib::{Calibrator, Data, StatsFile};
 use quantc_passes::manager::{self, LayerAt, Memory};
 use quantc_passes::pass::{Env, Fact};
 use quantc_passes::pipeline;
@@ -47,8 +47,11 @@ pub struct Args {
     /// A text for passes that need data, or token ids in rows, as a NumPy array (`.npy`).
     #[arg(long)]
     data: Option<PathBuf>,
+    /// Statistics in place of a text: a file that `quantc calibrate` wrote for this model.
+    #[arg(long, value_name = "FILE", conflicts_with = "data")]
+    stats: Option<PathBuf>,
     /// Number format of the key/value cache: f32, f16 or bf16, or codes of 8 bits with a scale for each token and head:
-    /// int8 or e4m3 (also called fp8). With --data, channels are first made alike, so that the scale fits them all.
+    /// int8 or e4m3 (also called fp8). With --data or --stats, channels are first made alike, so that the scale fits them all.
     #[arg(long)]
     kv_cache: Option<String>,
     /// Tokens that a sequence may have, instead of the model's context.
@@ -89,7 +92,7 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
         (None, None) => String::new(),
     };
     if let Some(format) = &args.kv_cache {
-        text = with_cache_format(&text, format, args.data.is_some())?;
+        text = with_cache_format(&text, format, args.data.is_some() || args.stats.is_some())?;
     }
     let dir = match &args.store {
         Some(dir) => dir.clone(),
@@ -105,6 +108,7 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
     let job = Job {
         model: &args.model,
         data: args.data.as_deref(),
+        stats: args.stats.as_deref(),
         target,
         pipeline: &text,
         out: &args.output,
@@ -217,14 +221,16 @@ fn with_cache_format(text: &str, format: &str, data: bool) -> Outcome<String> {
         }
     };
     if data && pass.starts_with("quantize-cache") {
-        let smooth = "outline-layers, fold-constants, dedupe, layers(calibrate{stats=[cache]}, smooth-cache)";
-        return Ok(format!("{smooth}, {pass}, {text}"));
+        return Ok(format!("{PREPARE}, layers(calibrate{{stats=[cache]}}, smooth-cache), {pass}, {text}"));
     }
     Ok(format!("{pass}, {text}"))
 }
 
+/// What pipelines have in front of `calibrate`.
+pub const PREPARE: &str = "outline-layers, fold-constants, dedupe";
+
 /// Where derived weights are kept when nothing else is said.
-fn default_store() -> Outcome<PathBuf> {
+pub fn default_store() -> Outcome<PathBuf> {
     let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let cache = var("XDG_CACHE_HOME").or_else(|| var("HOME").map(|h| h.join(".cache")));
     let cache = cache.ok_or_else(|| {
@@ -238,6 +244,8 @@ pub struct Job<'a> {
     model: &'a Path,
     /// A text to calibrate on.
     data: Option<&'a Path>,
+    /// A file of statistics.
+    stats: Option<&'a Path>,
     target: &'static TargetDesc,
     pipeline: &'a str,
     out: &'a Path,
@@ -271,6 +279,7 @@ pub fn float_engine(model: &Path, out: &Path) -> Outcome {
     let job = Job {
         model,
         data: None,
+        stats: None,
         target: targets::host(),
         pipeline: Preset::get("f32")?.pipeline,
         out,
@@ -321,6 +330,10 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
     }
     opt::verify(&module)?;
     let (mut facts, mut session) = (vec![], quantc_passes::pass::Session::default());
+    if let Some(path) = job.stats {
+        session.put(Arc::new(StatsFile::read(path)?));
+        facts.push(Fact::Data);
+    }
     let tokenizer = match &imported.tokenizer {
         None => None,
         Some(path) => {
@@ -329,27 +342,24 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
                 .map_err(|e| Diag::input(format!("cannot read it: {e}")).in_file(&place))?;
             // An engine must not carry a tokenizer that will not load.
             let tokenizer = quantc_frontends::Tokenizer::from_bytes(&bytes, &place)?;
-            if let Some(path) = job.data {
-                let data = read_data(path, &tokenizer, &module)?;
-                let place = store.dir().map_or_else(std::env::temp_dir, |dir| dir.join("tmp"));
-                let exec = Compiled::new(targets::host(), job.threads, &place);
-                session.put(Calibrator::new(data, Arc::new(exec)));
-                facts.push(Fact::Data);
-            }
-            Some((bytes, tokenizer.to_compact()?))
+            Some((bytes, tokenizer))
         }
     };
+    if let Some(path) = job.data {
+        let data = read_data(path, tokenizer.as_ref().map(|(_, t)| t), &module)?;
+        let place = store.dir().map_or_else(std::env::temp_dir, |dir| dir.join("tmp"));
+        let exec = Compiled::new(targets::host(), job.threads, &place);
+        session.put(Calibrator::new(data, Arc::new(exec)));
+        facts.push(Fact::Data);
+    }
+    let tokenizer = tokenizer.map(|(bytes, t)| Ok::<_, Diag>((bytes, t.to_compact()?))).transpose()?;
     let backend = CpuBackend::new(job.target);
     let parsed = pipeline::parse(job.pipeline)?;
-    if let (Some(path), None) = (job.data, &tokenizer) {
-        let diag = Diag::input("a text was given, and the model has no tokenizer to read it with");
-        return Err(diag.in_file(path.display().to_string()).into());
-    }
     let checked =
         pipeline::check_given(&parsed, job.registry, &module, Some(job.target), Some(&backend), &facts)?;
     let checked = job.show.stop(checked)?;
     let env = Env { threads: job.threads, ..Env::new(store).with_backend(&backend) };
-    let mut progress = LayerProgress { start: Instant::now(), quiet: job.quiet, shown: None, told: 0.0 };
+    let mut progress = LayerProgress::new(job.quiet);
     let mut memory = Memory::default();
     let mut hooks: [&mut dyn manager::Hook; 2] = [&mut progress, &mut memory];
     let mut report = opt::run_pipeline(&mut module, &checked, env, session, job.show, &mut hooks)?;
@@ -386,9 +396,9 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
 }
 
 /// The tokens of a text to calibrate on.
-fn read_data(
+pub fn read_data(
     path: &Path,
-    tokenizer: &quantc_frontends::Tokenizer,
+    tokenizer: Option<&quantc_frontends::Tokenizer>,
     module: &quantc_ir::module::Module,
 ) -> Outcome<Data> {
     let (tokens, array) = subject::tokens(path, tokenizer)?;
@@ -444,7 +454,7 @@ fn macs(module: &quantc_ir::module::Module) -> u64 {
 }
 
 /// Tells which layer was done: a bar on a terminal, a line per layer elsewhere.
-struct LayerProgress {
+pub struct LayerProgress {
     start: Instant,
     quiet: bool,
     shown: Option<subject::Progress>,
@@ -453,7 +463,13 @@ struct LayerProgress {
 }
 
 impl LayerProgress {
-    fn end(&mut self) {
+    /// Starts the clock. One that is `quiet` shows nothing.
+    pub fn new(quiet: bool) -> LayerProgress {
+        LayerProgress { start: Instant::now(), quiet, shown: None, told: 0.0 }
+    }
+
+    /// Takes the bar away.
+    pub fn end(&mut self) {
         if let Some(bar) = self.shown.take() {
             bar.done();
         }

@@ -42,7 +42,7 @@ pub fn run(args: Args) -> Outcome {
     };
     let engine = open(&args.subject)?;
     let base = args.against.as_deref().map(open).transpose()?;
-    let (tokens, array) = subject::tokens(&args.text, &subject::tokenizer(&engine)?)?;
+    let (tokens, array) = subject::tokens(&args.text, Some(&subject::tokenizer(&engine)?))?;
     let context = engine.manifest().context;
     let window = args.window.unwrap_or(context.min(2048));
     let shortest = base.as_ref().map_or(context, |b| b.manifest().context.min(context));

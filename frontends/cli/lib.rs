@@ -23,6 +23,8 @@ mod bench;
 #[cfg(feature = "llvm")]
 mod cache_cost;
 #[cfg(feature = "llvm")]
+mod calibrate;
+#[cfg(feature = "llvm")]
 mod compile;
 mod embed;
 mod eval;
@@ -62,6 +64,9 @@ enum Command {
     /// Compiles a model into an engine.
     #[cfg(feature = "llvm")]
     Compile(compile::Args),
+    /// Writes statistics of a model on a text to a file, for `compile --stats`.
+    #[cfg(feature = "llvm")]
+    Calibrate(calibrate::Args),
     /// Generates text with an engine.
     Run(run::Args),
     /// Embeds texts with an encoder's engine.
@@ -99,6 +104,8 @@ pub fn main_with(registry: Registry) -> ExitCode {
     let done = match cli.command {
         #[cfg(feature = "llvm")]
         Command::Compile(args) => compile::run(args, &registry),
+        #[cfg(feature = "llvm")]
+        Command::Calibrate(args) => calibrate::run(args),
         Command::Run(args) => run::run(args),
         Command::Embed(args) => embed::run(args),
         Command::Eval(args) => eval::run(args),

@@ -184,11 +184,16 @@ pub fn tokenizer(engine: &Arc<Engine>) -> Outcome<Tokenizer> {
 }
 
 /// The tokens of a text, or the ids of a NumPy array; and whether it is an array, which holds samples as they are.
-pub fn tokens(path: &Path, tokenizer: &quantc_frontends::Tokenizer) -> Outcome<(Vec<u32>, bool)> {
+pub fn tokens(path: &Path, tokenizer: Option<&quantc_frontends::Tokenizer>) -> Outcome<(Vec<u32>, bool)> {
+    let place = path.display().to_string();
     if path.extension().is_none_or(|e| e != "npy") {
+        let tokenizer = tokenizer.ok_or_else(|| {
+            Diag::input("a text was given, and the model has no tokenizer to read it with")
+                .in_file(&place)
+                .help("give token ids in rows, as a NumPy array")
+        })?;
         return Ok((tokenizer.encode(&read_text(path)?, false)?, false));
     }
-    let place = path.display().to_string();
     let bytes =
         std::fs::read(path).map_err(|e| Diag::input(format!("cannot read it: {e}")).in_file(&place))?;
     Ok((quantc_frontends::data::npy_tokens(&bytes).map_err(|e| e.in_file(place))?, true))

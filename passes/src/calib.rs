@@ -12,6 +12,7 @@
 //! What holds: memory is one layer, its statistics and one sample; results do not depend on the number of threads.
 
 pub mod chain;
+pub mod file;
 pub mod hessian;
 pub mod observers;
 pub mod pair;
@@ -20,6 +21,7 @@ pub mod plain_cache;
 pub mod stats;
 
 pub use chain::{Calibrator, Data};
+pub use file::StatsFile;
 pub use piece::Piece;
 pub use stats::SiteStats;
 

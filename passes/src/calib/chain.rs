@@ -35,6 +35,8 @@ pub struct Data {
 pub struct Samples {
     /// Tokens of each sample, the one in front included.
     pub windows: Vec<Vec<u32>>,
+    /// Where the first of them stands among all that the text has, shuffled when they are.
+    pub first: usize,
     /// A name for all of them in their order.
     pub digest: Digest,
 }
@@ -42,6 +44,8 @@ pub struct Samples {
 /// Which samples are taken of a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Choice {
+    /// How many are left out in front.
+    pub first: u32,
     /// How many at most; 0 takes all.
     pub samples: u32,
     /// Tokens of one, the one in front included.
@@ -67,6 +71,16 @@ impl Data {
         if choice.seed != 0 {
             shuffle(&mut parts, choice.seed);
         }
+        let first = choice.first as usize;
+        if first >= parts.len() {
+            let text = format!(
+                "the text has {} samples of {} tokens: none is left behind the first {first}",
+                parts.len(),
+                choice.length
+            );
+            return Err(Diag::input(text).in_file(self.name.clone()).help("let `first` be smaller"));
+        }
+        parts.drain(..first);
         if choice.samples > 0 {
             parts.truncate(choice.samples as usize);
         }
@@ -76,7 +90,7 @@ impl Data {
         let options = format!("{} of {}", windows.len(), choice.length);
         let digest =
             Recipe { step: "samples", version: 1, options, inputs: vec![Digest::of(&bytes)] }.digest();
-        Ok(Samples { windows, digest })
+        Ok(Samples { windows, first, digest })
     }
 }
 
@@ -91,6 +105,15 @@ fn shuffle<T>(items: &mut [T], seed: u64) {
     };
     for i in (1..items.len()).rev() {
         items.swap(i, (next() % (i as u64 + 1)) as usize);
+    }
+}
+
+impl Samples {
+    /// Each sample's place among all that the text has, with a digest of its tokens.
+    pub fn names(&self) -> Vec<(usize, Digest)> {
+        let name =
+            |window: &Vec<u32>| Digest::of(&window.iter().flat_map(|t| t.to_le_bytes()).collect::<Vec<u8>>());
+        self.windows.iter().enumerate().map(|(i, window)| (self.first + i, name(window))).collect()
     }
 }
 
@@ -163,6 +186,11 @@ impl Calibrator {
     /// The text.
     pub fn data(&self) -> &Data {
         &self.data
+    }
+
+    /// The samples in use, once something was calibrated.
+    pub fn samples(&self) -> Option<&Samples> {
+        self.samples.as_ref().map(|(_, samples)| &**samples)
     }
 
     /// What pieces run with.

@@ -78,11 +78,16 @@ fn find(values: &[ValueId], at: &BTreeMap<ValueId, ValueId>) -> Result<Vec<Value
 
 /// Names program and weights. Names of values and weights do not count.
 fn key(module: &Module, store: &Store) -> Result<Digest> {
-    let RegionHash(program) = RegionHash::compute(module, &module.main)?;
+    layer_key(module, &module.main, store)
+}
+
+/// Names the program and the weights of a function. Names of values and weights do not count.
+pub fn layer_key(module: &Module, graph: &Graph, store: &Store) -> Result<Digest> {
+    let RegionHash(program) = RegionHash::compute(module, graph)?;
     let mut inputs = vec![program];
     let mut seen = BTreeSet::new();
-    for (_, node) in module.main.ops() {
-        for w in node.args.iter().filter_map(|&a| module.main.as_weight(a)) {
+    for (_, node) in graph.ops() {
+        for w in node.args.iter().filter_map(|&a| graph.as_weight(a)) {
             if seen.insert(w) {
                 inputs.push(store.digest(&module.weights, w)?);
             }

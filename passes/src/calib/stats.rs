@@ -1,6 +1,16 @@
 //! Statistics of the rows that products read, taken when they are asked for.
+//!
+//! What was taken is kept in the store while it is small, under the digest of everything that decided it, so that other pipelines
+//! with the same beginning find it.
+
+pub mod bytes;
+mod given;
+mod kept;
+
+pub use given::record;
 
 use super::chain::{Calibrator, Start};
+use super::file::StatsFile;
 use super::hessian::Hessian;
 use super::observers::{
     AnyObserver, ChannelMean, Convergence, Histogram, Method, MinMax, Moments, MovingAverage, Observer, Rows,
@@ -136,7 +146,8 @@ impl SiteStats {
     }
 
     /// Folds rows of one sample in.
-    fn see(&mut self, sample: usize, rows: &[f32], columns: usize, take: &Take) -> Result<()> {
+    /// Samples are counted from 0; in the text it is the one `first` places further.
+    fn see(&mut self, sample: usize, first: usize, rows: &[f32], columns: usize, take: &Take) -> Result<()> {
         self.absmax.resize(columns, 0.0);
         // The largest of some rows and whether all are finite; their order does not matter.
         let largest = |rows: &[f32]| {
@@ -160,7 +171,7 @@ impl SiteStats {
         for (part, _) in &parts {
             self.absmax.iter_mut().zip(part).for_each(|(most, &x)| *most = most.max(x));
         }
-        self.watch(sample, rows, columns, take)?;
+        self.watch(sample, first, rows, columns, take)?;
         if take.rows {
             let kept =
                 rows.chunks_exact(columns).zip(self.tokens..).filter(|(_, token)| token % take.every == 0);
@@ -177,11 +188,18 @@ impl SiteStats {
     }
 
     /// Lets the observers see rows.
-    fn watch(&mut self, sample: usize, rows: &[f32], columns: usize, take: &Take) -> Result<()> {
+    fn watch(
+        &mut self,
+        sample: usize,
+        first: usize,
+        rows: &[f32],
+        columns: usize,
+        take: &Take,
+    ) -> Result<()> {
         if take.tensors.is_empty() && !take.mean {
             return Ok(());
         }
-        let rows = Rows::new(sample as u64, rows, columns)?;
+        let rows = Rows::new((first + sample) as u64, rows, columns)?;
         for (i, &name) in take.tensors.iter().enumerate() {
             if i == self.tensors.len() {
                 self.tensors.push(Watched { all: AnyObserver::new(name, columns)?, half: None });
@@ -235,11 +253,19 @@ pub struct LayerStats {
     key: Digest,
     take: Take,
     sites: BTreeMap<ValueId, Site>,
-    start: Start,
+    source: Source,
+}
+
+/// Where statistics come from.
+enum Source {
+    /// Running samples.
+    Run(Box<Start>),
+    /// A layer of a file.
+    File(Arc<StatsFile>, usize),
 }
 
 struct Site {
-    /// Index among the results of the piece.
+    /// Index among the results of the piece, or among the values of the layer in the file.
     index: usize,
     /// Whether products read it, so that more is taken of it than magnitudes.
     read: bool,
@@ -276,7 +302,9 @@ impl LayerStats {
         let names: Vec<&str> = kinds.iter().map(|k| k.name()).collect();
         let inputs = vec![start.boundary.key(), start.piece.key];
         let rows = if start.bf16 { " of bf16" } else { "" };
-        let options = format!("{}{rows}", names.join(", "));
+        let wide = kinds.contains(&Kind::Hessian) && values[..read].iter().any(|&(_, n)| n > widest);
+        let limit = if wide { format!(" of at most {widest} channels") } else { String::new() };
+        let options = format!("{}{rows}{limit}", names.join(", "));
         let recipe = Recipe { step: "statistics", version: 1, options, inputs };
         let site = |(index, &(v, columns)): (usize, &(ValueId, usize))| {
             (v, Site { index, columns, read: index < read, divided: vec![], applied: 0, taken: None })
@@ -293,7 +321,7 @@ impl LayerStats {
             every: tokens.div_ceil(KEPT).max(1) as u64,
             widest,
         };
-        LayerStats { key: recipe.digest(), take, sites, start }
+        LayerStats { key: recipe.digest(), take, sites, source: Source::Run(Box::new(start)) }
     }
 }
 
@@ -385,9 +413,7 @@ pub fn key(cx: &mut PassCx<'_>, x: ValueId, kind: Kind) -> Option<Digest> {
         return None;
     }
     let inputs = std::iter::once(stats.key).chain(site.divided.iter().map(|(name, _)| *name)).collect();
-    let without = kind == Kind::Hessian && site.columns > stats.take.widest;
-    let options = format!("{}{}", site.index, if without { ", no Hessian" } else { "" });
-    Some(Recipe { step: "site", version: 1, options, inputs }.digest())
+    Some(Recipe { step: "site", version: 1, options: site.index.to_string(), inputs }.digest())
 }
 
 /// Whether Hessians are taken, and the rows `x` have too many channels for one.
@@ -442,6 +468,24 @@ fn take(
     if stats.sites.values().all(|site| site.taken.is_some()) {
         return Ok(());
     }
+    let start = match &stats.source {
+        Source::Run(start) => start,
+        Source::File(file, layer) => {
+            for site in stats.sites.values_mut() {
+                (site.taken, site.applied) = (Some(Arc::new(file.site(*layer, site.index)?)), 0);
+            }
+            return Ok(());
+        }
+    };
+    let recipe =
+        Recipe { step: "taken statistics", version: 1, options: String::new(), inputs: vec![stats.key] };
+    if store.has(&recipe, 1) {
+        let blob = store.read_blob(store.derive(&recipe, 1, &mut |_| Ok(()))?[0])?;
+        for site in stats.sites.values_mut() {
+            (site.taken, site.applied) = (Some(Arc::new(kept::read(&blob, site)?)), 0);
+        }
+        return Ok(());
+    }
     let calibrator = session.get_mut::<Calibrator>();
     let calibrator = calibrator.ok_or_else(|| Diag::bug("statistics are asked for, and the data is gone"))?;
     let mut by_index: BTreeMap<usize, (usize, bool, SiteStats)> = stats
@@ -452,15 +496,18 @@ fn take(
     let take = stats.take.clone();
     // Of what goes into caches only magnitudes are taken.
     let magnitudes = Take { hessian: false, rows: false, mean: false, tensors: vec![], ..take.clone() };
-    calibrator.run(&stats.start, store, usize::MAX, interrupt, &mut |sample, index, rows| {
+    let first = start.samples.first;
+    calibrator.run(start, store, usize::MAX, interrupt, &mut |sample, index, rows| {
         let Some((columns, read, stats)) = by_index.get_mut(&index) else { return Ok(()) };
         let take = if *read { &take } else { &magnitudes };
-        stats.see(sample, rows, *columns, take).map_err(|d| d.at(Loc::Item(format!("sample {sample}"))))
+        stats
+            .see(sample, first, rows, *columns, take)
+            .map_err(|d| d.at(Loc::Item(format!("sample {sample}"))))
     })?;
     for site in stats.sites.values_mut() {
         site.taken = by_index.remove(&site.index).map(|(.., stats)| Arc::new(stats));
     }
-    Ok(())
+    kept::keep(store, &recipe, stats.sites.values())
 }
 
 /// Statistics that stand in the module's text. For observers of the whole tensor, the numbers that they have seen.
@@ -553,8 +600,8 @@ mod tests {
         let take =
             Take { tensors: vec![MinMax::NAME, Histogram::NAME], mean: true, half: 1, ..Take::default() };
         let mut stats = SiteStats::default();
-        stats.see(0, &[1.0, -2.0, 0.5, 0.0], 2, &take).unwrap();
-        stats.see(1, &[4.0, -1.0], 2, &take).unwrap();
+        stats.see(0, 0, &[1.0, -2.0, 0.5, 0.0], 2, &take).unwrap();
+        stats.see(1, 0, &[4.0, -1.0], 2, &take).unwrap();
         let scheme = Scheme::parse("!q<int8:f32 tensor>").unwrap();
         for name in [MinMax::NAME, Histogram::NAME] {
             let seen = stats.tensor(name).unwrap();

@@ -5,10 +5,15 @@ use crate::calib::stats::{self, Kind, LayerStats};
 use crate::pass::prelude::*;
 use crate::told::{Taken, Told};
 use crate::weights::{float_matrix, selects};
+use crate::calib::{StatsFile, piece};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 pass! {
     /// Takes statistics of the rows that products read, from a text.
+    ///
+    /// With a file that `quantc calibrate` wrote in place of a text, its statistics are those of the float model's layers, and the
+    /// options that choose samples do not count. Such a file is refused when this layer is not the one it was taken of.
     ///
     /// Samples of the text run through the layers before, as passes have left them by now, and through this layer as it is.
     /// Inside of `layers(..)` the layers before are quantized already: `layers(calibrate, gptq)` lets each layer make up
@@ -17,6 +22,8 @@ pass! {
     "calibrate" => pub struct Calibrate {
         /// Samples at most; 0 takes as many as the text has.
         samples: u32 = 128,
+        /// Samples left out in front, for statistics that are taken in parts.
+        first: u32 = 0,
         /// Tokens of one sample; 0 takes the model's context, but at most 512.
         length: u32 = 0,
         /// 0 takes the samples from the beginning of the text on, any other number shuffles them first.
@@ -78,6 +85,9 @@ impl Pass for Calibrate {
         if sites.is_empty() {
             return Ok(Changed::No);
         }
+        if let Some(file) = cx.session().get::<Arc<StatsFile>>().cloned() {
+            return self.given(cx, file, &sites, read);
+        }
         let context = cx.module.fact_u64("context")?.unwrap_or(LENGTH);
         let length = match self.length {
             0 => context.min(LENGTH) as u32,
@@ -87,7 +97,7 @@ impl Pass for Calibrate {
             return Err(Diag::pipeline(format!("samples of {length} tokens are longer than the context of {context}"))
                 .help("let `length` be smaller"));
         }
-        let choice = Choice { samples: self.samples, length, seed: self.seed };
+        let choice = Choice { first: self.first, samples: self.samples, length, seed: self.seed };
         let values: Vec<ValueId> = sites.iter().map(|&(v, _)| v).collect();
         let function = cx.function;
         let mut calibrator = cx.session().take::<Calibrator>().ok_or_else(|| {
@@ -137,5 +147,46 @@ impl Pass for Calibrate {
 
     fn patterns(&self) -> Vec<PatternUse<'_>> {
         PatternUse::filters(&self.only, &self.skip, &self.layers, &self.skip_layers)
+    }
+}
+
+impl Calibrate {
+    /// Uses what a file says of the layer.
+    fn given(
+        &self,
+        cx: &mut PassCx<'_>,
+        file: Arc<StatsFile>,
+        sites: &[(ValueId, usize)],
+        read: usize,
+    ) -> Result<Changed> {
+        let key = piece::layer_key(cx.module, cx.graph(), cx.store)?;
+        let layer = file.layer(&cx.module.name, cx.function_name(), key)?;
+        // Files have all values; filters may have left some out here.
+        let graph = cx.graph();
+        let all = [stats::sites(graph, |op| float_matrix(graph, op).is_some()), stats::cached(graph)];
+        let known = |(i, &(v, columns)): (usize, &(ValueId, usize))| {
+            let cache = i >= read;
+            let place = all[usize::from(cache)].iter().position(|&(known, _)| known == v);
+            place.map(|place| (v, columns, cache, place)).ok_or_else(|| Diag::bug("a value that no file has"))
+        };
+        let values = sites.iter().enumerate().map(known).collect::<Result<Vec<_>>>()?;
+        let stats = LayerStats::given(file.clone(), layer, &values, &self.stats)?;
+        let head = file.head();
+        let (n, each) = (head.samples.len(), head.length);
+        let digest = file.digest().to_string();
+        let told = Taken {
+            data: head.data.clone(),
+            samples: n,
+            length: each,
+            seed: head.seed,
+            digest: digest.clone(),
+            statistics: self.stats.iter().map(|kind| kind.name().to_string()).collect(),
+            values: values.len(),
+        };
+        let text = format!("{} values on {n} samples of {each} tokens of {}, {}, from a file", values.len(), head.data, &digest[..16]);
+        let (place, function) = (format!("@{}", cx.function_name()), cx.function);
+        cx.tell(place, format_args!("{text}"), Told::Data(told));
+        cx.session().put_about(function, stats);
+        Ok(Changed::No)
     }
 }
