@@ -54,19 +54,20 @@ fn bench() -> Result<(), String> {
 fn times(sizes: &[usize], tokens: usize, threads: usize) -> Result<()> {
     println!("{tokens} tokens, {threads} threads, int4 g128, seconds\n");
     println!(
-        "| k = n | Hessian | GMAC/s | scales | factor | rewrite, in order | by size | and 2 sweeps | error / nearest |"
+        "| k = n | Hessian | GMAC/s | of bf16 | GMAC/s | scales | factor | rewrite, in order | by size | and 2 sweeps | error / nearest |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|");
     for &k in sizes {
         let case = Case::new(k, k, 4 * BATCH);
         let scheme = Scheme::parse("!q<int4:bf16 block 128@1>")?;
         let groups = Groups::new(&scheme, &Shape::fixed(&[k as u64, k as u64]))?;
         let mut h = Hessian::new(k)?;
-        let hessian = time(1, || {
-            let batches = case.x.chunks(BATCH * k).cycle();
-            batches.take(tokens / BATCH).try_for_each(|x| h.add(x))
-        })?;
-        let speed = (k * k) as f64 / 2.0 * (tokens / BATCH * BATCH) as f64 / hessian / 1e9;
+        let batches = || case.x.chunks(BATCH * k).cycle().take(tokens / BATCH);
+        let hessian = time(1, || batches().try_for_each(|x| h.add(x)))?;
+        let mut of_bf16 = Hessian::new(k)?;
+        let rounded = time(1, || batches().try_for_each(|x| of_bf16.add_rounded(x)))?;
+        let speed = |seconds: f64| (k * k) as f64 / 2.0 * (tokens / BATCH * BATCH) as f64 / seconds / 1e9;
+        let speeds = [hessian, rounded].map(speed);
         let (search, diag) = (ScaleSearch::default(), h.diag());
         let scales = time(3, || {
             fit_scales(&case.w, &groups, &scheme, Weighting::Diagonal(&diag), search).map(|_| ())
@@ -86,7 +87,8 @@ fn times(sizes: &[usize], tokens: usize, threads: usize) -> Result<()> {
         let by_size = run(k, base)?;
         let swept = run(k, GptqOptions { sweeps: 2, ..base })?;
         println!(
-            "| {k} | {hessian:.2} | {speed:.0} | {scales:.2} | {factor:.2} | {in_order:.2} | {by_size:.2} | {swept:.2} | {gain:.3} |"
+            "| {k} | {hessian:.2} | {:.0} | {rounded:.2} | {:.0} | {scales:.2} | {factor:.2} | {in_order:.2} | {by_size:.2} | {swept:.2} | {gain:.3} |",
+            speeds[0], speeds[1]
         );
     }
     Ok(())

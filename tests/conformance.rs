@@ -148,6 +148,7 @@ fn compare(
         max_tokens: 0,
         always_full: false,
         tuning: None,
+        objects: None,
         files: vec![],
         facts: vec![],
         report: Default::default(),

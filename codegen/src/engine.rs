@@ -3,7 +3,7 @@
 //! The folder is made under a temporary name beside its place and renamed when it is whole, so an interrupted
 //! compilation leaves no half an engine. Its bytes depend on the module, the target and the limits only.
 
-use crate::kernels::{self, KernelReport};
+use crate::kernels::{self, KernelReport, Objects};
 use crate::lower::{self, BlobSource, EngineBlob, Limits, Lowered};
 use crate::spec::KernelSpec;
 use crate::tune::Tuning;
@@ -43,6 +43,8 @@ pub struct Request<'a> {
     pub always_full: bool,
     /// Measured choices of tiles; without them the cost model chooses.
     pub tuning: Option<&'a Tuning>,
+    /// Where kernels are found that were compiled before, for engines without a table.
+    pub objects: Option<&'a Objects>,
     /// Further files of the folder, by name.
     pub files: Vec<(String, Vec<u8>)>,
     /// Further facts for the manifest.
@@ -76,7 +78,10 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
     let limits = Limits { always_full: request.always_full, ..limits(module, request.max_tokens, encoder)? };
     let lowered = lower::lower(module, request.store, limits)?;
     let specs = specs(&lowered);
-    let (object, mut reports) = kernels::compile(&specs, request.target, request.tuning)?;
+    let (object, mut reports) = match (request.objects, request.tuning) {
+        (Some(objects), None) => objects.compile(&specs, request.target)?,
+        (_, tuning) => kernels::compile(&specs, request.target, tuning)?,
+    };
     name_launches(&mut reports, &lowered);
 
     let folder = Folder::create(out)?;

@@ -11,7 +11,8 @@ use inkwell::context::Context;
 use quantc_ir::diag::Result;
 use quantc_ir::target::{Dot, TargetDesc};
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Mutex;
 
 /// What there is to tell about one kernel.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -121,6 +122,34 @@ pub fn compile(
         reports.push(report);
     }
     Ok((unit.finish()?, reports))
+}
+
+/// A target's name and the kernels wanted, by symbol.
+type Asked = (&'static str, BTreeMap<String, KernelSpec>);
+
+/// What they were compiled to.
+type Object = (Vec<u8>, Vec<KernelReport>);
+
+/// Objects that this process has compiled: layers of one shape ask for the same kernels again and again.
+#[derive(Debug, Default)]
+pub struct Objects(Mutex<HashMap<Asked, Object>>);
+
+impl Objects {
+    /// As [`compile`] without a table, unless it was done before.
+    pub fn compile(
+        &self,
+        specs: &BTreeMap<String, KernelSpec>,
+        target: &'static TargetDesc,
+    ) -> Result<Object> {
+        let key = (target.name, specs.clone());
+        let known = |key| self.0.lock().unwrap_or_else(|broken| broken.into_inner()).get(key).cloned();
+        if let Some(object) = known(&key) {
+            return Ok(object);
+        }
+        let object = compile(specs, target, None)?;
+        self.0.lock().unwrap_or_else(|broken| broken.into_inner()).insert(key, object.clone());
+        Ok(object)
+    }
 }
 
 /// What else could have computed a matmul, and why it does not.

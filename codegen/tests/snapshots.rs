@@ -97,6 +97,7 @@ fn write_tiny(store: &Store, out: &Path) -> Result<engine::Written> {
         max_tokens: 8,
         always_full: false,
         tuning: None,
+        objects: None,
         files: vec![],
         facts: vec![("preset".into(), "none".into())],
         report: Default::default(),

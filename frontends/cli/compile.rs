@@ -386,6 +386,7 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
             max_tokens: job.chunk,
             always_full: false,
             tuning: job.tuning.as_ref().map(|(table, _)| table),
+            objects: None,
             files: subject::tokenizer_files(tokenizer),
             facts: job.facts.clone(),
             report: told.json(&module),

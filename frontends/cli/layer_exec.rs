@@ -1,6 +1,7 @@
 //! Runs parts of a model for calibration, as engines of their own.
 
 use quantc_codegen::engine::{self, Request};
+use quantc_codegen::kernels::Objects;
 use quantc_ir::diag::{Diag, Result};
 use quantc_ir::module::Module;
 use quantc_ir::target::TargetDesc;
@@ -19,6 +20,7 @@ pub struct Compiled {
     /// Where the engines of pieces lie while they are used.
     folder: PathBuf,
     count: AtomicU64,
+    objects: Objects,
 }
 
 impl Compiled {
@@ -27,7 +29,7 @@ impl Compiled {
     pub fn new(target: &'static TargetDesc, threads: usize, place: &Path) -> Compiled {
         sweep(place);
         let folder = place.join(format!("{PREFIX}{}", std::process::id()));
-        Compiled { target, threads, folder, count: AtomicU64::new(0) }
+        Compiled { target, threads, folder, count: AtomicU64::new(0), objects: Objects::default() }
     }
 }
 
@@ -82,6 +84,7 @@ impl LayerExec for Compiled {
             max_tokens: tokens.try_into().unwrap_or(u32::MAX),
             always_full: true,
             tuning: None,
+            objects: Some(&self.objects),
             files: vec![],
             facts: vec![],
             report: Default::default(),

@@ -5,7 +5,11 @@
 //! semidefinite; only its lower triangle is computed and kept up to date.
 //!
 //! Sums are made in `f32` in the order in which blocks of tokens are added. They do not depend on the number of
-//! threads, which is that of the rayon pool that the caller runs in.
+//! threads, which is that of the rayon pool that the caller runs in. They do depend on the processor's vector units:
+//! machines that differ in them may differ in the last bits.
+
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 
 use crate::weights::gptq_core::product::{Mat, product};
 use quantc_ir::diag::{Diag, Result};
@@ -99,10 +103,39 @@ impl Hessian {
 
     /// Adds tokens: `rows` is `tokens x k`, row-major. Numbers that are not finite are refused and nothing is added.
     pub fn add(&mut self, rows: &[f32]) -> Result<()> {
+        let tokens = self.check(rows)?;
+        if tokens > 0 {
+            self.add_products(rows);
+        }
+        self.count += tokens as u64;
+        Ok(())
+    }
+
+    /// As [`add`](Self::add), of rows rounded to bf16, as products of bf16 read them. Faster where the processor multiplies
+    /// such numbers.
+    pub fn add_rounded(&mut self, rows: &[f32]) -> Result<()> {
+        let tokens = self.check(rows)?;
+        self.count += tokens as u64;
+        if tokens == 0 {
+            return Ok(());
+        }
+        #[cfg(target_arch = "x86_64")]
+        if bf16::available() {
+            bf16::add(&mut self.sum, self.k, rows);
+            return Ok(());
+        }
+        let rounded: Vec<f32> =
+            rows.par_iter().map(|&x| f32::from_bits(bf16_bits(x) & 0xffff_0000)).collect();
+        self.add_products(&rounded);
+        Ok(())
+    }
+
+    /// The number of tokens in `rows`.
+    fn check(&self, rows: &[f32]) -> Result<usize> {
         let k = self.k;
         if k == 0 || !rows.len().is_multiple_of(k) {
             let text = format!("{} numbers are no tokens of {k} channels", rows.len());
-            return if rows.is_empty() { Ok(()) } else { Err(Diag::bug(text)) };
+            return if rows.is_empty() { Ok(0) } else { Err(Diag::bug(text)) };
         }
         // Without an early exit within a chunk, the comparisons are done by vectors.
         let finite = |xs: &[f32]| xs.iter().fold(true, |all, x| all & (x.abs() <= f32::MAX));
@@ -115,6 +148,12 @@ impl Hessian {
                 rows[at]
             )));
         }
+        Ok(rows.len() / k)
+    }
+
+    /// Adds the products of one token or more.
+    fn add_products(&mut self, rows: &[f32]) {
+        let k = self.k;
         let tokens = rows.len() / k;
         // The longest strips first: the last ones even out what the threads have left to do.
         self.sum.par_chunks_mut(STRIP * k).enumerate().rev().with_max_len(1).for_each(|(i, strip)| {
@@ -122,8 +161,6 @@ impl Hessian {
             let left = Mat::new(&rows[from..], tokens, len, k).t();
             product(strip, k, 1.0, 1.0, left, Mat::new(rows, tokens, from + len, k));
         });
-        self.count += tokens as u64;
-        Ok(())
     }
 
     /// Adds the tokens of `other`, which has as many channels.
@@ -205,6 +242,12 @@ impl Hessian {
         }
         Ok(hessian)
     }
+}
+
+/// The bits of a finite number, of which the upper half are those of the nearest bf16, ties to even.
+fn bf16_bits(x: f32) -> u32 {
+    let bits = x.to_bits();
+    bits + 0x7fff + (bits >> 16 & 1)
 }
 
 #[cfg(test)]

@@ -181,10 +181,11 @@ impl SiteStats {
         if !take.hessian || columns > take.widest {
             return Ok(());
         }
-        match &mut self.hessian {
-            Some(hessian) => hessian.add(rows),
-            none => none.insert(Hessian::new(columns)?).add(rows),
-        }
+        let hessian = match &mut self.hessian {
+            Some(hessian) => hessian,
+            none => none.insert(Hessian::new(columns)?),
+        };
+        if take.bf16 { hessian.add_rounded(rows) } else { hessian.add(rows) }
     }
 
     /// Lets the observers see rows.
@@ -246,6 +247,8 @@ struct Take {
     every: u64,
     /// Rows of more channels get no Hessian.
     widest: usize,
+    /// Whether products read rows rounded to bf16.
+    bf16: bool,
 }
 
 /// Statistics of one function's values, not taken before they are needed.
@@ -305,7 +308,7 @@ impl LayerStats {
         let wide = kinds.contains(&Kind::Hessian) && values[..read].iter().any(|&(_, n)| n > widest);
         let limit = if wide { format!(" of at most {widest} channels") } else { String::new() };
         let options = format!("{}{rows}{limit}", names.join(", "));
-        let recipe = Recipe { step: "statistics", version: 1, options, inputs };
+        let recipe = Recipe { step: "statistics", version: 2, options, inputs };
         let site = |(index, &(v, columns)): (usize, &(ValueId, usize))| {
             (v, Site { index, columns, read: index < read, divided: vec![], applied: 0, taken: None })
         };
@@ -320,6 +323,7 @@ impl LayerStats {
             mean: kinds.contains(&Kind::Mean),
             every: tokens.div_ceil(KEPT).max(1) as u64,
             widest,
+            bf16: start.bf16,
         };
         LayerStats { key: recipe.digest(), take, sites, source: Source::Run(Box::new(start)) }
     }

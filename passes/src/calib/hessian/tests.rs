@@ -19,20 +19,28 @@ fn in_pool<T: Send>(threads: usize, work: impl FnOnce() -> T + Send) -> T {
 
 #[test]
 fn it_is_the_sum_of_outer_products() {
-    for (seed, (n, k)) in [(1, 1), (3, 5), (70, 33), (40, 300), (513, 257)].into_iter().enumerate() {
-        let x = tokens(seed as u64, n, k);
+    let sizes = [(1, 1), (3, 5), (70, 33), (40, 300), (513, 257)].into_iter();
+    for (seed, ((n, k), rounded)) in sizes.flat_map(|size| [(size, false), (size, true)]).enumerate() {
+        let mut x = tokens(seed as u64, n, k);
         let mut h = Hessian::new(k).unwrap();
         // Cut anywhere: blocks of one token and of many.
         let (head, tail) = x.split_at(n / 3 * k);
-        h.add(head).unwrap();
-        h.add(tail).unwrap();
+        for part in [head, tail] {
+            if rounded { h.add_rounded(part).unwrap() } else { h.add(part).unwrap() }
+        }
+        // The instruction rounds twice as often.
+        let most = if rounded { 4e-6 } else { 1e-6 };
+        if rounded {
+            let format = quantc_ir::ty::Float::Bf16.format();
+            x.iter_mut().for_each(|x| *x = format.decode(format.encode(*x)));
+        }
         assert_eq!((h.k(), h.count()), (k, n as u64));
         let full = h.mirrored();
         for i in 0..k {
             for j in 0..k {
                 let (sum, size) = plain(&x, k, i, j);
                 let found = f64::from(h.get(i, j));
-                assert!((found - sum).abs() <= size * 1e-6, "{n} x {k} [{i}, {j}]: {found} for {sum}");
+                assert!((found - sum).abs() <= size * most, "{n} x {k} [{i}, {j}]: {found} for {sum}");
                 assert_eq!(full[i * k + j], h.get(i, j));
             }
             assert_eq!(h.diag()[i], h.lower_row(i)[i]);
@@ -44,15 +52,17 @@ fn it_is_the_sum_of_outer_products() {
 fn threads_do_not_matter() {
     let (n, k) = (300, 1100);
     let x = tokens(3, n, k);
-    let run = |threads| {
-        in_pool(threads, || {
-            let mut h = Hessian::new(k).unwrap();
-            x.chunks(128 * k).for_each(|x| h.add(x).unwrap());
-            h.to_bytes()
-        })
-    };
-    let one = run(1);
-    assert!(one == run(2) && one == run(5));
+    for add in [Hessian::add, Hessian::add_rounded] {
+        let run = |threads| {
+            in_pool(threads, || {
+                let mut h = Hessian::new(k).unwrap();
+                x.chunks(128 * k).for_each(|x| add(&mut h, x).unwrap());
+                h.to_bytes()
+            })
+        };
+        let one = run(1);
+        assert!(one == run(2) && one == run(5));
+    }
 }
 
 #[test]
