@@ -12,18 +12,23 @@
 //! | [`row`] | kernels over rows: norms, softmax, quantization, elementwise arithmetic |
 //! | [`rope`] | tables of rotations, and the rotation of heads |
 //! | [`skinny`] | products of up to 64 tokens: int4, int8, fp8, e2m1 and bf16 weights with bf16 rows, int4 and int8 weights with int8 rows |
+//! | [`wide`] | products of many tokens, of the same formats from the same packed weights |
 //!
 //! What is not here: nothing launches kernels yet, and `quantc compile` does not know the targets of [`crate::targets::GPUS`].
 
 pub mod dequant;
 pub mod expr;
+mod finish;
 pub mod frag;
 pub mod interp;
 pub mod layout;
 #[cfg(feature = "cuda")]
 pub mod nvrtc;
+mod product;
 pub mod rope;
 pub mod row;
 pub mod skinny;
 pub mod text;
 pub mod tile;
+mod warp;
+pub mod wide;

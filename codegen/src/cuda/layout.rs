@@ -123,11 +123,6 @@ impl FragmentLayout {
         self.k.div_ceil(UNIT)
     }
 
-    /// Groups of one unit that have a record each: 1 where groups are longer.
-    pub fn unit_groups(&self) -> u32 {
-        if self.per_row() { 1 } else { UNIT.div_ceil(self.w.group) }
-    }
-
     /// Groups of a row that have a record each.
     fn stored_groups(&self) -> u32 {
         if self.per_row() { 1 } else { (self.units() * UNIT).div_ceil(self.w.group) }

@@ -7,7 +7,8 @@ use quantc_codegen::cuda::interp::{self, Schedule};
 use quantc_codegen::cuda::layout::FragmentLayout;
 use quantc_codegen::cuda::row::{RowTile, build};
 use quantc_codegen::cuda::skinny::{self, SkinnyTile};
-use quantc_codegen::cuda::tile::{Access, Builder, Extent, Kernel, Mem, Stmt};
+use quantc_codegen::cuda::tile::{Access, Addr, Binary, Builder, Expr, Extent, Kernel, Mem, Stmt, Val};
+use quantc_codegen::cuda::wide::{self, WideTile};
 use quantc_codegen::eexpr::MemTy;
 use quantc_codegen::spec::{AFmt, Code, ScaleTy, WFmt, Zero};
 
@@ -93,7 +94,7 @@ fn exchange(waits: bool, barrier: bool) -> Kernel {
     if barrier {
         b.barrier();
     }
-    let other = b.binary(quantc_codegen::cuda::tile::Binary::Xor, mine, 16 * 33);
+    let other = b.binary(Binary::Xor, mine, 16 * 33);
     let words = b.load(Mem::Shared, other, 16);
     b.store(to, mine, &words, 16);
     b.finish()
@@ -133,7 +134,7 @@ fn what_a_warp_must_do_together() {
         if syncs {
             b.sync_warp();
         }
-        let other = b.binary(quantc_codegen::cuda::tile::Binary::Xor, mine, 4);
+        let other = b.binary(Binary::Xor, mine, 4);
         let word = b.load(Mem::Shared, other, 4);
         b.store(out, mine, &word, 4);
         let run = interp::run(&b.finish(), &[vec![0; 128]], &[], Schedule::Turns);
@@ -191,4 +192,87 @@ fn a_product_that_waits_too_little() {
     later(&mut kernel.body);
     let fault = interp::run(&kernel, &buffers, &[5, 1], Schedule::Turns).unwrap_err();
     assert!(fault.what.contains("while a copy to it is under way"), "{fault}");
+}
+
+fn wide_product() -> (Kernel, Vec<Vec<u8>>) {
+    let w = WFmt { code: Code::U4, group: 32, zero: Zero::Sym(8), scale: ScaleTy::Bf16 };
+    let spec = products::spec(64, 640, w, AFmt::Bf16, false);
+    // Ten stages in three slots: the last one lies where the sums go.
+    let tile = WideTile { rows: 1, tokens: 2, warps: [2, 2], stages: 3 };
+    let layout = FragmentLayout::of(&spec).unwrap();
+    // One number that is not zero in each row, so that what is read in the wrong place makes a difference.
+    let mut a = vec![0; 32 * 2 * 672];
+    for (i, row) in a.chunks_exact_mut(2 * 672).enumerate() {
+        row[2 * 37 * (i % 8)..][..2].copy_from_slice(&half::bf16::from_f32(1.0 + i as f32).to_le_bytes());
+    }
+    let mut blob: Vec<u8> = (0..layout.bytes()).map(|i| (i * 7 % 251) as u8).collect();
+    for (n, group) in (0..64).flat_map(|n| (0..20).map(move |g| (n, g))) {
+        blob[layout.scale(n, group) as usize..][..2].copy_from_slice(&half::bf16::ONE.to_le_bytes());
+    }
+    (wide::build("wide", &spec, tile).unwrap(), vec![a, blob, vec![0; 32 * 67 * 4]])
+}
+
+#[test]
+fn a_wide_product_without_a_barrier_or_a_wait() {
+    let (kernel, buffers) = wide_product();
+    let why = ["a race", "nobody wrote", "under way"];
+    each_is_needed(&kernel, &buffers, &[32, 1], |s| *s == Stmt::Barrier, &why);
+    each_is_needed(&kernel, &buffers, &[32, 1], |s| matches!(s, Stmt::CpWait(_)), &why);
+}
+
+/// A swizzle that is off by one segment on one side: what is read was written, without a race, and is wrong.
+#[test]
+fn a_swizzle_of_readers_that_is_not_the_writers() {
+    let (kernel, buffers) = wide_product();
+    let right = interp::run(&kernel, &buffers, &[32, 1], Schedule::Turns).unwrap();
+    // The swizzles' exclusive ors, in order: those of copies before those of loads.
+    let is_swizzle = |s: &Stmt| matches!(s, Stmt::Let(_, Expr::Binary(Binary::Xor, ..)));
+    let all = count(&kernel.body, &is_swizzle);
+    assert!(all >= 2);
+    fn edit(body: &mut [Stmt], at: &mut usize) {
+        for s in body {
+            match s {
+                Stmt::Let(_, expr @ Expr::Binary(Binary::Xor, ..)) => {
+                    *at = at.wrapping_sub(1);
+                    if *at == usize::MAX
+                        && let Expr::Binary(_, a, _) = *expr
+                    {
+                        *expr = Expr::Binary(Binary::Xor, a, Val::U32(1));
+                    }
+                }
+                Stmt::For { body, .. } => edit(body, at),
+                Stmt::If(_, then, otherwise) => {
+                    edit(then, at);
+                    edit(otherwise, at);
+                }
+                _ => {}
+            }
+        }
+    }
+    for i in 0..all {
+        let mut broken = kernel.clone();
+        edit(&mut broken.body, &mut i.clone());
+        match interp::run(&broken, &buffers, &[32, 1], Schedule::Turns) {
+            Ok(wrong) => assert!(wrong.buffers[2].data != right.buffers[2].data, "swizzle {i}"),
+            Err(fault) => assert!(fault.what.contains("shared byte"), "{fault}"),
+        }
+    }
+}
+
+/// A stage that begins 16 bytes late runs into the next one, or out of memory.
+#[test]
+fn a_copy_to_the_wrong_place() {
+    fn shift(body: &mut [Stmt]) {
+        for s in body {
+            match s {
+                Stmt::CpAsync { to: Addr { plus, .. }, bytes: 16, .. } => *plus += 16,
+                Stmt::For { body, .. } | Stmt::If(_, body, _) => shift(body),
+                _ => {}
+            }
+        }
+    }
+    let (mut kernel, buffers) = wide_product();
+    shift(&mut kernel.body);
+    let fault = interp::run(&kernel, &buffers, &[32, 1], Schedule::Turns).unwrap_err();
+    assert!(fault.what.contains("shared"), "{fault}");
 }

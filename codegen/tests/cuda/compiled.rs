@@ -5,6 +5,7 @@ use crate::{products, rows};
 use quantc_codegen::cpu::rope::{RopeSpec, RopeStyle, RopeTableSpec};
 use quantc_codegen::cuda::row::{self, RowTile};
 use quantc_codegen::cuda::skinny::{self, SkinnyTile};
+use quantc_codegen::cuda::wide::{self, WideTile};
 use quantc_codegen::cuda::{rope, tile::Kernel};
 use quantc_codegen::eexpr::F32;
 use quantc_codegen::spec::{AFmt, MatmulSpec};
@@ -48,4 +49,25 @@ fn skinny_products() {
         }
     }
     check("skinny_products", &jobs);
+}
+
+#[test]
+fn wide_products() {
+    let k = 4096;
+    let mut jobs = vec![];
+    for (i, target) in GPUS.iter().enumerate() {
+        for a in [AFmt::Bf16, AFmt::I8Token] {
+            // Some formats for each architecture: every fourth, from another one on.
+            let list = products::formats(a, k);
+            for w in list.iter().skip(i).step_by(4) {
+                let spec = products::spec(4096, k, *w, a, false);
+                let kernel = wide::build("wide", &spec, WideTile::of(&spec, &target.gpu).unwrap()).unwrap();
+                jobs.push((kernel, *target));
+            }
+            let spec = products::spec(14336, k, list[0], a, true);
+            let kernel = wide::build("wide_gated", &spec, WideTile::of(&spec, &target.gpu).unwrap()).unwrap();
+            jobs.push((kernel, *target));
+        }
+    }
+    check("wide_products", &jobs);
 }

@@ -4,7 +4,9 @@ use crate::support::{Near, compare, numbers, run};
 use half::bf16;
 use quantc_codegen::cuda::interp::Counts;
 use quantc_codegen::cuda::layout::FragmentLayout;
-use quantc_codegen::cuda::skinny::{SkinnyTile, build};
+use quantc_codegen::cuda::skinny::{self, SkinnyTile};
+use quantc_codegen::cuda::tile::Kernel;
+use quantc_codegen::cuda::wide::{self, WideTile};
 use quantc_codegen::eexpr::{EExpr, MemTy, UnaryOp};
 use quantc_codegen::layout::Unpacked;
 use quantc_codegen::spec::{
@@ -176,11 +178,22 @@ pub fn formats(a: AFmt, k: u32) -> Vec<WFmt> {
     list
 }
 
-/// Runs a product and compares all it writes.
+/// Runs a product of few rows and compares all it writes.
 fn check(spec: &MatmulSpec, tile: SkinnyTile, m: u32, rng: &mut ChaCha8Rng) -> Counts {
-    let what = format!("{:?} {:?} n {} k {} m {m} {tile:?}", spec.w, spec.a, spec.n, spec.k);
+    let kernel = skinny::build("kernel", spec, tile).unwrap_or_else(|e| panic!("{spec:?}: {e}"));
+    check_kernel(spec, &format!("{tile:?}"), &kernel, m, rng)
+}
+
+/// Runs a product of many rows and compares all it writes.
+fn check_wide(spec: &MatmulSpec, tile: WideTile, m: u32, rng: &mut ChaCha8Rng) -> Counts {
+    let kernel = wide::build("kernel", spec, tile).unwrap_or_else(|e| panic!("{spec:?}: {e}"));
+    check_kernel(spec, &format!("{tile:?}"), &kernel, m, rng)
+}
+
+/// Runs a product and compares all it writes.
+fn check_kernel(spec: &MatmulSpec, tile: &str, kernel: &Kernel, m: u32, rng: &mut ChaCha8Rng) -> Counts {
+    let what = format!("{:?} {:?} n {} k {} m {m} {tile}", spec.w, spec.a, spec.n, spec.k);
     let (n, k) = (spec.n, spec.k);
-    let kernel = build("kernel", spec, tile).unwrap_or_else(|e| panic!("{what}: {e}"));
     let layout = FragmentLayout::of(spec).unwrap();
     let (mut buffers, x, x_scale) = activations(spec.a, m, k, spec.w.group, rng);
     let mut accs = vec![];
@@ -227,7 +240,7 @@ fn check(spec: &MatmulSpec, tile: SkinnyTile, m: u32, rng: &mut ChaCha8Rng) -> C
         want[row * (n + 3) as usize + col] = y + f64::from(bias[col]) + f64::from(residual[i]);
     }
     buffers.push(vec![0; want.len() * 4]);
-    let got = run(&kernel, &buffers, &[m, 1]);
+    let got = run(kernel, &buffers, &[m, 1]);
     // Sums of a few hundred terms, each rounded to 24 bits.
     let absolute = size * 1e-6 * if gated { size.max(1.0) } else { 1.0 };
     compare(&what, MemTy::F32, got.buffers.last().unwrap(), &want, Near { relative: 2e-6, absolute });
@@ -300,4 +313,43 @@ fn what_has_no_kernel_is_named() {
     assert!(refusal(w(Code::U4, 16), AFmt::I8Token).contains("groups of 16 columns"));
     assert!(refusal(w(Code::F16, 960), AFmt::Bf16).contains("weights of f16"));
     assert!(refusal(w(Code::U4, 128), AFmt::F32).contains("f32 activations"));
+}
+
+#[test]
+fn many_rows_of_all_formats() {
+    let mut rng = ChaCha8Rng::seed_from_u64(35);
+    for a in [AFmt::Bf16, AFmt::I8Token] {
+        for w in formats(a, 200) {
+            let tile = WideTile { rows: 1, tokens: 2, warps: [2, 1], stages: 3 };
+            check_wide(&spec(40, 200, w, a, false), tile, 19, &mut rng);
+        }
+    }
+}
+
+#[test]
+fn many_rows_in_all_tiles() {
+    let mut rng = ChaCha8Rng::seed_from_u64(36);
+    let w = |group| WFmt { code: Code::U4, group, zero: Zero::Sym(8), scale: ScaleTy::Bf16 };
+    for (rows, tokens, warps, stages, m) in
+        [(2, 4, [2, 2], 2, 70), (4, 8, [1, 1], 4, 64), (1, 1, [1, 4], 3, 45), (3, 2, [2, 1], 2, 1)]
+    {
+        let tile = WideTile { rows, tokens, warps, stages };
+        check_wide(&spec(70, 384, w(128), AFmt::Bf16, false), tile, m, &mut rng);
+        check_wide(&spec(33, 300, w(300), AFmt::I8Token, true), tile, m, &mut rng);
+    }
+}
+
+/// As for few rows: the swizzle leaves no conflicts, whatever a lane's runs are.
+#[test]
+fn swizzled_rows_meet_all_banks() {
+    let mut rng = ChaCha8Rng::seed_from_u64(37);
+    let tile = WideTile { rows: 1, tokens: 1, warps: [1, 1], stages: 2 };
+    for a in [AFmt::Bf16, AFmt::I8Token] {
+        for w in formats(a, 1 << 20) {
+            let w = |k: u32| WFmt { group: w.group.min(k), ..w };
+            let short = check_wide(&spec(16, 256, w(256), a, false), tile, 8, &mut rng);
+            let long = check_wide(&spec(16, 512, w(512), a, false), tile, 8, &mut rng);
+            assert_eq!(short.bank_conflicts, long.bank_conflicts, "{:?}", w(256));
+        }
+    }
 }

@@ -260,6 +260,14 @@ impl Builder {
         self.emit(Stmt::Set(var, v.into()));
     }
 
+    /// Adds `step` to a variable that goes round below `end`.
+    pub fn turn(&mut self, var: Reg, step: u32, end: u32) {
+        let next = self.add(var, step);
+        let over = self.lt(next, end);
+        let next = self.select(over, next, 0);
+        self.set(var, next);
+    }
+
     /// Loads 1, 2, 4, 8 or 16 bytes as words.
     pub fn load(&mut self, mem: Mem, at: impl Into<Val>, bytes: u32) -> Vec<Val> {
         let to: Vec<Reg> = (0..bytes.div_ceil(4)).map(|_| self.reg(Ty::U32)).collect();
