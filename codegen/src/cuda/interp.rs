@@ -21,12 +21,14 @@ use std::fmt;
 
 mod exec;
 pub(crate) mod fold;
+mod matrix;
 mod program;
 mod shared;
+mod warp;
 
-use exec::Warp;
 use program::Program;
 use shared::Shared;
+use warp::Warp;
 
 /// What a kernel did wrong.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -84,6 +84,4 @@ fn contract(what: &str, kernel: &Kernel, code: &[String]) {
     let loads = count_of(&|i| i.starts_with("LDS") && i.contains(".128"));
     let wide = of(&|s| matches!(s, Stmt::Load { mem: Mem::Shared, bytes: 16, .. }));
     assert!(loads >= wide, "{what}: {loads} loads of 16 bytes, not {wide}");
-    let matrices = count_of(&|i| i.starts_with("LDSM"));
-    assert_eq!(matrices, of(&|s| matches!(s, Stmt::LdMatrix { .. })), "{what}: loads of matrices");
 }

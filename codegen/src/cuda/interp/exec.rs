@@ -1,104 +1,10 @@
 //! Steps of one warp.
 
 use super::program::Step;
-use super::shared::{Clock, Who};
+use super::shared::Who;
+use super::warp::{Copy, Frame, Lanes, lanes};
 use super::{Block, Fault, Status, fold};
-use crate::cuda::frag;
-use crate::cuda::tile::{Access, Addr, Expr, Kernel, Mem, MmaKind, Reg, Stmt, Val, WARP};
-use half::bf16;
-use std::collections::VecDeque;
-
-/// One value for each lane.
-type Lanes = [u64; WARP as usize];
-
-/// A copy under way.
-#[derive(Clone, Debug)]
-struct Copy {
-    lane: u32,
-    to: u64,
-    data: Vec<u8>,
-}
-
-/// Lanes that left an `If` or a loop.
-#[derive(Clone, Copy, Debug)]
-struct Frame {
-    /// All that came.
-    outer: u32,
-    /// Those that take the other branch.
-    other: u32,
-}
-
-/// The state of a warp.
-#[derive(Debug)]
-pub(super) struct Warp {
-    pub pc: usize,
-    pub status: Status,
-    pub clock: Clock,
-    mask: u32,
-    frames: Vec<Frame>,
-    regs: Vec<Lanes>,
-    /// Copies of the group that is still open, and groups under way, the oldest first.
-    open: Vec<Copy>,
-    groups: VecDeque<Vec<Copy>>,
-}
-
-impl Warp {
-    pub fn new(kernel: &Kernel, index: usize) -> Warp {
-        let mut clock = vec![0; (kernel.threads / WARP) as usize];
-        // Period 0 stands for never.
-        clock[index] = 1;
-        Warp {
-            pc: 0,
-            status: Status::Ready,
-            clock,
-            mask: u32::MAX,
-            frames: vec![],
-            regs: vec![[0; WARP as usize]; kernel.regs.len()],
-            open: vec![],
-            groups: VecDeque::new(),
-        }
-    }
-
-    /// Whether copies are under way that brought something.
-    pub fn has_copies(&self) -> bool {
-        !self.open.is_empty() || self.groups.iter().any(|g| !g.is_empty())
-    }
-
-    fn get(&self, v: Val, lane: usize) -> u64 {
-        match v {
-            Val::Reg(r) => self.regs[r.0 as usize][lane],
-            Val::U32(x) => x.into(),
-            Val::F32(x) => x.get().to_bits().into(),
-            Val::Pred(p) => p.into(),
-        }
-    }
-
-    fn all(&self, v: Val) -> Lanes {
-        std::array::from_fn(|lane| self.get(v, lane))
-    }
-
-    /// Byte offsets; those of 32 bits do not wrap, or they would be found out of bounds.
-    fn offsets(&self, at: Addr) -> Lanes {
-        self.all(at.base).map(|base| base + u64::from(at.plus))
-    }
-
-    /// Writes a register in the lanes that are here.
-    fn put(&mut self, to: Reg, values: Lanes) {
-        let reg = &mut self.regs[to.0 as usize];
-        for lane in lanes(self.mask) {
-            reg[lane] = values[lane];
-        }
-    }
-
-    fn holds(&self, v: Val) -> u32 {
-        (0..WARP).filter(|&lane| self.get(v, lane as usize) != 0).fold(0, |mask, lane| mask | 1 << lane)
-    }
-}
-
-/// The lanes of a mask.
-fn lanes(mask: u32) -> impl Iterator<Item = usize> {
-    (0..WARP as usize).filter(move |lane| mask >> lane & 1 == 1)
-}
+use crate::cuda::tile::{Access, Addr, Expr, Mem, Reg, Stmt, Val, WARP};
 
 impl Block<'_> {
     /// One step of a warp.
@@ -201,14 +107,13 @@ impl Block<'_> {
                 let values = warp.all(*from);
                 warp.put(*to, std::array::from_fn(|lane| values[lane ^ *mask as usize]));
             }
-            Stmt::LdMatrix { to, at, transposed } => self.ld_matrix(index, to, *at, *transposed)?,
             Stmt::Mma { kind, acc, a, b } => self.mma(index, *kind, acc, a, b)?,
         }
         Ok(())
     }
 
     /// Refuses to go on without all lanes.
-    fn full(&self, index: usize) -> Result<(), String> {
+    pub(super) fn full(&self, index: usize) -> Result<(), String> {
         match self.warps[index].mask {
             u32::MAX => Ok(()),
             mask => Err(format!("only lanes {mask:#010x} reach a step of the whole warp")),
@@ -357,79 +262,6 @@ impl Block<'_> {
             for copy in group {
                 let who = Who { warp: index, lane: copy.lane, clock: &self.warps[index].clock };
                 self.shared.end_copy(who, copy.to, &copy.data);
-            }
-        }
-        Ok(())
-    }
-
-    fn ld_matrix(&mut self, index: usize, to: &[Reg; 4], at: Addr, transposed: bool) -> Result<(), String> {
-        self.full(index)?;
-        let at = self.warps[index].offsets(at);
-        self.count_conflicts(u32::MAX, &at, 16);
-        // Every lane gets two numbers of each matrix: all lanes read what the warp reads.
-        let mut rows = [[0u16; 8]; 32];
-        for (lane, row) in rows.iter_mut().enumerate() {
-            let who = Who { warp: index, lane: lane as u32, clock: &self.warps[index].clock };
-            let bytes = self.shared.read(who, at[lane], 16)?;
-            for (x, pair) in row.iter_mut().zip(bytes.chunks_exact(2)) {
-                *x = u16::from_le_bytes([pair[0], pair[1]]);
-            }
-        }
-        for (matrix, to) in to.iter().enumerate() {
-            let element = |r: usize, c: usize| match transposed {
-                false => rows[matrix * 8 + r][c],
-                true => rows[matrix * 8 + c][r],
-            };
-            let values = std::array::from_fn(|lane| {
-                let (r, c) = (lane / 4, lane % 4 * 2);
-                u64::from(element(r, c)) | u64::from(element(r, c + 1)) << 16
-            });
-            self.warps[index].put(*to, values);
-        }
-        Ok(())
-    }
-
-    fn mma(
-        &mut self,
-        index: usize,
-        kind: MmaKind,
-        acc: &[Reg; 4],
-        a: &[Val; 4],
-        b: &[Val; 2],
-    ) -> Result<(), String> {
-        self.full(index)?;
-        self.memory.counts.products += 1;
-        let warp = &mut self.warps[index];
-        let (k, per) = (kind.k() as usize, kind.per_reg());
-        let number = |word: u64, i: u32| match kind {
-            MmaKind::Bf16 => bf16::from_bits((word >> (16 * i)) as u16).to_f64(),
-            MmaKind::S8 => f64::from((word >> (8 * i)) as u8 as i8),
-        };
-        let (mut left, mut right) = (vec![0.0; 16 * k], vec![0.0; 8 * k]);
-        for lane in 0..WARP {
-            for i in 0..per {
-                for (reg, v) in (0..).zip(a) {
-                    let (row, col) = frag::left(kind, lane, reg, i);
-                    left[row as usize * k + col as usize] = number(warp.get(*v, lane as usize), i);
-                }
-                for (reg, v) in (0..).zip(b) {
-                    let (row, col) = frag::right(kind, lane, reg, i);
-                    right[col as usize * k + row as usize] = number(warp.get(*v, lane as usize), i);
-                }
-            }
-        }
-        for lane in 0..WARP {
-            for (reg, to) in (0..).zip(acc) {
-                let (row, col) = frag::sums(lane, reg);
-                let x = &left[row as usize * k..][..k];
-                let y = &right[col as usize * k..][..k];
-                let sum: f64 = x.iter().zip(y).map(|(x, y)| x * y).sum();
-                let old = warp.regs[to.0 as usize][lane as usize] as u32;
-                let new = match kind {
-                    MmaKind::Bf16 => ((f64::from(f32::from_bits(old)) + sum) as f32).to_bits(),
-                    MmaKind::S8 => old.wrapping_add(sum as i32 as u32),
-                };
-                warp.regs[to.0 as usize][lane as usize] = new.into();
             }
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! Takes out what nothing uses: values that are computed, and never read.
 
-use super::{Addr, Kernel, Reg, Stmt, Val};
+use super::{Kernel, Reg, Stmt, Val};
 use std::collections::HashSet;
 
 /// Removes definitions that nothing uses. Loads stay: they may be why a copy was waited for.
@@ -42,7 +42,7 @@ fn uses(stmt: &Stmt, f: &mut impl FnMut(Val)) {
             f((*to).into());
             f(*v);
         }
-        Stmt::Load { at: Addr { base, .. }, .. } | Stmt::LdMatrix { at: Addr { base, .. }, .. } => f(*base),
+        Stmt::Load { at, .. } => f(at.base),
         Stmt::Store { at, from, .. } => {
             f(at.base);
             from.iter().copied().for_each(f);
