@@ -42,6 +42,7 @@ mod profile;
 #[cfg(feature = "llvm")]
 mod report;
 mod run;
+mod run_graph;
 mod score;
 mod subject;
 #[cfg(feature = "llvm")]
@@ -67,7 +68,7 @@ enum Command {
     /// Writes statistics of a model on a text to a file, for `compile --stats`.
     #[cfg(feature = "llvm")]
     Calibrate(calibrate::Args),
-    /// Generates text with an engine.
+    /// Generates text with an engine, or evaluates an `.onnx` graph.
     Run(run::Args),
     /// Embeds texts with an encoder's engine.
     Embed(embed::Args),

@@ -1,4 +1,4 @@
-//! `quantc run`: generates text.
+//! `quantc run`: generates text, or evaluates a graph.
 
 use crate::failure::Outcome;
 use crate::output;
@@ -16,7 +16,7 @@ use std::time::Instant;
 /// Arguments of `quantc run`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// The engine.
+    /// An engine that generates text, or an `.onnx` file.
     engine: PathBuf,
     /// The text to continue.
     #[arg(long, default_value = "")]
@@ -59,10 +59,18 @@ pub struct Args {
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    graph: crate::run_graph::Args,
 }
 
 /// Runs the subcommand.
 pub fn run(args: Args) -> Outcome {
+    if quantc_frontends::onnx::is_onnx(&args.engine) {
+        return crate::run_graph::run(&args.engine, &args.graph, args.json);
+    }
+    if !args.graph.inputs.is_empty() || args.graph.output.is_some() {
+        return Err(Diag::input("--input and --output are for `.onnx` files").into());
+    }
     let begun = Instant::now();
     // The first token does not wait until all weights have been read.
     let options = OpenOptions { verify_weights: false, pages: args.weights.into() };

@@ -1,5 +1,6 @@
 //! Texts as windows of tokens: what evaluation scores and calibration looks at.
 
+use crate::npy;
 use crate::tokenizer::Tokenizer;
 use quantc_ir::diag::{Diag, Result};
 
@@ -99,46 +100,12 @@ pub fn npy_tokens(bytes: &[u8]) -> Result<Vec<u32>> {
         Diag::input(format!("this is no array of token ids: {why}"))
             .help("save ids as a C-ordered array of int32 or int64 with `numpy.save`")
     };
-    let rest = bytes.strip_prefix(b"\x93NUMPY").ok_or_else(|| bad("it does not begin as an .npy file"))?;
-    let (len, rest) = match rest {
-        [1, _, a, b, rest @ ..] => (usize::from(u16::from_le_bytes([*a, *b])), rest),
-        [2 | 3, _, a, b, c, d, rest @ ..] => (u32::from_le_bytes([*a, *b, *c, *d]) as usize, rest),
-        _ => return Err(bad("its version is unknown")),
-    };
-    let (header, data) = rest.split_at_checked(len).ok_or_else(|| bad("its header is cut off"))?;
-    let header = std::str::from_utf8(header).map_err(|_| bad("its header is not text"))?;
-    let after = |key: &str| {
-        let at = header.find(&format!("'{key}':"))? + key.len() + 3;
-        Some(header[at..].trim_start())
-    };
-    let text = |key: &str| after(key)?.strip_prefix('\'')?.split('\'').next();
-    if !after("fortran_order").is_some_and(|t| t.starts_with("False")) {
-        return Err(bad("its elements are not in rows"));
+    let array = npy::read(bytes).map_err(|e| bad(e.message.trim_start_matches("this is no array: ")))?;
+    if array.ty.elem.int().is_none_or(|int| int.bits() < 16) {
+        return Err(bad(&format!("its elements are {}", array.ty.elem)));
     }
-    let (size, signed) = match text("descr") {
-        Some("<i8") => (8, true),
-        Some("<i4") => (4, true),
-        Some("<i2") => (2, true),
-        Some("<u8") => (8, false),
-        Some("<u4") => (4, false),
-        Some("<u2" | "<H") => (2, false),
-        other => return Err(bad(&format!("its elements are {}", other.unwrap_or("unknown")))),
-    };
-    let shape = after("shape").and_then(|t| t.strip_prefix('(')?.split(')').next());
-    let shape = shape.ok_or_else(|| bad("it has no shape"))?;
-    let extents = shape.split(',').map(str::trim).filter(|t| !t.is_empty());
-    let count = extents.map(|t| t.parse::<usize>().ok()).try_fold(1usize, |n, e| n.checked_mul(e?));
-    if count.and_then(|n| n.checked_mul(size)) != Some(data.len()) {
-        return Err(bad("its length does not fit its shape"));
-    }
-    let id = |bytes: &[u8]| {
-        let mut wide = [0; 8];
-        wide[..size].copy_from_slice(bytes);
-        let negative = signed && bytes[size - 1] >= 0x80;
-        u32::try_from(u64::from_le_bytes(wide)).ok().filter(|_| !negative)
-    };
-    let ids: Option<Vec<u32>> = data.chunks_exact(size).map(id).collect();
-    ids.ok_or_else(|| bad("it has elements that are no ids"))
+    let id = |n: i128| u32::try_from(n).map_err(|_| bad(&format!("{n} is no id")));
+    array.ints().into_iter().map(id).collect()
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod data;
 mod json;
+pub mod npy;
 pub mod onnx;
 pub mod safetensors;
 pub mod tokenizer;

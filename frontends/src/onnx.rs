@@ -44,6 +44,8 @@ use std::path::Path;
 pub struct Options {
     /// Numbers for named extents.
     pub dims: BTreeMap<String, u64>,
+    /// Extents of inputs, which give their numbers to named ones.
+    pub shapes: BTreeMap<String, Vec<u64>>,
     /// Inputs that are known when the model is compiled.
     pub fixed: BTreeMap<String, Tensor>,
 }
@@ -98,6 +100,19 @@ pub fn import(path: &Path, store: &Store, options: &Options) -> Result<Imported,
     })
 }
 
+/// The names of a model's inputs, without those that initializers give values to.
+pub fn inputs(path: &Path) -> Result<Vec<String>> {
+    let store = Store::in_memory();
+    let file = path.display().to_string();
+    let (bytes, _) = map(path, &store).map_err(|e| e.in_file(&file))?;
+    let model = ModelProto::decode(bytes)
+        .map_err(|e| Diag::input(format!("this is no ONNX model: {e}")).in_file(&file))?;
+    let graph = model.graph.unwrap_or_default();
+    let known: BTreeSet<&String> = graph.initializer.iter().filter_map(|t| t.name.as_ref()).collect();
+    let names = graph.input.iter().filter_map(|i| i.name.clone());
+    Ok(names.filter(|n| !known.contains(n)).collect())
+}
+
 /// The tensor in the file at `path`: a message of type `TensorProto`, as test data of models is stored.
 pub fn read_tensor(path: &Path) -> Result<Tensor> {
     let store = Store::in_memory();
@@ -129,7 +144,7 @@ fn import_inner(path: &Path, store: &Store, options: &Options) -> Result<Importe
         return Err(refuse(Diag::input("this is no ONNX model: it has no graph").into()));
     };
     let versions = graph::opsets(&model.opset_import);
-    let mut build = Build::new(&module.name, store);
+    let mut build = Build::new(&module.name, bytes.len() as u64, store);
     build.module.shards = module.shards;
     let files = tensor::Files::new(path, bytes, store);
     let mut importer = Importer::new(build, files, &model.functions).map_err(|e| refuse(e.into()))?;
@@ -144,8 +159,15 @@ fn import_inner(path: &Path, store: &Store, options: &Options) -> Result<Importe
     for (key, value) in facts.into_iter().filter(|(_, v)| !v.is_empty()) {
         importer.build.module.facts.insert(format!("onnx.{key}"), shown(&value));
     }
-    let imported = Main { importer: &mut importer, options, symbols: BTreeMap::new(), notes: vec![] }
-        .import(graph, Scope::new(versions));
+    let imported = Main {
+        importer: &mut importer,
+        options,
+        dims: options.dims.clone(),
+        symbols: BTreeMap::new(),
+        named: BTreeSet::new(),
+        notes: vec![],
+    }
+    .import(graph, Scope::new(versions));
     let needs: Vec<String> = importer.build.needs.iter().cloned().collect();
     imported.map_err(|e| Refused { problems: e.into(), needs })
 }
@@ -154,8 +176,12 @@ fn import_inner(path: &Path, store: &Store, options: &Options) -> Result<Importe
 struct Main<'i, 'a> {
     importer: &'i mut Importer<'a>,
     options: &'i Options,
+    /// Numbers of named extents.
+    dims: BTreeMap<String, u64>,
     /// Symbols of named extents.
     symbols: BTreeMap<String, char>,
+    /// Names of extents that inputs have.
+    named: BTreeSet<String>,
     notes: Vec<String>,
 }
 
@@ -202,8 +228,8 @@ impl Main<'_, '_> {
         for (name, symbol) in &self.symbols {
             module.facts.insert(format!("extent.{symbol}"), shown(name));
         }
-        for name in self.options.dims.keys().filter(|n| !self.symbols.contains_key(*n)) {
-            self.notes.push(format!("no extent is called `{}`, or it was given its number", shown(name)));
+        for name in self.options.dims.keys().filter(|n| !self.named.contains(*n)) {
+            self.notes.push(format!("no extent is called `{}`", shown(name)));
         }
         let names = |info: &ValueInfoProto| info.name.clone().unwrap_or_default();
         Ok(Imported { module, inputs, outputs: graph.output.iter().map(names).collect(), notes: self.notes })
@@ -229,15 +255,31 @@ impl Main<'_, '_> {
         if shape.dim.len() > quantc_ir::text::MAX_RANK {
             return Err(Diag::input(format!("`type.shape` has {} axes", shape.dim.len())));
         }
+        let given = self.options.shapes.get(info.name.as_deref().unwrap_or_default());
+        if let Some(given) = given.filter(|g| g.len() != shape.dim.len()) {
+            let (got, want) = (given.len(), shape.dim.len());
+            return Err(Diag::input(format!("it is given {got} extents, but has {want}")));
+        }
         let mut dims = vec![];
         for (axis, dim) in shape.dim.iter().enumerate() {
+            let given = given.map(|g| g[axis]);
             let param = dim.dim_param.clone().filter(|p| !p.is_empty());
+            self.named.extend(param.clone());
             dims.push(match (dim.dim_value, param) {
                 (Some(n), _) => {
                     let bad = || Diag::input(format!("`type.shape` has the extent {n}"));
                     Dim::Static(u64::try_from(n).map_err(|_| bad())?)
                 }
-                (None, Some(param)) => self.symbol(&param)?,
+                (None, Some(param)) => match given {
+                    Some(n) if *self.dims.entry(param.clone()).or_insert(n) == n => Dim::Static(n),
+                    Some(n) => {
+                        let text =
+                            format!("the extent `{}` is given as {n}, and as another before", shown(&param));
+                        return Err(Diag::input(text));
+                    }
+                    None => self.symbol(&param)?,
+                },
+                (None, None) if let Some(n) = given => Dim::Static(n),
                 (None, None) => {
                     let name = info.name.as_deref().unwrap_or_default();
                     self.symbol(&format!("{name}.{axis}"))?
@@ -253,7 +295,7 @@ impl Main<'_, '_> {
 
     /// The extent called `name`.
     fn symbol(&mut self, name: &str) -> Result<Dim> {
-        if let Some(&n) = self.options.dims.get(name) {
+        if let Some(&n) = self.dims.get(name) {
             return Ok(Dim::Static(n));
         }
         if let Some(&c) = self.symbols.get(name) {

@@ -8,7 +8,6 @@ use quantc_ir::eval::{Evaluator, Tensor};
 use quantc_ir::ops::Op;
 use quantc_ir::verify::verify;
 use quantc_ir::weights::Store;
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Recorded tensors of a kind, in order.
@@ -45,15 +44,11 @@ fn recorded_networks() {
     for dir in dirs {
         let name = dir.file_name().expect("folders have names").to_string_lossy().into_owned();
         let inputs = recorded(&dir, "input");
-        let store = Store::in_memory();
         let path = dir.join("model.onnx");
-        // Named extents are those of the recorded inputs.
-        let free = onnx::import(&path, &store, &Options::default());
-        let dims: BTreeMap<String, u64> = match &free {
-            Ok(imported) => extents(imported, &inputs),
-            Err(_) => [("batch_size".to_string(), 1), ("N".into(), 1), ("batch".into(), 1)].into(),
-        };
-        let options = Options { dims, ..Options::default() };
+        // Named extents are those of the recorded inputs; files without names for initializers list inputs first.
+        let names = onnx::inputs(&path).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let shapes = names.into_iter().zip(&inputs).map(|(n, t)| (n, t.ty.shape.dims().unwrap())).collect();
+        let options = Options { shapes, ..Options::default() };
         let store = Store::in_memory();
         let imported = onnx::import(&path, &store, &options).unwrap_or_else(|e| panic!("{name}: {e}"));
         verify(&imported.module).unwrap_or_else(|e| panic!("{name}: {e}"));
@@ -72,20 +67,4 @@ fn recorded_networks() {
             assert!(fits, "{name}: output {i} is {most} apart, {far} of it further than 1e-4");
         }
     }
-}
-
-/// The numbers that inputs give to the named extents.
-fn extents(imported: &onnx::Imported, inputs: &[Tensor]) -> BTreeMap<String, u64> {
-    let module = &imported.module;
-    let mut found = BTreeMap::new();
-    for (&p, input) in module.main.params.iter().zip(inputs) {
-        for (d, n) in module.main.ty(p).shape.0.iter().zip(input.dims()) {
-            if let quantc_ir::ty::Dim::Sym(c) = d
-                && let Some(name) = module.facts.get(&format!("extent.{c}"))
-            {
-                found.insert(name.clone(), n as u64);
-            }
-        }
-    }
-    found
 }

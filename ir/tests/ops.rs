@@ -57,6 +57,9 @@ fn numbers_of_every_kind() {
     is(Compare { order: Order::Less }, &[&x, &nan], &[2], &[0.0, 0.0]);
     assert!(run(Binary { kind: BinaryKind::Max }, &[&x, &nan]).unwrap().reals().iter().all(|x| x.is_nan()));
     refused(Binary { kind: BinaryKind::Shl }, &[&x, &x], "does not take");
+    let places = ints(Int::I8, &[3], &[1, 1, 100]);
+    is(Binary { kind: BinaryKind::Shl }, &[&a, &places], &[3], &[-56.0, -14.0, 0.0]);
+    is(Binary { kind: BinaryKind::Shr }, &[&a, &places], &[3], &[50.0, -4.0, 0.0]);
     refused(Add {}, &[&x, &a], "different elements");
     let zero = ints(Int::I8, &[], &[0]);
     refused(Binary { kind: BinaryKind::Div }, &[&a, &zero], "divided by zero");

@@ -5,7 +5,7 @@
 //! only moves them.
 
 use super::tensor::{Const, MOST_READ};
-use quantc_ir::diag::{Diag, Result};
+use quantc_ir::diag::{Diag, Loc, Result};
 use quantc_ir::entity::ValueId;
 use quantc_ir::eval::{Tensor, eval_pure};
 use quantc_ir::graph::{Def, Graph};
@@ -17,15 +17,27 @@ use quantc_ir::ops::{
 use quantc_ir::scheme::Group;
 use quantc_ir::ty::{Dim, ElemTy, Float, Shape, TensorTy};
 use quantc_ir::weights::{Store, WeightDecl, WeightSource};
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 /// Elements of constants that are computed while importing.
 const MOST_FOLDED: u64 = 1 << 16;
 
+/// Multiply-adds of an op that is computed while importing.
+const MOST_WORK: u64 = 1 << 24;
+
+/// Elements of constants that are computed while importing a model, beside one for each byte of its file.
+const MOST_ELEMENTS: u64 = 1 << 23;
+
+/// Ops of the module, beside one for each 16 bytes of the file.
+const MOST_OPS: u64 = 1 << 16;
+
 /// Stored bytes of a constant that is written into the module itself.
 const MOST_INLINE: usize = 1024;
+
+/// Among extents, the -1 with which shapes say that an extent follows from the others. No extent is called so.
+pub(crate) const REST: Dim = Dim::Sym('-');
 
 /// What a name of the model stands for.
 #[derive(Clone)]
@@ -80,11 +92,18 @@ pub(crate) struct Build<'a> {
     /// Values that are constants of codes read as numbers.
     read: BTreeMap<ValueId, Rc<Read>>,
     names: BTreeSet<String>,
+    /// The last number that was put behind a name.
+    stems: BTreeMap<String, u64>,
     empty: Module,
+    /// Elements and ops that may still be made.
+    elements: Cell<u64>,
+    ops: u64,
+    none: Option<ValueId>,
 }
 
 impl<'a> Build<'a> {
-    pub(crate) fn new(name: &str, store: &'a Store) -> Build<'a> {
+    /// The module called `name`, of a file of `size` bytes.
+    pub(crate) fn new(name: &str, size: u64, store: &'a Store) -> Build<'a> {
         Build {
             module: Module::new(name),
             store,
@@ -92,8 +111,23 @@ impl<'a> Build<'a> {
             inputs: BTreeMap::new(),
             read: BTreeMap::new(),
             names: BTreeSet::new(),
+            stems: BTreeMap::new(),
             empty: Module::new("constants"),
+            elements: Cell::new(MOST_ELEMENTS.saturating_add(size)),
+            ops: MOST_OPS + size / 16,
+            none: None,
         }
+    }
+
+    /// Takes `n` elements from what constants may have that are computed while importing.
+    pub(crate) fn spend(&self, n: u64) -> Result<()> {
+        let left = self.elements.get().checked_sub(n).ok_or_else(|| {
+            Diag::input(format!(
+                "{n} elements would be computed here, and all together are too many for this file"
+            ))
+        })?;
+        self.elements.set(left);
+        Ok(())
     }
 
     /// Adds an input.
@@ -117,10 +151,11 @@ impl<'a> Build<'a> {
         let clean = |c: char| if c.is_control() || c == '"' || c == '\\' { '_' } else { c };
         let stem: String = name.chars().take(200).map(clean).collect();
         let mut name = stem.clone();
-        let mut n = 1;
+        // Where many have one stem, the next number is remembered.
+        let last = self.stems.entry(stem.clone()).or_insert(1);
         while name.is_empty() || !self.names.insert(name.clone()) {
-            n += 1;
-            name = format!("{stem}.{n}");
+            *last += 1;
+            name = format!("{stem}.{last}");
         }
         name
     }
@@ -329,16 +364,23 @@ impl<'a> Build<'a> {
         for arg in args {
             ids.push(match arg {
                 Some(arg) => self.value(arg)?,
-                None => self.module.main.none(),
+                None => *self.none.get_or_insert_with(|| self.module.main.none()),
             });
+        }
+        let left = self.ops.checked_sub(1);
+        self.ops = left
+            .ok_or_else(|| Diag::input("the model unfolds to more ops than a file of its size may have"))?;
+        // Absent operands at the end.
+        while ids.len() < op.operands().fixed() {
+            ids.push(*self.none.get_or_insert_with(|| self.module.main.none()));
         }
         Ok(Val::Value(self.module.main.append(op, &ids, None)?))
     }
 
     /// The op evaluated now, when everything it reads is known and small.
     fn fold(&self, op: &Op, args: &[Option<&Val>]) -> Result<Option<Val>> {
-        if matches!(op, Op::Dequantize(_)) {
-            // Codes stay codes.
+        if matches!(op, Op::Dequantize(_) | Op::Conv(_) | Op::Pool(_)) {
+            // Codes stay codes, and no shape is computed by windows.
             return Ok(None);
         }
         let mut tensors = vec![];
@@ -358,9 +400,12 @@ impl<'a> Build<'a> {
         let mut infer: Vec<Option<&TensorTy>> = types.iter().map(Option::as_ref).collect();
         infer.resize(fixed, None);
         let ty = op.infer(&InferCx { args: infer, layers: &|_| None })?;
-        if ty.shape.elements().is_none_or(|n| n > MOST_FOLDED) {
+        let work = op.cost(&types.iter().map(Option::as_ref).collect::<Vec<_>>(), &ty, &|_| 1);
+        let Some(elements) = ty.shape.elements().filter(|&n| n <= MOST_FOLDED && work.macs <= MOST_WORK)
+        else {
             return Ok(None);
-        }
+        };
+        self.spend(elements)?;
         let mut graph = Graph::new();
         let ids: Vec<ValueId> = types
             .iter()
@@ -372,7 +417,9 @@ impl<'a> Build<'a> {
         let y = graph.push(op.clone(), ids, ty, None);
         graph.results = vec![y];
         let tensors: Vec<&Tensor> = tensors.iter().map(|t| &**t).collect();
-        let mut out = eval_pure(&graph, &tensors, 1, &self.empty, self.store)?;
+        // The place is the node, not the graph that was made for it.
+        let unplaced = |e: Diag| Diag { loc: Loc::None, ..e };
+        let mut out = eval_pure(&graph, &tensors, 1, &self.empty, self.store).map_err(unplaced)?;
         Ok(Some(self.constant(out.remove(0))))
     }
 

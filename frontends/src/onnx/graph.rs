@@ -13,8 +13,8 @@ use std::rc::Rc;
 /// How deep functions may call functions.
 const MOST_CALLS: usize = 24;
 
-/// Nodes of one model, those of functions counted each time they are called.
-const MOST_NODES: usize = 1 << 20;
+/// Nodes of one model, those of functions counted each time they are called, beside one for each 16 bytes of its file.
+const MOST_NODES: u64 = 1 << 16;
 
 /// Versions of operators by domain; the default domain is the empty text.
 pub(crate) type Opsets = BTreeMap<String, i64>;
@@ -78,7 +78,8 @@ pub(crate) struct Importer<'a> {
     pub(crate) build: Build<'a>,
     pub(crate) files: Files<'a>,
     functions: Functions<'a>,
-    nodes: usize,
+    /// Nodes that may still be imported.
+    nodes: u64,
     calls: usize,
 }
 
@@ -108,7 +109,8 @@ impl<'a> Importer<'a> {
                 return Err(Diag::input(format!("the function `{}` is defined twice", shown(name))));
             }
         }
-        Ok(Importer { build, files, functions: known, nodes: 0, calls: 0 })
+        let nodes = MOST_NODES + files.size() / 16;
+        Ok(Importer { build, files, functions: known, nodes, calls: 0 })
     }
 
     fn function(&self, node: &NodeProto) -> Option<&'a FunctionProto> {
@@ -173,12 +175,9 @@ impl<'a> Importer<'a> {
     }
 
     fn node(&mut self, node: &NodeProto, scope: &mut Scope<'_>) -> Result<()> {
-        self.nodes += 1;
-        if self.nodes > MOST_NODES {
-            return Err(Diag::input(format!(
-                "there are more than {MOST_NODES} nodes, those of functions counted"
-            )));
-        }
+        let left = self.nodes.checked_sub(1);
+        self.nodes = left
+            .ok_or_else(|| Diag::input("the model unfolds to more nodes than a file of its size may have"))?;
         let resolve = |name: &String| match name.as_str() {
             "" => Ok(None),
             name => scope.get(name).ok_or_else(|| {

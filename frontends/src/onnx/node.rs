@@ -1,6 +1,6 @@
 //! A node under import: its operands and attributes, read with their types.
 
-use super::build::{Build, Val};
+use super::build::{Build, REST, Val};
 use super::graph::{Importer, Scope};
 use super::proto::{AttributeProto, GraphProto, TensorProto};
 use crate::json::shown;
@@ -207,7 +207,7 @@ impl<'c> Cx<'c, '_> {
     /// Extents that operand `i` holds: numbers, and symbols where they are not known. Negative numbers are `Err`.
     pub(crate) fn extents_of(&mut self, i: usize, what: &str) -> Result<Vec<Result<Dim, i64>>> {
         if let Val::Extents { dims, .. } = self.input(i)? {
-            return Ok(dims.iter().map(|&d| Ok(d)).collect());
+            return Ok(dims.iter().map(|&d| if d == REST { Err(-1) } else { Ok(d) }).collect());
         }
         let ints = self.known_ints(i, what)?.unwrap_or_default();
         Ok(ints.into_iter().map(|n| u64::try_from(n).map(Dim::Static).map_err(|_| n)).collect())

@@ -152,6 +152,11 @@ impl<'a> Files<'a> {
         Files { dir, own, external: BTreeMap::new(), store }
     }
 
+    /// Bytes of the model's own file.
+    pub(crate) fn size(&self) -> u64 {
+        self.own.len() as u64
+    }
+
     /// The constant that a message describes.
     pub(crate) fn constant(&mut self, t: &TensorProto, module: &mut Module) -> Result<Const> {
         let name = t.name.clone().filter(|n| !n.is_empty());

@@ -61,7 +61,7 @@ impl OpSpec for Binary {
             K::Sub | K::Div | K::Pow | K::Mod | K::Rem => ty.elem != ElemTy::BOOL,
             K::Min | K::Max => true,
             K::And | K::Or | K::Xor => ty.elem.int().is_some(),
-            K::Shl | K::Shr => ty.elem.int().is_some_and(|i| !i.signed()),
+            K::Shl | K::Shr => ty.elem.int().is_some() && ty.elem != ElemTy::BOOL,
         };
         if fits {
             return Ok(ty);
@@ -108,8 +108,10 @@ impl Binary {
             K::And => a & b,
             K::Or => a | b,
             K::Xor => a ^ b,
-            K::Shl => if b < 64 { a << b } else { 0 },
-            K::Shr => if b < 64 { a >> b } else { 0 },
+            // Wrapping around cuts off what was moved out. Places that no type has, negative ones too, leave nothing.
+            K::Shl if (0..64).contains(&b) => a << b,
+            K::Shl => 0,
+            K::Shr => a >> if (0..64).contains(&b) { b } else { 64 },
         })
     }
 }

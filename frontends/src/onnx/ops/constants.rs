@@ -54,6 +54,7 @@ pub(super) fn filled(
     let ty = TensorTy::fixed(elem, dims);
     let n = ty.shape.elements().filter(|&n| n <= MOST_READ);
     let n = n.ok_or_else(|| Diag::input(format!("a constant of type {ty} is too large")))?;
+    cx.spend(n)?;
     let numbers = (0..n).map(|i| {
         let mut index = vec![0; dims.len()];
         let mut at = i;
@@ -95,7 +96,11 @@ fn range(cx: &mut Cx<'_, '_>) -> Results {
     let bound = |n: f64| n.max(0.0).min(MOST_READ as f64 + 1.0) as u64;
     let ty = |n: u64| {
         let ty = TensorTy::new(elem, [Dim::Static(n)]);
-        if n <= MOST_READ { Ok(ty) } else { Err(Diag::input("the range is too long")) }
+        if n > MOST_READ {
+            return Err(Diag::input("the range is too long"));
+        }
+        cx.spend(n)?;
+        Ok(ty)
     };
     let tensor = if elem.int().is_some() {
         let (a, b, d) = (start.ints()[0], limit.ints()[0], delta.ints()[0]);

@@ -72,6 +72,7 @@ onnx_ops! {
     "" "Sqrt" since 6 => |cx| unary(cx, U::Sqrt);
     "" "Sub" since 7 => |cx| binary(cx, B::Sub);
     "" "Sum" since 8 => |cx| many(cx, |cx, a, b| cx.add(a, b));
+    "" "SwiGLU" since 27 => swiglu;
     "" "Swish" since 24 => swish;
     "" "Tan" since 7 => |cx| unary(cx, U::Tan);
     "" "Tanh" since 6 => tanh;
@@ -308,6 +309,16 @@ fn gated(cx: &mut Cx<'_, '_>, x: &Val, alpha: f64) -> Result<Val> {
     let inner = cx.scale(x, alpha)?;
     let gate = cx.unary(U::Sigmoid, &inner)?;
     cx.mul(x, &gate)
+}
+
+fn swiglu(cx: &mut Cx<'_, '_>) -> Results {
+    let (a, b) = pair(cx)?;
+    let alpha = cx.float("alpha", 1.0)?;
+    if cx.ty(&a) != cx.ty(&b) {
+        return Err(Diag::input(format!("inputs of types {} and {} differ", cx.ty(&a), cx.ty(&b))));
+    }
+    let gate = if alpha == 1.0 { cx.op(Silu {}, &[&a])? } else { gated(cx, &a, alpha)? };
+    one(cx.mul(&gate, &b))
 }
 
 fn quick_gelu(cx: &mut Cx<'_, '_>) -> Results {

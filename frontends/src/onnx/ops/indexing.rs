@@ -5,7 +5,7 @@ use super::{Results, one};
 use crate::onnx::build::Val;
 use crate::onnx::node::Cx;
 use quantc_ir::diag::{Diag, Result};
-use quantc_ir::ops::{Combine, Gather, GatherElements, GatherNd, Order, ScatterElements, ScatterNd};
+use quantc_ir::ops::{BinaryKind as B, Combine, Gather, GatherElements, GatherNd, Order, ScatterElements, ScatterNd};
 use quantc_ir::ty::{Dim, ElemTy};
 
 onnx_ops! {
@@ -13,9 +13,11 @@ onnx_ops! {
     "" "GatherElements" since 11 => gather_elements;
     "" "GatherND" since 11 => gather_nd;
     "" "OneHot" since 9 => one_hot;
+    "" "ReverseSequence" since 10 => reverse_sequence;
     "" "Scatter" since 9 => scatter_elements;
     "" "ScatterElements" since 11 => scatter_elements;
     "" "ScatterND" since 11 => scatter_nd;
+    "" "TensorScatter" since 24 => tensor_scatter;
 }
 
 /// Input `i` as indices; integers of other sizes are taken as i64.
@@ -117,4 +119,63 @@ fn one_hot(cx: &mut Cx<'_, '_>) -> Results {
     };
     let (off, on) = (value(0)?, value(1)?);
     one(cx.select(&hot, &on, &off))
+}
+
+/// One number for each index of the axis `batch`, and the indices of the axis `time` of extents `dims`, so that they
+/// broadcast.
+fn over(cx: &mut Cx<'_, '_>, each: &Val, batch: usize, time: usize, dims: &[u64]) -> Result<(Val, Val)> {
+    let mut shape = vec![Dim::Static(1); dims.len()];
+    shape[batch] = Dim::Static(dims[batch]);
+    let each = cx.cast(each, ElemTy::I64)?;
+    let each = cx.reshape(&each, shape)?;
+    let mut places = vec![1; dims.len()];
+    places[time] = dims[time];
+    let places = filled(cx, ElemTy::I64, &places, |i| i[time].into())?;
+    Ok((each, places))
+}
+
+fn reverse_sequence(cx: &mut Cx<'_, '_>) -> Results {
+    let (x, lengths) = (cx.input(0)?, cx.input(1)?);
+    let (dims, rank) = (cx.fixed(&x)?, cx.rank(&x));
+    let (batch, time) = (cx.int("batch_axis")?.unwrap_or(1), cx.int("time_axis")?.unwrap_or(0));
+    let (batch, time) = (cx.axis(batch, rank)?, cx.axis(time, rank)?);
+    if batch == time {
+        return Err(Diag::input("attributes `batch_axis` and `time_axis` are the same"));
+    }
+    let (length, place) = over(cx, &lengths, batch, time, &dims)?;
+    let inside = cx.compare(Order::Less, &place, &length)?;
+    let last = cx.shift(&length, -1.0)?;
+    let mirrored = cx.sub(&last, &place)?;
+    let from = cx.select(&inside, &mirrored, &place)?;
+    let from = cx.expand(&from, dims.iter().map(|&d| Dim::Static(d)).collect())?;
+    one(cx.op(GatherElements { axis: time as u8 }, &[&x, &from]))
+}
+
+fn tensor_scatter(cx: &mut Cx<'_, '_>) -> Results {
+    let (x, updates) = (cx.input(0)?, cx.input(1)?);
+    let (whole, dims) = (cx.fixed(&x)?, cx.fixed(&updates)?);
+    let axis = cx.int("axis")?.unwrap_or(-2);
+    let axis = cx.axis(axis, whole.len())?;
+    if dims.len() != whole.len() || axis == 0 {
+        return Err(Diag::input(format!("updates of type {} do not go into {}", cx.ty(&updates), cx.ty(&x))));
+    }
+    let starts = match cx.opt(2) {
+        Some(starts) => starts,
+        None => {
+            let zero = cx.scalar(ElemTy::I64, 0.0)?;
+            cx.expand(&zero, vec![Dim::Static(dims[0])])?
+        }
+    };
+    let (start, place) = over(cx, &starts, 0, axis, &dims)?;
+    let mut to = cx.add(&start, &place)?;
+    match cx.text("mode", "linear")?.as_str() {
+        "linear" => {}
+        "circular" => {
+            let n = cx.scalar(ElemTy::I64, whole[axis] as f64)?;
+            to = cx.binary(B::Mod, &to, &n)?;
+        }
+        other => return Err(Diag::input(format!("attribute `mode` is `{other}`"))),
+    }
+    let to = cx.expand(&to, dims.iter().map(|&d| Dim::Static(d)).collect())?;
+    one(cx.op(ScatterElements { axis: axis as u8, combine: Combine::Replace }, &[&x, &to, &updates]))
 }

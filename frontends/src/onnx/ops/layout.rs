@@ -2,7 +2,7 @@
 
 use super::constants::filled;
 use super::{Results, one};
-use crate::onnx::build::Val;
+use crate::onnx::build::{REST, Val};
 use crate::onnx::node::Cx;
 use quantc_ir::diag::{Diag, Result};
 use quantc_ir::ops::{Pad, PadMode, Slice};
@@ -60,7 +60,10 @@ fn held(cx: &Cx<'_, '_>, val: &Val) -> Result<Vec<Dim>> {
     }
     let unknown = || Diag::input("extents that are not known are put together with numbers that are computed");
     let tensor = cx.known(val).ok_or_else(unknown)??;
-    let one = |n: i128| u64::try_from(n).map(Dim::Static).map_err(|_| Diag::input(format!("an extent is {n}")));
+    let one = |n: i128| match n {
+        -1 => Ok(REST),
+        n => u64::try_from(n).map(Dim::Static).map_err(|_| Diag::input(format!("an extent is {n}"))),
+    };
     tensor.ints().into_iter().map(one).collect()
 }
 

@@ -1,7 +1,7 @@
 //! Quantized operators: codes of constants keep their bytes, scales and zero points, and are read through
 //! `dequantize`; what is computed from codes is computed in integers, as the standard says.
 
-use super::linear::{biased, convolution, product};
+use super::linear::{biased, convolution, product, swapped};
 use super::{Results, one};
 use crate::onnx::build::{Codes, Val};
 use crate::onnx::node::Cx;
@@ -25,6 +25,7 @@ onnx_ops! {
     "com.microsoft" "DequantizeLinear" since 1 => dequantize_linear;
     /// Weights of 2, 4 and 8 bits whose rows are whole blocks.
     "com.microsoft" "MatMulNBits" since 1 => matmul_n_bits;
+    "com.microsoft" "QGemm" since 1 => qgemm;
     "com.microsoft" "QLinearAdd" since 1 => |cx| qlinear_binary(cx, false);
     "com.microsoft" "QLinearGlobalAveragePool" since 1 => qlinear_global_average;
     "com.microsoft" "QLinearMul" since 1 => |cx| qlinear_binary(cx, true);
@@ -454,14 +455,55 @@ fn matmul_n_bits(cx: &mut Cx<'_, '_>) -> Results {
         Some(Val::Const(zero)) if zero.ty.elem == ElemTy::Int(Int::U8) => zero.as_stored(zero_ty)?,
         Some(_) => return Err(Diag::input("zero points that are not codes are not supported")),
     };
-    if !sound(cx, &scale)? {
-        return Err(Diag::input("the scales are not known, or not finite and positive"));
-    }
-    let zero = Val::Const(Rc::new(zero));
-    let w = cx.dequantized(float, Val::Const(Rc::new(codes)), scale, Some(zero))?;
+    let w = if sound(cx, &scale)? {
+        let zero = Val::Const(Rc::new(zero));
+        cx.dequantized(float, Val::Const(Rc::new(codes)), scale, Some(zero))?
+    } else {
+        // Scales below zero, as symmetric quantizers write them, are no scales of a type: the numbers are computed.
+        let mut number = |c: &Const| -> Result<Val> {
+            let bare = Val::Const(Rc::new(c.retyped(ElemTy::bare(format))?));
+            cx.cast(&bare, ElemTy::F32)
+        };
+        let (codes, zero) = (number(&codes)?, number(&zero)?);
+        let share = Share::Block(1, block);
+        let scale = cx.cast(&scale, ElemTy::F32)?;
+        let (zero, scale) = (share.spread(cx, &zero, &codes)?, share.spread(cx, &scale, &codes)?);
+        let centred = cx.sub(&codes, &zero)?;
+        let numbers = cx.mul(&centred, &scale)?;
+        cx.cast(&numbers, float.into())?
+    };
     let mut y = cx.op(MatMul::default(), &[&x, &w])?;
     if let Some(bias) = cx.opt(5) {
         y = cx.add(&y, &bias)?;
     }
     one(Ok(y))
+}
+
+fn qgemm(cx: &mut Cx<'_, '_>) -> Results {
+    let (a, sa, b, sb) = (cx.input(0)?, cx.input(1)?, cx.input(3)?, cx.input(4)?);
+    let (za, zb, bias, sy, zy) = (cx.opt(2), cx.opt(5), cx.opt(6), cx.opt(7), cx.opt(8));
+    let (turn_a, turn_b) = (cx.flag("transA", false)?, cx.flag("transB", false)?);
+    let alpha = cx.float("alpha", 1.0)?;
+    let elem = cx.ty(&a).elem;
+    // Scales and zero points of `b` belong to its columns, which are rows where it is turned.
+    let (mut a, mut b) = (centred(cx, &a, za, 0)?, centred(cx, &b, zb, usize::from(turn_b))?);
+    if turn_a {
+        a = swapped(cx, &a)?;
+    }
+    if turn_b {
+        b = swapped(cx, &b)?;
+    }
+    let mut sum = product(cx, &a, &b)?;
+    if let Some(bias) = bias {
+        sum = cx.add(&sum, &bias)?;
+    }
+    let (sa, sb) = (along(cx, &sa, 0)?, along(cx, &sb, 0)?);
+    let sa = if alpha == 1.0 { sa } else { cx.scale(&sa, alpha)? };
+    let Some(sy) = sy else {
+        let factor = cx.mul(&sa, &sb)?;
+        let wide = cx.cast(&sum, ElemTy::F32)?;
+        return one(cx.mul(&wide, &factor));
+    };
+    let sy = along(cx, &sy, 0)?;
+    one(requantized(cx, &sum, [&sa, &sb, &sy], zy, elem))
 }

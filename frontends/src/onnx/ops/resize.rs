@@ -248,6 +248,7 @@ fn along(cx: &mut Cx<'_, '_>, x: &Val, axis: usize, one: &Axis, outside: f64) ->
     if one.from == 0 || size.is_none() {
         return Err(Diag::input(format!("axis {axis} of {} is too large to be resized, or empty", cx.ty(x))));
     }
+    cx.spend(size.unwrap_or(0))?;
     let taps: Vec<Option<Vec<(u64, f64)>>> = (0..one.to).map(|i| one.taps(i)).collect();
     let elem = cx.ty(x).elem;
     let y = if let Mode::Nearest(_) = one.mode {
