@@ -60,7 +60,7 @@ pub struct Args {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    graph: crate::run_graph::Args,
+    graph: crate::run_graph::Arrays,
 }
 
 /// Runs the subcommand.

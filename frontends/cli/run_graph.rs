@@ -16,7 +16,7 @@ const MAX_ARRAY: u64 = 1 << 32;
 
 /// Arguments about graphs.
 #[derive(clap::Args)]
-pub struct Args {
+pub struct Arrays {
     /// An input of an `.onnx` file: an array as `.npy`, or a tensor as `.pb`. May be given several times.
     #[arg(long = "input", value_name = "NAME=FILE", value_parser = input)]
     pub inputs: Vec<(String, PathBuf)>,
@@ -46,7 +46,7 @@ fn read(path: &Path) -> Outcome<Tensor> {
 }
 
 /// Evaluates the model with the reference evaluator.
-pub fn run(model: &Path, args: &Args, json: bool) -> Outcome {
+pub fn run(model: &Path, args: &Arrays, json: bool) -> Outcome {
     let file = model.display().to_string();
     let mut given: BTreeMap<String, Tensor> = BTreeMap::new();
     for (name, path) in &args.inputs {

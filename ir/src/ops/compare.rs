@@ -8,8 +8,9 @@ use crate::ty::{ElemTy, TensorTy};
 use serde::{Deserialize, Serialize};
 
 op! {
-    /// Elementwise truth of `a order b`; shapes are aligned at the last axis and extents of one are repeated. NaN equals
-    /// nothing and has no order.
+    /// Elementwise truth of `a order b`; shapes are aligned at the last axis and extents of one are repeated.
+    ///
+    /// NaN equals nothing and has no order.
     "compare" => pub struct Compare (
         /// Left operand.
         a: One,

@@ -8,8 +8,9 @@ use crate::ty::{Dim, Shape, TensorTy};
 use std::collections::BTreeMap;
 
 op! {
-    /// Einstein's sum: `equation` names the axes of each operand by letters, and those of the result behind `->`; over
-    /// letters that the result has not the product of the operands is summed. `ij,jk->ik` is the product of matrices.
+    /// Einstein's sum: `equation` names the axes of operands and, behind `->`, of the result; `ij,jk->ik` multiplies matrices.
+    ///
+    /// Over letters that the result has not, the product of the operands is summed.
     "einsum" => pub struct Einsum (
         /// Operands, with float elements of one type.
         parts: Many,

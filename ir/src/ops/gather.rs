@@ -7,8 +7,9 @@ use crate::eval::{EvalCx, Tensor, arg};
 use crate::ty::{Shape, TensorTy};
 
 op! {
-    /// `y[.., i.., ..] = x[.., indices[i..], ..]`: the axis is replaced by the axes of `indices`. Negative indices count
-    /// from the end.
+    /// `y[.., i.., ..] = x[.., indices[i..], ..]`: the axis is replaced by the axes of `indices`.
+    ///
+    /// Negative indices count from the end.
     "gather" => pub struct Gather (
         /// Input.
         x: One,

@@ -7,8 +7,9 @@ use crate::eval::{EvalCx, Tensor, arg};
 use crate::ty::{Dim, Shape, TensorTy};
 
 op! {
-    /// `y[b.., i.., ..] = x[b.., indices[b.., i..][0], indices[b.., i..][1], ..]`: the last axis of `indices` holds the
-    /// leading indices behind the first `batch` axes, which both operands share.
+    /// `y[b.., i.., ..] = x[b.., indices[b.., i..][0], indices[b.., i..][1], ..]`
+    ///
+    /// The last axis of `indices` holds the leading indices behind the first `batch` axes, which both operands share.
     "gather_nd" => pub struct GatherNd (
         /// Input.
         x: One,

@@ -6,8 +6,9 @@ use crate::eval::{EvalCx, Tensor, arg};
 use crate::ty::{Dim, TensorTy};
 
 op! {
-    /// `y = x`, then `y[indices[i..]] = updates[i..]`, in row-major order: the last axis of `indices` holds the leading
-    /// indices of a slice.
+    /// `y = x`, then `y[indices[i..]] = updates[i..]`, in row-major order.
+    ///
+    /// The last axis of `indices` holds the leading indices of a slice.
     "scatter_nd" => pub struct ScatterNd (
         /// What is written into.
         x: One,
