@@ -14,7 +14,7 @@ NVRTC := target/nvrtc
 WHEELS := 'nvidia-cuda-nvrtc==13.0.*' 'nvidia-cuda-nvdisasm==13.*'
 nvrtc:
 	@[ -n "$$QUANTC_NVRTC" ] || [ -d $(NVRTC)/nvidia ] || { \
-	  python3 -m pip install --quiet --no-deps --target $(NVRTC) $(WHEELS) >/dev/null 2>&1 || \
+	  python3 -m pip install --quiet --retries 1 --timeout 15 --no-deps --target $(NVRTC) $(WHEELS) >/dev/null 2>&1 || \
 	  uv pip install --quiet --no-deps --target $(NVRTC) $(WHEELS) >/dev/null 2>&1 || \
 	  echo "NVRTC cannot be fetched: CUDA kernels are not compiled in tests"; }
 
