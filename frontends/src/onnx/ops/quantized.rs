@@ -408,7 +408,10 @@ fn qlinear_global_average(cx: &mut Cx<'_, '_>) -> Results {
     let x = centred(cx, &x, zx, 0)?;
     let axes: Vec<usize> = (2..cx.rank(&x)).collect();
     let sum = cx.reduce(ReduceKind::Sum, &x, &axes)?;
-    let n: u64 = cx.fixed(&x)?.get(2..).unwrap_or_default().iter().product();
+    let dims = cx.dims(&x);
+    let space = dims.get(2..).unwrap_or_default();
+    let n = space.iter().try_fold(1u64, |n, d| n.checked_mul(d.fixed()?));
+    let n = n.ok_or_else(|| Diag::input(format!("the spatial extents of {} must be known", cx.ty(&x))))?;
     let count = cx.scalar(ElemTy::F32, n as f64)?;
     let (sx, sy) = (along(cx, &sx, 0)?, along(cx, &sy, 0)?);
     let below = cx.mul(&sy, &count)?;
