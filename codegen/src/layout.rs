@@ -105,6 +105,30 @@ pub struct Unpacked {
     pub zeros: Vec<i32>,
 }
 
+impl Unpacked {
+    /// Nothing yet of a blob, which must have as many bytes as its layout.
+    pub(crate) fn of(blob: &[u8], want: u64) -> Result<Unpacked> {
+        let have = blob.len();
+        if have as u64 == want {
+            return Ok(Unpacked::default());
+        }
+        Err(Diag::input(format!("packed weights have {have} bytes, their layout {want}")))
+    }
+
+    /// Takes the scale of a group, and its zero point where the format has any, from their places in the blob.
+    pub(crate) fn push_group(&mut self, blob: &[u8], w: &WFmt, scale: u64, zero: impl FnOnce() -> u64) {
+        let from = &blob[scale as usize..];
+        match w.scale {
+            ScaleTy::None => {}
+            ScaleTy::F32 => self.scales.push(f32::from_le_bytes([from[0], from[1], from[2], from[3]])),
+            ScaleTy::Bf16 => self.scales.push(bf16::from_le_bytes([from[0], from[1]]).to_f32()),
+        }
+        if w.zero == Zero::Asym {
+            self.zeros.push(i32::from(blob[zero() as usize]));
+        }
+    }
+}
+
 impl Layout {
     /// The layout of the weights of `spec`.
     pub fn of(spec: &MatmulSpec) -> Layout {
@@ -371,11 +395,7 @@ impl Layout {
 
     /// Takes a matrix out of its blob: the inverse of [`Layout::pack`].
     pub fn unpack(&self, blob: &[u8]) -> Result<Unpacked> {
-        if blob.len() as u64 != self.bytes() {
-            let (have, want) = (blob.len(), self.bytes());
-            return Err(Diag::input(format!("packed weights have {have} bytes, their layout {want}")));
-        }
-        let mut out = Unpacked::default();
+        let mut out = Unpacked::of(blob, self.bytes())?;
         let bytes = self.w.code.source_bytes();
         for n in 0..self.n {
             for k in 0..self.k {
@@ -388,18 +408,7 @@ impl Layout {
                 }
             }
             for group in 0..self.groups() {
-                let at = self.scale(n, group) as usize;
-                match self.w.scale {
-                    ScaleTy::None => {}
-                    ScaleTy::F32 => {
-                        let bits = [blob[at], blob[at + 1], blob[at + 2], blob[at + 3]];
-                        out.scales.push(f32::from_le_bytes(bits));
-                    }
-                    ScaleTy::Bf16 => out.scales.push(bf16::from_le_bytes([blob[at], blob[at + 1]]).to_f32()),
-                }
-                if self.w.zero == Zero::Asym {
-                    out.zeros.push(i32::from(blob[self.zero(n, group) as usize]));
-                }
+                out.push_group(blob, &self.w, self.scale(n, group), || self.zero(n, group));
             }
         }
         Ok(out)

@@ -1,7 +1,11 @@
 //! Matmul kernels against a reference in f64: every format, odd shapes, all targets that this machine runs.
 #![cfg(feature = "llvm")]
 
-use half::{bf16, f16};
+#[path = "common/codes.rs"]
+mod codes;
+
+use codes::{random_code, value};
+use half::bf16;
 use inkwell::context::Context;
 use quantc_codegen::cpu::llvm::Unit;
 use quantc_codegen::cpu::matmul::schedule::Inner;
@@ -9,7 +13,7 @@ use quantc_codegen::cpu::matmul::{emit, schedule};
 use quantc_codegen::eexpr::{BinaryOp, EExpr, MemTy, UnaryOp};
 use quantc_codegen::layout::{Layout, Unpacked};
 use quantc_codegen::spec::{
-    AFmt, Code, E2M1, MRange, MatmulSpec, Rows, ScaleTy, WFmt, Zero, bf16_row_stride, i8_row_stride,
+    AFmt, Code, MRange, MatmulSpec, Rows, ScaleTy, WFmt, Zero, bf16_row_stride, i8_row_stride,
 };
 use quantc_codegen::targets::{TARGETS, runs_here};
 use quantc_ir::target::{CpuDesc, Dot, TargetDesc};
@@ -51,51 +55,6 @@ fn avxvnni_has_the_products_of_the_narrow_form_and_nothing_wider() {
         assert!(dots.len() > 8 && dots.iter().all(|l| l.contains("{vex}") && l.contains("%ymm")), "{dots:?}");
         let wider = |l: &&str| l.contains("%zmm") || l.contains("%ymm16") || l.contains("{%k");
         assert_eq!(text.lines().find(wider), None);
-    }
-}
-
-/// The value of a code, without scale and zero point.
-fn value(code: Code, bytes: &[u8]) -> f64 {
-    let small = |bits: u8, mantissa: u32, bias: i32| {
-        let sign = if bits & 0x80 != 0 { -1.0 } else { 1.0 };
-        let exponent = i32::from((bits & 0x7f) >> mantissa);
-        let m = f64::from(bits & ((1 << mantissa) - 1)) / f64::from(1 << mantissa);
-        let size =
-            if exponent == 0 { m * 2f64.powi(1 - bias) } else { (1.0 + m) * 2f64.powi(exponent - bias) };
-        sign * size
-    };
-    match code {
-        Code::F32 => f64::from(f32::from_le_bytes(bytes.try_into().unwrap())),
-        Code::F16 => f16::from_le_bytes(bytes.try_into().unwrap()).to_f64(),
-        Code::Bf16 => bf16::from_le_bytes(bytes.try_into().unwrap()).to_f64(),
-        Code::U8 | Code::U4 => f64::from(bytes[0]),
-        Code::Lut4 => f64::from(E2M1[bytes[0] as usize]),
-        Code::E4m3 => small(bytes[0], 3, 7),
-        Code::E5m2 => small(bytes[0], 2, 15),
-    }
-}
-
-fn random_code(code: Code, rng: &mut ChaCha8Rng) -> Vec<u8> {
-    match code {
-        Code::F32 => rng.random_range(-2f32..2.0).to_le_bytes().to_vec(),
-        // Subnormals too.
-        Code::F16 if rng.random_ratio(1, 4) => (rng.random_range(0..0x400u16)).to_le_bytes().to_vec(),
-        Code::F16 => f16::from_f32(rng.random_range(-2f32..2.0)).to_le_bytes().to_vec(),
-        Code::Bf16 => bf16::from_f32(rng.random_range(-2f32..2.0)).to_le_bytes().to_vec(),
-        Code::U8 => vec![rng.random()],
-        Code::U4 | Code::Lut4 => vec![rng.random_range(0..16)],
-        Code::E4m3 => loop {
-            let c: u8 = rng.random();
-            if c & 0x7f != 0x7f {
-                return vec![c];
-            }
-        },
-        Code::E5m2 => loop {
-            let c: u8 = rng.random();
-            if c & 0x7c != 0x7c {
-                return vec![c];
-            }
-        },
     }
 }
 

@@ -2,6 +2,8 @@
 //! file's size does not justify.
 
 mod common;
+#[path = "common/rng.rs"]
+mod rng;
 
 use common::{eval_with, model_dir};
 use quantc_frontends::arch::Kind;
@@ -9,6 +11,7 @@ use quantc_frontends::{ImportOptions, Tokenizer, import};
 use quantc_ir::diag::Loc;
 use quantc_ir::eval::Evaluator;
 use quantc_ir::weights::Store;
+use rng::Rng;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -40,21 +43,6 @@ const MOST_AT_ONCE: usize = 16 << 20;
 
 /// The longest that one case may take on a busy machine.
 const LONGEST: Duration = Duration::from_secs(20);
-
-/// A small generator of numbers, the same in every run.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n.max(1) as u64) as usize
-    }
-}
 
 /// Pieces that tend to hurt readers of JSON.
 const PIECES: &[&str] = &[

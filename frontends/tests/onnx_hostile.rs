@@ -3,6 +3,8 @@
 
 #[path = "onnx_hostile/cases.rs"]
 mod cases;
+#[path = "common/rng.rs"]
+mod rng;
 #[path = "onnx_wire/mod.rs"]
 mod wire;
 
@@ -12,6 +14,7 @@ use quantc_ir::eval::{Data, Evaluator, Tensor};
 use quantc_ir::ty::{Dim, ElemTy, TensorTy};
 use quantc_ir::verify::verify_with_files;
 use quantc_ir::weights::Store;
+use rng::Rng;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -111,21 +114,6 @@ fn lies_are_refused_by_name() {
         std::fs::remove_file(&path).unwrap();
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-}
-
-/// A small generator of numbers, the same in every run.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n.max(1) as u64) as usize
-    }
 }
 
 /// The file with one to four damages.

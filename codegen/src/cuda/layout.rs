@@ -276,11 +276,7 @@ impl FragmentLayout {
 
     /// Takes a matrix out of its blob: the inverse of [`FragmentLayout::pack`].
     pub fn unpack(&self, blob: &[u8]) -> Result<Unpacked> {
-        if blob.len() as u64 != self.bytes() {
-            let (have, want) = (blob.len(), self.bytes());
-            return Err(Diag::input(format!("packed weights have {have} bytes, their layout {want}")));
-        }
-        let mut out = Unpacked::default();
+        let mut out = Unpacked::of(blob, self.bytes())?;
         let bytes = self.w.code.source_bytes();
         for n in 0..self.n {
             for k in 0..self.k {
@@ -293,15 +289,7 @@ impl FragmentLayout {
                 }
             }
             for group in 0..self.groups() {
-                let from = &blob[self.scale(n, group) as usize..];
-                match self.w.scale {
-                    ScaleTy::None => {}
-                    ScaleTy::F32 => out.scales.push(f32::from_le_bytes([from[0], from[1], from[2], from[3]])),
-                    ScaleTy::Bf16 => out.scales.push(bf16::from_le_bytes([from[0], from[1]]).to_f32()),
-                }
-                if self.w.zero == Zero::Asym {
-                    out.zeros.push(i32::from(blob[self.zero(n, group) as usize]));
-                }
+                out.push_group(blob, &self.w, self.scale(n, group), || self.zero(n, group));
             }
         }
         Ok(out)

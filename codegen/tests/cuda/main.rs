@@ -2,6 +2,8 @@
 //! NVIDIA's compiler is found.
 
 mod broken;
+#[path = "../common/codes.rs"]
+mod codes;
 #[cfg(feature = "cuda")]
 mod compiled;
 #[cfg(feature = "cuda")]

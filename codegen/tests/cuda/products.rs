@@ -1,5 +1,6 @@
 //! Products against a reference in f64: every format of weights and rows, odd shapes, and layouts there and back.
 
+use crate::codes::{random_code, value};
 use crate::support::{Near, compare, numbers, run};
 use half::bf16;
 use quantc_codegen::cuda::interp::Counts;
@@ -10,46 +11,10 @@ use quantc_codegen::cuda::wide::{self, WideTile};
 use quantc_codegen::eexpr::{EExpr, MemTy, UnaryOp};
 use quantc_codegen::layout::Unpacked;
 use quantc_codegen::spec::{
-    AFmt, Code, E2M1, MRange, MatmulSpec, Rows, ScaleTy, WFmt, Zero, bf16_row_stride, i8_row_stride,
+    AFmt, Code, MRange, MatmulSpec, Rows, ScaleTy, WFmt, Zero, bf16_row_stride, i8_row_stride,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-
-/// The value of a code, without scale and zero point.
-fn value(code: Code, bytes: &[u8]) -> f64 {
-    let small = |bits: u8, mantissa: u32, bias: i32| {
-        let sign = if bits & 0x80 != 0 { -1.0 } else { 1.0 };
-        let exponent = i32::from((bits & 0x7f) >> mantissa);
-        let m = f64::from(bits & ((1 << mantissa) - 1)) / f64::from(1 << mantissa);
-        let size =
-            if exponent == 0 { m * 2f64.powi(1 - bias) } else { (1.0 + m) * 2f64.powi(exponent - bias) };
-        sign * size
-    };
-    match code {
-        Code::Bf16 => bf16::from_le_bytes([bytes[0], bytes[1]]).to_f64(),
-        Code::U8 | Code::U4 => f64::from(bytes[0]),
-        Code::Lut4 => f64::from(E2M1[bytes[0] as usize]),
-        Code::E4m3 => small(bytes[0], 3, 7),
-        Code::E5m2 => small(bytes[0], 2, 15),
-        Code::F16 | Code::F32 => unreachable!("no kernel takes them"),
-    }
-}
-
-fn random_code(code: Code, rng: &mut ChaCha8Rng) -> Vec<u8> {
-    let finite = |mask: u8, rng: &mut ChaCha8Rng| loop {
-        let c: u8 = rng.random();
-        if c & mask != mask {
-            return vec![c];
-        }
-    };
-    match code {
-        Code::U8 => vec![rng.random()],
-        Code::U4 | Code::Lut4 => vec![rng.random_range(0..16)],
-        Code::E4m3 => finite(0x7f, rng),
-        Code::E5m2 => finite(0x7c, rng),
-        _ => bf16::from_f32(rng.random_range(-2f32..2.0)).to_le_bytes().to_vec(),
-    }
-}
 
 /// A random matrix in a format.
 fn matrix(n: u32, k: u32, w: WFmt, rng: &mut ChaCha8Rng) -> Unpacked {

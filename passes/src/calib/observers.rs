@@ -27,11 +27,13 @@
 //! ```
 
 mod bytes;
+mod channel_sums;
 mod convergence;
 mod exact;
 mod method;
 mod rows;
 
+pub use channel_sums::{ChannelSum, ChannelSums};
 pub use convergence::Convergence;
 pub use method::Method;
 pub use rows::Rows;
