@@ -5,7 +5,7 @@
 
 use crate::kernels::{self, KernelReport, Objects};
 use crate::lower::{self, BlobSource, EngineBlob, Limits, Lowered};
-use crate::spec::KernelSpec;
+use crate::spec::{KernelSpec, Rows};
 use crate::tune::Tuning;
 use quantc_ir::diag::{Diag, Result};
 use quantc_ir::module::Module;
@@ -201,7 +201,7 @@ fn programs(lowered: &Lowered) -> Vec<Program> {
         name: l.name.clone(),
         args: l.args.clone(),
         items: l.items,
-        tap: l.tap.as_ref().map(|(name, at, width)| Tap { name: name.clone(), at: *at, width: *width }),
+        tap: l.tap.as_ref().map(tap),
         flags: if l.overlaps_next { NO_BARRIER_AFTER } else { 0 } | if l.replicated { REPLICATED } else { 0 },
     };
     let mut from = 1;
@@ -213,7 +213,11 @@ fn programs(lowered: &Lowered) -> Vec<Program> {
 }
 
 fn taps(rows: &[lower::Rows32]) -> Vec<Tap> {
-    rows.iter().map(|r| Tap { name: r.name.clone(), at: r.at, width: r.width }).collect()
+    rows.iter().map(tap).collect()
+}
+
+fn tap(r: &lower::Rows32) -> Tap {
+    Tap { name: r.name.clone(), at: r.at, width: r.width, of_results: r.rows == Rows::R }
 }
 
 /// Writes `weights.bin`, blob by blob.

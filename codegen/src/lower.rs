@@ -110,7 +110,16 @@ struct Step {
     /// Arguments in the kernel's order.
     args: Vec<Place>,
     items: Items,
-    tap: Option<(String, usize, u32)>,
+    tap: Option<StepTap>,
+}
+
+/// A value worth comparing after a step: its name, buffer, rows and columns.
+#[derive(Clone, Debug)]
+struct StepTap {
+    name: String,
+    buffer: usize,
+    rows: Rows,
+    width: u32,
 }
 
 impl Step {
@@ -134,8 +143,8 @@ pub struct Launch {
     pub args: Vec<Ref>,
     /// Number of work items.
     pub items: Items,
-    /// Name, place and width of a value worth comparing after it.
-    pub tap: Option<(String, Ref, u32)>,
+    /// A value worth comparing after it.
+    pub tap: Option<Rows32>,
     /// Whether the next launch may begin before all workers have finished this one.
     pub overlaps_next: bool,
     /// Whether every worker runs all items, for itself.
@@ -165,13 +174,15 @@ pub struct Lowered {
     pub scratch_bytes: u64,
 }
 
-/// Rows of f32, one for each token.
+/// Rows of f32.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rows32 {
     /// The value's name.
     pub name: String,
     /// Where they lie.
     pub at: Ref,
+    /// What counts them.
+    pub rows: Rows,
     /// Columns.
     pub width: u32,
 }
@@ -371,12 +382,13 @@ struct Operand<'a> {
 }
 
 impl Operand<'_> {
-    /// Refuses what is not rows of f32, one or some for each token of the call.
-    fn f32_of_tokens(&self, what: &str) -> Result<()> {
-        if self.ty.elem != ElemTy::F32 || extent(self.ty)?.rows != Rows::T {
-            let ty = self.ty;
+    /// Refuses what is not rows of f32, one or some for each token of the call, or for each result.
+    fn f32_rows(&self, what: &str, rows: Rows) -> Result<()> {
+        if self.ty.elem != ElemTy::F32 || extent(self.ty)?.rows != rows {
+            let each = if rows == Rows::T { "token" } else { "result" };
             return Err(Diag::target(format!(
-                "{what} of type {ty} have no kernel: they must be f32, for each token"
+                "{what} of type {} have no kernel: they must be f32, for each {each}",
+                self.ty
             )));
         }
         Ok(())
@@ -527,7 +539,10 @@ impl Lowering<'_> {
                 let args: Vec<Val> = operands.iter().flatten().cloned().collect();
                 let mut results = self.graph(&layer.graph, &layer.name, args)?;
                 let result = results.pop().ok_or_else(|| Diag::input("a layer without a result"))?;
-                self.tap(&layer.name, &result, out);
+                // What `main` gives is compared as its result.
+                if !graph.is_result(node.result) {
+                    self.tap(&layer.name, &result, out);
+                }
                 Ok(result)
             }
             Op::Embedding(e) => {
@@ -562,9 +577,9 @@ impl Lowering<'_> {
             }
             Op::Rope(rope) => {
                 let (x, table) = (get(0)?, get(1)?);
-                x.f32_of_tokens("rotated heads")?;
-                table.f32_of_tokens("angles")?;
                 let at = extent(x.ty)?;
+                x.f32_rows("rotated heads", at.rows)?;
+                table.f32_rows("angles", at.rows)?;
                 let spec = RopeSpec {
                     heads: at.per,
                     head_dim: at.cols,
@@ -577,7 +592,7 @@ impl Lowering<'_> {
                     },
                 };
                 let place = self.buffer(out)?;
-                let items = Items::per_token(1, 1);
+                let items = Extent { per: 1, ..at }.items();
                 self.launch(&name, KernelSpec::Rope(spec), &[x.val.place, table.val.place], &[place], items);
                 Ok(Val::plain(place))
             }
@@ -667,13 +682,13 @@ impl Lowering<'_> {
 
     /// Marks the value of a layer's result as worth comparing.
     fn tap(&mut self, layer: &str, result: &Val, ty: &TensorTy) {
-        let (Place::Buffer(buffer), Ok((Rows::T, width))) = (result.place, matrix(ty)) else { return };
+        let (Place::Buffer(buffer), Ok((rows, width))) = (result.place, matrix(ty)) else { return };
         if ty.elem != ElemTy::F32 {
             return;
         }
         let writer = self.steps.iter_mut().rev().find(|s| s.writes.contains(&result.place));
         if let Some(step) = writer {
-            step.tap = Some((layer.into(), buffer, width));
+            step.tap = Some(StepTap { name: layer.into(), buffer, rows, width });
         }
     }
 
@@ -689,8 +704,8 @@ impl Lowering<'_> {
         let &[_, Dim::Static(kv_heads), _] = &k.ty.shape.0[..] else {
             return Err(Diag::target(format!("keys of type {}", k.ty)));
         };
-        q.f32_of_tokens("queries")?;
         let cached = matches!(k.val.place, Place::State(_));
+        q.f32_rows("queries", if cached { at.rows } else { Rows::T })?;
         if cached != matches!(v.val.place, Place::State(_)) || k.ty.elem != v.ty.elem {
             return Err(Diag::target(format!(
                 "keys of type {} with values of type {} have no kernel",
@@ -699,8 +714,8 @@ impl Lowering<'_> {
             .help("both come from caches of one type, or both from this call"));
         }
         if !cached {
-            k.f32_of_tokens("keys")?;
-            v.f32_of_tokens("values")?;
+            k.f32_rows("keys", Rows::T)?;
+            v.f32_rows("values", Rows::T)?;
         }
         let fixed_scales = k.ty.elem.scheme().is_some_and(|s| s.group == Group::Axis(1));
         let in_states = scales.iter().all(|s| match s {
@@ -730,11 +745,12 @@ impl Lowering<'_> {
             softcap: None,
             source,
             q_stride: at.width(),
+            rows: at.rows,
         };
         spec.check().map_err(|why| Diag::target(format!("there is no such kernel: {why}")))?;
         self.scratch_bytes = self.scratch_bytes.max(spec.scratch_bytes());
         let place = self.buffer(out)?;
-        let items = Items::per_token(u64::from(spec.kv_heads), spec.block_rows());
+        let items = Items { div: spec.block_rows(), ..Extent { per: spec.kv_heads, ..at }.items() };
         let mut reads = vec![q.val.place, k.val.place, v.val.place];
         if cached {
             reads.extend([Place::Input(Input::Positions), Place::Input(Input::Base)]);
@@ -1288,7 +1304,12 @@ impl Lowering<'_> {
                 spec: for_class(&step.spec, range, self.limits.max_rows),
                 args: step.args.iter().map(|&p| at(p, &private)).collect(),
                 items: step.items,
-                tap: step.tap.as_ref().map(|(n, b, w)| (n.clone(), at(Place::Buffer(*b), &private), *w)),
+                tap: step.tap.as_ref().map(|tap| Rows32 {
+                    name: tap.name.clone(),
+                    at: at(Place::Buffer(tap.buffer), &private),
+                    rows: tap.rows,
+                    width: tap.width,
+                }),
                 overlaps_next: overlaps[i],
                 replicated: private.replicates(step),
             };
@@ -1302,6 +1323,7 @@ impl Lowering<'_> {
             let one = |r: &NamedRows| Rows32 {
                 name: r.name.clone(),
                 at: Ref::arena(arena.offsets[r.buffer]),
+                rows: Rows::T,
                 width: r.width,
             };
             all.iter().map(one).collect()

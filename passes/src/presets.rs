@@ -43,7 +43,7 @@ impl Preset {
 /// The pipeline around what is done to the weights and activations of a layer.
 macro_rules! pipeline {
     ($($in_layers:literal),+) => {
-        concat!("outline-layers, fold-constants, dedupe, layers(", $($in_layers, ", ",)+ "fuse-epilogue), drop-dead, pack-weights")
+        concat!("outline-layers, fold-constants, dedupe, layers(", $($in_layers, ", ",)+ "fuse-epilogue), drop-dead, narrow-rows, pack-weights")
     };
 }
 

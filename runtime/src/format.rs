@@ -321,7 +321,7 @@ pub enum Sym {
     R = 2,
 }
 
-/// A value to look at after a launch, or to give before one: `t` rows of `width` f32 in the arena.
+/// A value to look at after a launch, or to give before one: rows of `width` f32 in the arena.
 #[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
 pub struct Tap {
     /// The value's name in the model's graph.
@@ -333,6 +333,9 @@ pub struct Tap {
     /// Columns.
     #[prost(uint32, tag = "3")]
     pub width: u32,
+    /// Whether there is a row for each result wanted, and not for each token.
+    #[prost(bool, tag = "4")]
+    pub of_results: bool,
 }
 
 /// Tokens that begin and end a text.
@@ -677,7 +680,8 @@ impl Manifest {
             self.check_ref(arg).map_err(|e| e.at(format_args!("buffer {index}")))?;
         }
         if let Some(tap) = &launch.tap {
-            let bytes = u64::from(max_t.min(self.max_tokens)) * u64::from(tap.width) * 4;
+            let most = if tap.of_results { self.max_rows } else { self.max_tokens };
+            let bytes = u64::from(max_t.min(most)) * u64::from(tap.width) * 4;
             self.check_floats(&tap.at, bytes).map_err(|e| e.at(format_args!("tap {:?}", tap.name)))?;
         }
         Ok(())
@@ -901,7 +905,7 @@ mod tests {
                 Ref::scratch(8),
             ],
             items: Items::per_token(3, 2),
-            tap: Some(Tap { name: "x".into(), at: Ref::arena(64), width: 4 }),
+            tap: Some(Tap { name: "x".into(), at: Ref::arena(64), width: 4, of_results: false }),
             flags: NO_BARRIER_AFTER,
         };
         Manifest {

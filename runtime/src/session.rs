@@ -518,7 +518,7 @@ impl Session {
             let launch = &self.engine.manifest().programs[program].launches[index];
             let Some(value) = &launch.tap else { continue };
             let Some(RefKind::Arena(offset)) = value.at.kind else { continue };
-            let (rows, width) = (t as usize, value.width as usize);
+            let (rows, width) = (if value.of_results { rows } else { t } as usize, value.width as usize);
             tap(&value.name, rows, width, self.floats(offset as usize, rows * width));
         }
         self.advance(step);
