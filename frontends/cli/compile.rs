@@ -3,12 +3,12 @@
 use crate::failure::{Failure, Outcome};
 use crate::layer_exec::Compiled;
 use crate::report::EngineReport;
+use crate::text_model::{TextArgs, read_model};
 use crate::{agreement, cache_cost, opt, output, subject};
 use quantc_codegen::backend::CpuBackend;
 use quantc_codegen::engine::{self, Request};
 use quantc_codegen::targets;
 use quantc_codegen::tune::Tuning;
-use quantc_frontends::{ImportOptions, Imported};
 use quantc_ir::diag::{Diag, Diags, Loc};
 use quantc_ir::target::TargetDesc;
 use quantc_ir::ty::ElemTy;
@@ -30,7 +30,7 @@ use std::time::Instant;
 #[derive(clap::Args)]
 #[group(id = "how", required = true, multiple = false, args = ["preset", "pipeline"])]
 pub struct Args {
-    /// A model folder: config.json, safetensors, tokenizer.json.
+    /// A model folder with config.json, safetensors and tokenizer.json; or an `.onnx` file that reads text.
     model: PathBuf,
     /// The machine to compile for: a name from `quantc targets`, or `host`.
     #[arg(long)]
@@ -75,6 +75,8 @@ pub struct Args {
     #[arg(long)]
     agreement: Option<usize>,
     #[command(flatten)]
+    text: TextArgs,
+    #[command(flatten)]
     show: opt::Show,
     /// Print one JSON object about the engine.
     #[arg(long)]
@@ -113,6 +115,7 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
         pipeline: &text,
         out: &args.output,
         context: args.context,
+        text: &args.text,
         chunk: args.chunk,
         threads,
         show: &args.show,
@@ -250,6 +253,7 @@ pub struct Job<'a> {
     pipeline: &'a str,
     out: &'a Path,
     context: Option<u32>,
+    text: &'a TextArgs,
     chunk: u32,
     threads: usize,
     show: &'a opt::Show,
@@ -284,6 +288,7 @@ pub fn float_engine(model: &Path, out: &Path) -> Outcome {
         pipeline: Preset::get("f32")?.pipeline,
         out,
         context: None,
+        text: &TextArgs::default(),
         chunk: 0,
         threads: stats::available_cpus(),
         show: &show,
@@ -298,15 +303,6 @@ pub fn float_engine(model: &Path, out: &Path) -> Outcome {
     Ok(())
 }
 
-/// Reads a model: a folder, or a `.qir` file.
-pub fn read_model(path: &Path, store: &Store, context: Option<u32>) -> Outcome<Imported> {
-    if !path.is_dir() {
-        let diag = Diag::input("a model is a folder with config.json and safetensors files");
-        return Err(diag.in_file(path.display().to_string()).into());
-    }
-    Ok(quantc_frontends::import(path, store, &ImportOptions { context })?)
-}
-
 /// Imports, runs the pipeline and writes the engine.
 pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
     let say = |text: &str| {
@@ -316,7 +312,7 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
     };
     // Refused before hours of passes, not after them.
     engine::check_place(job.out)?;
-    let imported = read_model(job.model, store, job.context)?;
+    let imported = read_model(job.model, store, job.context, job.text)?;
     let mut module = imported.module;
     imported.notes.iter().for_each(|note| say(&format!("note: {note}")));
     if !imported.unused.is_empty() {

@@ -45,6 +45,7 @@ mod run;
 mod run_graph;
 mod score;
 mod subject;
+mod text_model;
 #[cfg(feature = "llvm")]
 mod tune;
 
