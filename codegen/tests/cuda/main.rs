@@ -2,6 +2,7 @@
 //! NVIDIA's compiler is found.
 
 mod broken;
+mod caches;
 #[path = "../common/codes.rs"]
 mod codes;
 #[cfg(feature = "cuda")]
@@ -13,3 +14,4 @@ mod rope;
 mod rows;
 mod support;
 mod texts;
+mod tokens;

@@ -303,6 +303,15 @@ impl Builder {
         self.emit(Stmt::Barrier);
     }
 
+    /// Counts the block; whether it is the last of `count`.
+    pub fn last_of(&mut self, counters: Mem, at: impl Into<Val>, count: impl Into<Val>) -> Val {
+        let Mem::Global(counter) = counters else { unreachable!("counters are a buffer") };
+        let to = self.reg(Ty::Pred);
+        let at = self.at(at);
+        self.emit(Stmt::LastOf { to, counter, at, count: count.into() });
+        to.into()
+    }
+
     /// Orders the shared memory accesses of a warp's lanes.
     pub fn sync_warp(&mut self) {
         self.emit(Stmt::SyncWarp);
