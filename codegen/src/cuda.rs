@@ -16,6 +16,7 @@
 //!
 //! What is not here: nothing launches kernels yet, and `quantc compile` does not know the targets of [`crate::targets::GPUS`].
 
+pub mod attention;
 pub mod cache;
 pub mod dequant;
 pub mod expr;

@@ -148,7 +148,7 @@ pub fn build_append(name: &str, spec: &AppendSpec) -> Result<Kernel> {
     let x = b.buffer("x", Access::Read);
     let table = spec.rotation.map(|_| b.buffer("table", Access::Read));
     let positions = b.buffer("positions", Access::Read);
-    let base = b.buffer("base", Access::Read);
+    let base = b.buffer("bases", Access::Read);
     let pages = spec.paged.then(|| b.buffer("pages", Access::Read));
     let scaled = rows.ty.is_scaled();
     let given = (scaled && rows.fixed_scales).then(|| b.buffer("given", Access::Read));

@@ -219,6 +219,8 @@ pub struct Buffer {
     pub name: String,
     /// What is done with it.
     pub access: Access,
+    /// Bytes that scratch and counters need for each of the first scalar argument; 0 for other buffers.
+    pub bytes_each: u64,
 }
 
 /// A number of blocks.

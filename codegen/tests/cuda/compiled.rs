@@ -1,10 +1,14 @@
 //! Kernels as launches would have them, compiled for the architectures: no stack, no spills, the instructions they owe.
 
-use crate::machine::check;
-use crate::{caches, products, rows};
+use crate::machine::{self, check};
+use crate::{attention, caches, products, rows};
+use quantc_codegen::cpu::attention::AttentionSpec;
 use quantc_codegen::cpu::cache::{CacheAppendSpec, Role};
 use quantc_codegen::cpu::gather::GatherSpec;
 use quantc_codegen::cpu::rope::{RopeSpec, RopeStyle, RopeTableSpec};
+use quantc_codegen::cuda::attention::AttentionCall;
+use quantc_codegen::cuda::attention::decode::{self, DecodeTile};
+use quantc_codegen::cuda::attention::prefill::{self, PrefillTile};
 use quantc_codegen::cuda::cache::{self, AppendSpec, Rotation};
 use quantc_codegen::cuda::gather;
 use quantc_codegen::cuda::row::{self, RowTile};
@@ -60,6 +64,33 @@ fn caches_and_tokens() {
         .flat_map(|(i, k)| GPUS.iter().skip(i % 2).step_by(2).map(move |gpu| (k.clone(), *gpu)))
         .collect();
     check("caches_and_tokens", &jobs);
+}
+
+/// Kernels of attention as launches would have them: one of each width for some caches, all of them when asked.
+#[test]
+fn attention_kernels() {
+    let mut jobs = vec![];
+    let all = machine::everything();
+    for (i, target) in GPUS.iter().enumerate() {
+        for (j, ty) in caches::TYPES.into_iter().enumerate() {
+            for (k, (heads, kv_heads, d)) in [(32, 8, 128), (8, 8, 64), (16, 1, 256)].into_iter().enumerate()
+            {
+                let call = attention::call(heads, kv_heads, d, ty, k == 0);
+                if all || (i + j + k) % 3 == 0 {
+                    let tile = DecodeTile::of(&call, 4, 8192, &target.gpu).unwrap();
+                    jobs.push((decode::build("decode", &call, tile).unwrap(), *target));
+                }
+                if all || (i + j + k) % 3 == 1 {
+                    let tile = PrefillTile::of(&call, &target.gpu).unwrap();
+                    jobs.push((prefill::build("prefill", &call, tile).unwrap(), *target));
+                }
+            }
+        }
+        let direct = AttentionCall::plain(AttentionSpec::direct(12, 12, 64, 0.125, i % 2 == 0), false);
+        let tile = PrefillTile::of(&direct, &target.gpu).unwrap();
+        jobs.push((prefill::build("direct", &direct, tile).unwrap(), *target));
+    }
+    check("attention_kernels", &jobs);
 }
 
 /// A product as a launch of up to `m` rows on a GPU would have it.

@@ -1,6 +1,7 @@
 //! CUDA kernels without a GPU: run by the interpreter against references, and compiled for every architecture where
 //! NVIDIA's compiler is found.
 
+mod attention;
 mod broken;
 mod caches;
 #[path = "../common/codes.rs"]

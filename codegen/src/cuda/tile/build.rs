@@ -54,7 +54,12 @@ impl Builder {
 
     /// Declares a buffer; all buffers come before the first scalar.
     pub fn buffer(&mut self, name: &str, access: Access) -> Mem {
-        self.kernel.buffers.push(Buffer { name: name.to_owned(), access });
+        self.workspace(name, access, 0)
+    }
+
+    /// Declares scratch or counters, of so many bytes for each of the first scalar argument.
+    pub fn workspace(&mut self, name: &str, access: Access, bytes_each: u64) -> Mem {
+        self.kernel.buffers.push(Buffer { name: name.to_owned(), access, bytes_each });
         Mem::Global(self.kernel.buffers.len() as u32 - 1)
     }
 
