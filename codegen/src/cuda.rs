@@ -23,6 +23,7 @@ pub mod expr;
 mod finish;
 pub mod frag;
 pub mod gather;
+pub mod group;
 pub mod interp;
 pub mod layout;
 #[cfg(feature = "cuda")]
@@ -34,5 +35,6 @@ pub mod sample;
 pub mod skinny;
 pub mod text;
 pub mod tile;
+pub mod tiles;
 mod warp;
 pub mod wide;

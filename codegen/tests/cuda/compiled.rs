@@ -1,7 +1,7 @@
 //! Kernels as launches would have them, compiled for the architectures: no stack, no spills, the instructions they owe.
 
 use crate::machine::{self, check};
-use crate::{attention, caches, products, rows};
+use crate::{attention, caches, groups, products, rows};
 use quantc_codegen::cpu::attention::AttentionSpec;
 use quantc_codegen::cpu::cache::{CacheAppendSpec, Role};
 use quantc_codegen::cpu::gather::GatherSpec;
@@ -11,13 +11,16 @@ use quantc_codegen::cuda::attention::decode::{self, DecodeTile};
 use quantc_codegen::cuda::attention::prefill::{self, PrefillTile};
 use quantc_codegen::cuda::cache::{self, AppendSpec, Rotation};
 use quantc_codegen::cuda::gather;
+use quantc_codegen::cuda::group::{self, GroupTile, Scales};
 use quantc_codegen::cuda::row::{self, RowTile};
 use quantc_codegen::cuda::sample::{self, SampleSpec};
 use quantc_codegen::cuda::skinny::{self, SkinnyTile};
+use quantc_codegen::cuda::tile::GroupKind;
+use quantc_codegen::cuda::tiles::rows::{self as tile_rows, From, RowTilesSpec};
 use quantc_codegen::cuda::wide::{self, WideTile};
 use quantc_codegen::cuda::{rope, tile::Kernel};
 use quantc_codegen::eexpr::{F32, MemTy};
-use quantc_codegen::spec::{AFmt, MatmulSpec};
+use quantc_codegen::spec::{AFmt, MatmulSpec, Rows};
 use quantc_codegen::targets::GPUS;
 use quantc_ir::target::GpuDesc;
 
@@ -118,6 +121,40 @@ fn skinny_products() {
         }
     }
     check("skinny_products", &jobs);
+}
+
+/// Products of groups of warps, where groups multiply: some of each format, all cuts when asked.
+#[test]
+fn group_products() {
+    let target = GPUS.iter().find(|t| t.gpu.arch == "sm_90a").unwrap();
+    let mut jobs = vec![];
+    for (i, format) in groups::FORMATS.into_iter().enumerate() {
+        for (m, gated, n) in [(4096, false, 4096), (4096, true, 14336), (64, false, 4096)] {
+            let spec = groups::spec(n, 4096, format, gated);
+            let tile = GroupTile::of(&spec, m, &target.gpu).unwrap();
+            let mut cuts = vec![tile];
+            if machine::everything() {
+                cuts.extend([64, 128].map(|columns| GroupTile { columns, stages: 3, ..tile }));
+            }
+            if i < 5 || machine::everything() {
+                jobs.extend(
+                    cuts.into_iter().map(|cut| (group::build("group", &spec, cut).unwrap(), *target)),
+                );
+            }
+        }
+    }
+    check("group_products", &jobs);
+    let mut jobs = vec![];
+    for (i, kind) in [GroupKind::Bf16, GroupKind::S8, GroupKind::E4m3].into_iter().enumerate() {
+        let scales = [Scales::None, Scales::Rows, Scales::Blocks][i];
+        let from = From::Floats { ty: MemTy::F32, stride: 4096, scales, sums: i == 1 };
+        let same = From::Same { stride: if i == 0 { 8256 } else { 4160 } };
+        for from in [from, same] {
+            let spec = RowTilesSpec { k: 4096, rows: Rows::T, kind, from };
+            jobs.push((tile_rows::build("tiles", &spec).unwrap(), *target));
+        }
+    }
+    check("group_products", &jobs);
 }
 
 #[test]
