@@ -16,10 +16,14 @@
 //!
 //! What is not here: nothing launches kernels yet, and `quantc compile` does not know the targets of [`crate::targets::GPUS`].
 
+pub mod attention;
+pub mod cache;
 pub mod dequant;
 pub mod expr;
 mod finish;
 pub mod frag;
+pub mod gather;
+pub mod group;
 pub mod interp;
 pub mod layout;
 #[cfg(feature = "cuda")]
@@ -27,8 +31,10 @@ pub mod nvrtc;
 mod product;
 pub mod rope;
 pub mod row;
+pub mod sample;
 pub mod skinny;
 pub mod text;
 pub mod tile;
+pub mod tiles;
 mod warp;
 pub mod wide;

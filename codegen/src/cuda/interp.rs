@@ -5,28 +5,38 @@
 //!
 //! - Addresses are in bounds and aligned to the bytes accessed.
 //! - Nothing is read that was not written: neither shared memory, nor outputs.
-//! - Each byte of an output is written at most once.
+//! - Each byte of an output is written at most once. What blocks hand each other is read by the last one only, when all
+//!   others have been counted.
 //! - Shared memory is free of races, whatever the interleaving was: each access happens after the accesses that it
 //!   conflicts with, by barriers and warp synchronization, never by luck. Vector clocks tell, with one clock a warp;
 //!   lanes of one warp are ordered by what synchronizes warps.
+//! - Barriers in shared memory are set up before they are used, and nobody waits for a phase that never ends. Bulk copies
+//!   and products of groups of warps touch bytes at any time from when they were asked for until they were waited for:
+//!   nobody else may meanwhile, nor read the sums. Fences are where they are needed.
 //! - Asynchronous copies are waited for before their bytes are read or overwritten, and before the kernel ends. Their
 //!   bytes arrive as late as they may.
 //! - Statements for all lanes of a warp, or all warps of a block, are reached by all of them.
 //!
 //! Arithmetic is that of the GPU to the bit, except that sums inside one bf16 matrix product are exact here and rounded
-//! once, where a GPU truncates on the way: results agree within the products' bounds, not to the bit.
+//! once, where a GPU truncates on the way, and that powers and logarithms are rounded right: results agree within these
+//! operations' bounds, not to the bit.
 
-use super::tile::{Access, Kernel, WARP};
+use super::tile::{Access, Kernel, Stmt, WARP};
 use std::fmt;
 
+mod bars;
+mod between;
 mod exec;
 pub(crate) mod fold;
+mod group;
 mod matrix;
 mod program;
 mod shared;
 mod warp;
 
-use program::Program;
+use bars::Bars;
+use between::Between;
+use program::{Program, Step};
 use shared::Shared;
 use warp::Warp;
 
@@ -103,6 +113,7 @@ pub struct Memory {
     pub buffers: Vec<Bytes>,
     /// What it cost.
     pub counts: Counts,
+    between: Between,
 }
 
 /// What outputs hold before they are written.
@@ -118,9 +129,14 @@ pub fn run(
     let program = Program::new(kernel);
     let bytes = kernel.buffers.iter().zip(buffers).map(|(desc, data)| match desc.access {
         Access::Read | Access::ReadBeforeWrite => Bytes { data: data.clone(), written: vec![] },
-        Access::Write => Bytes { data: vec![POISON; data.len()], written: vec![false; data.len()] },
+        Access::Counters => Bytes { data: data.clone(), written: vec![] },
+        Access::Update => Bytes { data: data.clone(), written: vec![false; data.len()] },
+        Access::Write | Access::Scratch => {
+            Bytes { data: vec![POISON; data.len()], written: vec![false; data.len()] }
+        }
     });
-    let mut memory = Memory { buffers: bytes.collect(), counts: Counts::default() };
+    let between = Between::new(kernel, buffers);
+    let mut memory = Memory { buffers: bytes.collect(), counts: Counts::default(), between };
     let fault = |what: &str| Fault { what: what.to_owned(), block: [0, 0], warp: 0, step: String::new() };
     if buffers.len() != kernel.buffers.len() || scalars.len() != kernel.scalars.len() {
         return Err(fault("the arguments are not those of the kernel"));
@@ -129,10 +145,13 @@ pub fn run(
         return Err(fault("a block is not made of whole warps"));
     }
     let [columns, rows] = kernel.grid.map(|e| e.blocks(scalars));
-    for y in 0..rows {
-        for x in 0..columns {
-            Block::new(&program, &mut memory, scalars, [x, y]).run(schedule)?;
-        }
+    for i in 0..rows * columns {
+        let i = if schedule == Schedule::Behind { rows * columns - 1 - i } else { i };
+        Block::new(&program, &mut memory, scalars, [i % columns, i / columns], i).run(schedule)?;
+    }
+    let counts = kernel.buffers.iter().zip(&memory.buffers).filter(|(b, _)| b.access == Access::Counters);
+    if let Some((desc, _)) = counts.into_iter().find(|(_, bytes)| bytes.data.iter().any(|&b| b != 0)) {
+        return Err(fault(&format!("`{}` does not end as zeros", desc.name)));
     }
     Ok(memory)
 }
@@ -142,6 +161,8 @@ pub fn run(
 enum Status {
     Ready,
     AtBarrier,
+    /// For a phase of a barrier in shared memory.
+    Waiting,
     Done,
 }
 
@@ -150,25 +171,46 @@ struct Block<'a> {
     memory: &'a mut Memory,
     scalars: &'a [u32],
     at: [u32; 2],
+    /// Among all blocks.
+    number: u32,
     shared: Shared,
+    bars: Bars,
     warps: Vec<Warp>,
 }
 
 impl<'a> Block<'a> {
-    fn new(program: &'a Program<'a>, memory: &'a mut Memory, scalars: &'a [u32], at: [u32; 2]) -> Block<'a> {
+    fn new(
+        program: &'a Program<'a>,
+        memory: &'a mut Memory,
+        scalars: &'a [u32],
+        at: [u32; 2],
+        number: u32,
+    ) -> Block<'a> {
         let kernel = program.kernel;
         let count = (kernel.threads / WARP) as usize;
         let shared = Shared::new(kernel.shared, kernel.shared_granule(), count);
-        let warps = (0..count).map(|w| Warp::new(kernel, w)).collect();
-        Block { program, memory, scalars, at, shared, warps }
+        let warps = (0..count).map(|w| Warp::new(kernel, w, program.groups)).collect();
+        let bars = Bars::new(count);
+        Block { program, memory, scalars, at, number, shared, bars, warps }
     }
 
     fn run(&mut self, schedule: Schedule) -> Result<(), Fault> {
         let mut order = Order::new(schedule);
         loop {
-            let ready: Vec<usize> =
-                (0..self.warps.len()).filter(|&w| self.warps[w].status == Status::Ready).collect();
+            if self.bars.under_way() > 0 && order.lands_early() {
+                let which = order.pick(self.bars.under_way());
+                self.land(which);
+            }
+            let ready: Vec<usize> = (0..self.warps.len()).filter(|&w| self.may_go(w)).collect();
+            if ready.is_empty() && self.bars.under_way() > 0 {
+                let which = order.pick(self.bars.under_way());
+                self.land(which);
+                continue;
+            }
             if ready.is_empty() {
+                if let Some(stuck) = self.warps.iter().position(|w| w.status == Status::Waiting) {
+                    return Err(self.fault(stuck, "a warp waits for a phase that never ends".into()));
+                }
                 if self.warps.iter().all(|w| w.status == Status::Done) {
                     return self.finish();
                 }
@@ -176,6 +218,7 @@ impl<'a> Block<'a> {
                 continue;
             }
             let warp = order.next(&ready);
+            self.warps[warp].status = Status::Ready;
             // Between points where others can be told apart by what they see, a warp may as well run on.
             let steps = if matches!(schedule, Schedule::Ahead | Schedule::Behind) { usize::MAX } else { 1 };
             for _ in 0..steps {
@@ -201,7 +244,11 @@ impl<'a> Block<'a> {
         if let Some(other) = places.iter().position(|&p| p != places[0]) {
             return Err(self.fault(other, "warps wait at different barriers".into()));
         }
-        let joined = (0..self.warps.len())
+        if let Some(Step::Plain(Stmt::LastOf { to, counter, at, count })) = self.program.steps.get(places[0])
+        {
+            self.count(*to, *counter, *at, *count).map_err(|what| self.fault(0, what))?;
+        }
+        let joined = (0..self.warps[0].clock.len())
             .map(|i| self.warps.iter().map(|w| w.clock[i]).max().unwrap_or(0))
             .collect::<Vec<_>>();
         for (i, warp) in self.warps.iter_mut().enumerate() {
@@ -214,6 +261,12 @@ impl<'a> Block<'a> {
     }
 
     fn finish(&self) -> Result<(), Fault> {
+        if self.bars.under_way() > 0 {
+            return Err(self.fault(0, "a bulk copy is never waited for".into()));
+        }
+        if let Some(warp) = self.warps.iter().position(|w| w.group.under_way()) {
+            return Err(self.fault(warp, "a product of a group is never waited for".into()));
+        }
         match self.warps.iter().position(Warp::has_copies) {
             Some(warp) => Err(self.fault(warp, "an asynchronous copy is never waited for".into())),
             None => Ok(()),
@@ -233,11 +286,25 @@ impl Order {
     }
 
     fn next(&mut self, ready: &[usize]) -> usize {
+        ready[self.pick(ready.len())]
+    }
+
+    /// Whether a bulk copy lands before anybody waits for it.
+    fn lands_early(&mut self) -> bool {
+        match self.schedule {
+            Schedule::Ahead => true,
+            Schedule::Turns | Schedule::Behind => false,
+            Schedule::Random(_) => self.pick(8) == 0,
+        }
+    }
+
+    /// One of so many.
+    fn pick(&mut self, count: usize) -> usize {
         self.state = self.state.wrapping_add(1);
         let at = match self.schedule {
             Schedule::Turns => self.state,
             Schedule::Ahead => 0,
-            Schedule::Behind => ready.len() as u64 - 1,
+            Schedule::Behind => count as u64 - 1,
             // Sebastiano Vigna's splitmix64.
             Schedule::Random(_) => {
                 let mut z = self.state.wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -246,6 +313,6 @@ impl Order {
                 z ^ z >> 31
             }
         };
-        ready[(at % ready.len() as u64) as usize]
+        (at % count as u64) as usize
     }
 }

@@ -12,6 +12,11 @@ use std::process::Command;
 /// Where `make nvrtc` puts things.
 const FETCHED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/nvrtc/nvidia/cu13");
 
+/// Whether all configurations are to be compiled, and all machine code is to be looked at: takes minutes.
+pub fn everything() -> bool {
+    std::env::var_os("QUANTC_ALL_CUBINS").is_some()
+}
+
 /// NVRTC from the folder the environment names, or where `make nvrtc` puts it; says so when there is none.
 pub fn compiler(test: &str) -> Option<Compiler> {
     let fetched = Path::new(FETCHED).join("lib");
@@ -34,17 +39,29 @@ fn disassembler(test: &str) -> Option<PathBuf> {
 pub fn check(test: &str, jobs: &[(Kernel, &GpuTarget)]) {
     let Some(compiler) = compiler(test) else { return };
     let disassembler = disassembler(test);
+    let all = everything();
     jobs.par_iter().enumerate().for_each(|(i, (kernel, target))| {
         let what = format!("{} for {}", kernel.name, target.name);
         let cubin = compiler.compile(&emit(kernel), &target.gpu).unwrap_or_else(|e| panic!("{what}: {e}"));
         let [usage] = cubin.usage().try_into().unwrap_or_else(|_| panic!("{what}: {}", cubin.log));
+        if all {
+            let wide = kernel.shared;
+            eprintln!(
+                "{what}: {} registers, {} threads, {wide} bytes shared",
+                usage.registers, kernel.threads
+            );
+        }
         assert_eq!((usage.spills, usage.stack, usage.shared), (0, 0, 0), "{what}: {}", cubin.log);
         let registers = usage.registers.next_multiple_of(8) * kernel.threads * kernel.blocks_per_sm;
         assert!(registers <= target.gpu.registers, "{what}: {} registers", usage.registers);
         assert!(kernel.shared <= target.gpu.shared_bytes, "{what}: {} bytes shared", kernel.shared);
         // Every third: to take code apart takes longer than to make it.
-        let products = count(&kernel.body, &|s| matches!(s, Stmt::Mma { .. })) > 0;
-        if let Some(tool) = disassembler.as_ref().filter(|_| products && i % 3 == 0) {
+        // What the assembler says when it gives up on what a kernel is made for.
+        for word in ["setmaxnreg", "serializ"] {
+            assert!(!cubin.log.contains(word), "{what}: {}", cubin.log);
+        }
+        let products = count(&kernel.body, &|s| matches!(s, Stmt::Mma { .. } | Stmt::GroupMma { .. })) > 0;
+        if let Some(tool) = disassembler.as_ref().filter(|_| products && (all || i % 3 == 0)) {
             contract(&what, kernel, &instructions(tool, &cubin));
         }
     });
@@ -75,6 +92,20 @@ fn contract(what: &str, kernel: &Kernel, code: &[String]) {
     assert_eq!(local, 0, "{what}: registers in memory");
     let products = count_of(&|i| i.starts_with("HMMA.16816.F32.BF16") || i.starts_with("IMMA.16832.S8.S8"));
     assert_eq!(products, of(&|s| matches!(s, Stmt::Mma { .. })), "{what}: matrix products");
+    let groups = count_of(&|i| {
+        let whole = |kind: &str, types: &str| i.starts_with(kind) && i.contains(types);
+        whole("HGMMA.64x", ".F32.BF16")
+            || whole("QGMMA.64x", ".F32.E4M3.E4M3")
+            || whole("IGMMA.64x", ".S8.S8")
+    });
+    assert_eq!(groups, of(&|s| matches!(s, Stmt::GroupMma { .. })), "{what}: products of groups");
+    let bulk = count_of(&|i| i.starts_with("UBLKCP"));
+    assert_eq!(bulk, of(&|s| matches!(s, Stmt::BulkCopy { .. })), "{what}: bulk copies");
+    let waits = count_of(&|i| i.starts_with("SYNCS.PHASECHK"));
+    assert!(waits >= of(&|s| matches!(s, Stmt::BarWait { .. })), "{what}: waits for barriers");
+    let registers = count_of(&|i| i.starts_with("USETMAXREG"));
+    assert_eq!(registers, of(&|s| matches!(s, Stmt::Registers { .. })), "{what}: changes of registers");
+    let products = products + groups;
     let other = count_of(&|i| i.split('.').next().is_some_and(|name| name.ends_with("MMA")));
     assert_eq!(other, products, "{what}: matrix products of another kind");
     // Copies and loads keep their width; the compiler may repeat them.

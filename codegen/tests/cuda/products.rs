@@ -17,7 +17,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// A random matrix in a format.
-fn matrix(n: u32, k: u32, w: WFmt, rng: &mut ChaCha8Rng) -> Unpacked {
+pub fn matrix(n: u32, k: u32, w: WFmt, rng: &mut ChaCha8Rng) -> Unpacked {
     let groups = (n * k.div_ceil(w.group)) as usize;
     let codes: Vec<Vec<u8>> = (0..n * k).map(|_| random_code(w.code, rng)).collect();
     let mut m = Unpacked { codes: codes.concat(), ..Unpacked::default() };
@@ -36,7 +36,7 @@ fn matrix(n: u32, k: u32, w: WFmt, rng: &mut ChaCha8Rng) -> Unpacked {
 }
 
 /// The weights in f64, `[n][k]`: code less zero point, and the scale.
-fn weights(m: &Unpacked, n: u32, k: u32, w: WFmt) -> Vec<(f64, f64)> {
+pub fn weights(m: &Unpacked, n: u32, k: u32, w: WFmt) -> Vec<(f64, f64)> {
     let groups = k.div_ceil(w.group);
     let bytes = w.code.source_bytes();
     let at = |row: u32, col: u32| {
