@@ -13,9 +13,11 @@
 //! | [`rope`] | tables of rotations, and the rotation of heads |
 //! | [`skinny`] | products of up to 64 tokens: int4, int8, fp8, e2m1 and bf16 weights with bf16 rows, int4 and int8 weights with int8 rows |
 //! | [`wide`] | products of many tokens, of the same formats from the same packed weights |
+//! | [`plain`] | rows of tables, rows into caches, attention |
 //!
-//! What is not here: nothing launches kernels yet, and `quantc compile` does not know the targets of [`crate::targets::GPUS`].
+//! [`plan`] chooses the template for each launch of a lowered module.
 
+pub mod backend;
 pub mod dequant;
 pub mod expr;
 mod finish;
@@ -24,6 +26,8 @@ pub mod interp;
 pub mod layout;
 #[cfg(feature = "cuda")]
 pub mod nvrtc;
+pub mod plain;
+pub mod plan;
 mod product;
 pub mod rope;
 pub mod row;

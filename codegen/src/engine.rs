@@ -3,6 +3,8 @@
 //! The folder is made under a temporary name beside its place and renamed when it is whole, so an interrupted
 //! compilation leaves no half an engine. Its bytes depend on the module, the target and the limits only.
 
+use crate::backend::Order;
+use crate::cuda::plan;
 use crate::kernels::{self, KernelReport, Objects};
 use crate::lower::{self, BlobSource, EngineBlob, Limits, Lowered};
 use crate::spec::KernelSpec;
@@ -76,12 +78,9 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
         }
     };
     let limits = Limits { always_full: request.always_full, ..limits(module, request.max_tokens, encoder)? };
-    let lowered = lower::lower(module, request.store, limits)?;
+    let lowered = lower::lower_for(Order::of(request.target), module, request.store, limits)?;
     let specs = specs(&lowered);
-    let (object, mut reports) = match (request.objects, request.tuning) {
-        (Some(objects), None) => objects.compile(&specs, request.target)?,
-        (_, tuning) => kernels::compile(&specs, request.target, tuning)?,
-    };
+    let Made { kernels_file, bytes: object, mut reports, gpu } = make(&request, &specs, limits)?;
     name_launches(&mut reports, &lowered);
 
     let folder = Folder::create(out)?;
@@ -92,7 +91,7 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
     report.insert("kernels".into(), kernels);
     let report =
         serde_json::to_string_pretty(&report).map_err(|e| Diag::bug(format!("the report: {e}")))? + "\n";
-    let mut files = vec![weights_file, folder.write(format::KERNELS_FILE, &object)?];
+    let mut files = vec![weights_file, folder.write(kernels_file, &object)?];
     files.push(folder.write("report.json", report.as_bytes())?);
     let pipeline = module.pipeline.clone().unwrap_or_default();
     files.push(folder.write("pipeline.txt", format!("{pipeline}\n").as_bytes())?);
@@ -145,6 +144,7 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
         files,
         pipeline,
         facts,
+        gpu,
     };
     manifest.validate().map_err(|e| Diag::bug(format!("the engine's manifest is not valid: {e}")))?;
     folder.write(format::MANIFEST_TEXT_FILE, manifest.to_text().as_bytes())?;
@@ -156,6 +156,50 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
     };
     folder.publish(out)?;
     Ok(written)
+}
+
+/// Kernels, compiled.
+struct Made {
+    kernels_file: &'static str,
+    bytes: Vec<u8>,
+    reports: Vec<KernelReport>,
+    gpu: Option<format::Gpu>,
+}
+
+fn make(request: &Request<'_>, specs: &BTreeMap<String, KernelSpec>, limits: Limits) -> Result<Made> {
+    let Some(gpu) = request.target.gpu else {
+        let (bytes, reports) = match (request.objects, request.tuning) {
+            (Some(objects), None) => objects.compile(specs, request.target)?,
+            (_, tuning) => kernels::compile(specs, request.target, tuning)?,
+        };
+        return Ok(Made { kernels_file: format::KERNELS_FILE, bytes, reports, gpu: None });
+    };
+    if request.tuning.is_some() {
+        return Err(Diag::target(format!("there are no tuning tables for {}", request.target.name))
+            .help("the target's cost model chooses"));
+    }
+    let code = plan::compile(specs, gpu, request.store, limits.max_tokens)?;
+    let report = |kernel: &plan::Compiled| KernelReport {
+        symbol: kernel.launch.symbol.clone(),
+        template: kernel.template,
+        choice: kernel.choice.clone(),
+        refused: vec![],
+        launches: vec![],
+        work: specs.get(&kernel.launch.symbol).and_then(kernels::Work::of),
+        product: None,
+        gpu: Some(kernel.report.clone()),
+    };
+    let reports = code.kernels.iter().map(report).collect();
+    let (launches, entries) = code.kernels.into_iter().map(|k| (k.launch, k.entry)).unzip();
+    let (major, minor) = code.nvrtc;
+    let gpu = format::Gpu {
+        arch: gpu.arch.into(),
+        page_rows: plan::PAGE,
+        cuda: (major * 1000 + minor * 10) as u32,
+        kernels: launches,
+    };
+    let bytes = format::GpuCode { kernels: entries }.encode_file();
+    Ok(Made { kernels_file: format::GPU_KERNELS_FILE, bytes, reports, gpu: Some(gpu) })
 }
 
 /// Sizes that follow from the module.

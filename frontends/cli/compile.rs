@@ -4,7 +4,7 @@ use crate::failure::{Failure, Outcome};
 use crate::layer_exec::Compiled;
 use crate::report::EngineReport;
 use crate::{agreement, cache_cost, opt, output, subject};
-use quantc_codegen::backend::CpuBackend;
+use quantc_codegen::backend;
 use quantc_codegen::engine::{self, Request};
 use quantc_codegen::targets;
 use quantc_codegen::tune::Tuning;
@@ -353,12 +353,13 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
         facts.push(Fact::Data);
     }
     let tokenizer = tokenizer.map(|(bytes, t)| Ok::<_, Diag>((bytes, t.to_compact()?))).transpose()?;
-    let backend = CpuBackend::new(job.target);
+    let backend = backend::of(job.target);
+    let backend = &*backend;
     let parsed = pipeline::parse(job.pipeline)?;
     let checked =
-        pipeline::check_given(&parsed, job.registry, &module, Some(job.target), Some(&backend), &facts)?;
+        pipeline::check_given(&parsed, job.registry, &module, Some(job.target), Some(backend), &facts)?;
     let checked = job.show.stop(checked)?;
-    let env = Env { threads: job.threads, ..Env::new(store).with_backend(&backend) };
+    let env = Env { threads: job.threads, ..Env::new(store).with_backend(backend) };
     let mut progress = LayerProgress::new(job.quiet);
     let mut memory = Memory::default();
     let mut hooks: [&mut dyn manager::Hook; 2] = [&mut progress, &mut memory];

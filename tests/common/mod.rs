@@ -2,6 +2,9 @@
 //! results, damaged files, and numbers to compare.
 #![allow(dead_code, reason = "each test file uses a part of this")]
 
+#[cfg(feature = "llvm")]
+pub mod device;
+
 use quantc_codegen::targets;
 use quantc_passes::presets::Preset;
 use quantc_runtime::session::{Session, SessionOptions};
