@@ -375,7 +375,10 @@ impl Memory {
         let recorded = launches.iter().try_for_each(|launch| self.launch(manifest, launch, t, r));
         // What was begun is ended, whatever became of it.
         let graph = self.loaded.lock().end();
-        recorded?;
+        if let (Err(error), Ok(graph)) = (&recorded, &graph) {
+            self.loaded.lock().forget(*graph);
+            return Err(error.clone());
+        }
         let graph = graph?;
         if self.graphs.len() == MOST_GRAPHS {
             let (_, oldest) = self.graphs.remove(0);
