@@ -28,12 +28,20 @@ fn session(engine: &Arc<Engine>, slots: u32) -> Session {
     Session::new(engine.clone(), &options).unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// A small model for a target; a prompt of more than 12 tokens runs in chunks.
+/// A small model for a target with a cache of bf16; a prompt of more than 12 tokens runs in chunks.
 fn tiny(model: &str, preset: &str, target: &str) -> Recipe {
-    Recipe::preset(models(model), preset).target(target).with(&["--chunk", "12", "--agreement", "0"])
+    cached(model, preset, target, "bf16")
+}
+
+fn cached(model: &str, preset: &str, target: &str, cache: &str) -> Recipe {
+    let more = ["--chunk", "12", "--agreement", "0", "--kv-cache", cache];
+    Recipe::preset(models(model), preset).target(target).with(&more)
 }
 
 const PROMPT: [u32; 14] = [1, 40, 22, 7, 18, 9, 31, 27, 44, 31, 5, 38, 12, 29];
+
+/// Attention of GPUs rounds queries and weights to bf16, 2^-9 off, which a model of random weights makes more of.
+const ATTENTION: f64 = 2e-2;
 
 /// Logits of an engine for a GPU and of one for this machine.
 fn compare(recipe: impl Fn(&str) -> Recipe, target: &str, limit: f64) {
@@ -49,14 +57,16 @@ fn compare(recipe: impl Fn(&str) -> Recipe, target: &str, limit: f64) {
 /// sums differ in the last place, a number of a bf16 row may round to its other neighbour, 2^-8 away.
 #[test]
 fn a_story_is_told_as_on_a_processor() {
-    let recipe = |target: &str| tiny("tales-3M", "w4a16-g128", target).with(&["--context", "64"]);
+    let recipe = |target: &str| tiny("tales-3M", "w4a16-g128", target).with(&["--context", "512"]);
     let (engine, _loaded) = on_device(&recipe("cuda-sm90").built());
+    let (scratch, counters) = engine.manifest().workspace_bytes();
+    assert!(scratch > 0 && counters > 0, "keys are split among blocks");
     let mut gpu = session(&engine, 1);
     let mut host = recipe("host").built().session(1);
     let (got, want) = (logits(&mut gpu, &PROMPT[..7]), logits(&mut host, &PROMPT[..7]));
     let apart = relative(&got, &want);
     eprintln!("{apart:.1e}");
-    assert!(apart < 3e-3, "{apart}");
+    assert!(apart < 5e-3, "{apart}");
     assert_eq!(greedy(&mut gpu, &PROMPT[..5], 1), greedy(&mut host, &PROMPT[..5], 1));
 }
 
@@ -70,7 +80,9 @@ fn every_architecture_runs() {
         ("tiny-qwen2", "fp8", "cuda-sm100"),
         ("tiny-qwen3", "w8a16", "cuda-sm120"),
     ] {
-        compare(|target| tiny(model, preset, target), target, 5e-3);
+        // Where sums differ in the last place, a number of a row of int8 is its other code, 1/127 of the largest.
+        let limit = if preset.ends_with("a16-g32") || preset == "bf16" { ATTENTION } else { 3.0 * ATTENTION };
+        compare(|target| tiny(model, preset, target), target, limit);
     }
 }
 
@@ -85,14 +97,14 @@ fn an_encoder_runs() {
     let segments = [0, 0, 0, 1, 1];
     let got = gpu.encode_segments(&PROMPT[..5], &segments).expect("the text fits").to_vec();
     let want = host.encode_segments(&PROMPT[..5], &segments).expect("the text fits");
-    assert!(relative(&got, want) < 5e-3, "{}", relative(&got, want));
+    assert!(relative(&got, want) < ATTENTION, "{}", relative(&got, want));
 }
 
 #[test]
 fn caches_of_every_format_run() {
-    for format in ["f16", "bf16", "int8", "fp8"] {
-        let recipe = |target: &str| tiny("tiny-llama3", "w8a16", target).with(&["--kv-cache", format]);
-        compare(recipe, "cuda-sm90", 5e-3);
+    for format in ["f32", "f16", "bf16", "int8", "fp8"] {
+        let recipe = |target: &str| cached("tiny-llama3", "w8a16", target, format);
+        compare(recipe, "cuda-sm90", if ["f32", "f16"].contains(&format) { 5e-3 } else { ATTENTION });
     }
 }
 

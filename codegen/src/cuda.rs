@@ -13,15 +13,22 @@
 //! | [`rope`] | tables of rotations, and the rotation of heads |
 //! | [`skinny`] | products of up to 64 tokens: int4, int8, fp8, e2m1 and bf16 weights with bf16 rows, int4 and int8 weights with int8 rows |
 //! | [`wide`] | products of many tokens, of the same formats from the same packed weights |
-//! | [`plain`] | rows of tables, rows into caches, attention |
+//! | [`gather`] | rows of tables |
+//! | [`cache`] | rows into paged caches, perhaps rotated |
+//! | [`attention`] | over paged caches or the rows of the call: few tokens with keys split among blocks, and many tokens |
+//! | [`sample`] | tokens chosen from logits |
+//! | [`plain`] | appends and attention for caches that the others do not have: f32, f16, and heads of odd widths |
 //!
 //! [`plan`] chooses the template for each launch of a lowered module.
 
+pub mod attention;
 pub mod backend;
+pub mod cache;
 pub mod dequant;
 pub mod expr;
 mod finish;
 pub mod frag;
+pub mod gather;
 pub mod interp;
 pub mod layout;
 #[cfg(feature = "cuda")]
@@ -31,6 +38,7 @@ pub mod plan;
 mod product;
 pub mod rope;
 pub mod row;
+pub mod sample;
 pub mod skinny;
 pub mod text;
 pub mod tile;

@@ -79,8 +79,7 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
     };
     let limits = Limits { always_full: request.always_full, ..limits(module, request.max_tokens, encoder)? };
     let lowered = lower::lower_for(Order::of(request.target), module, request.store, limits)?;
-    let specs = specs(&lowered);
-    let Made { kernels_file, bytes: object, mut reports, gpu } = make(&request, &specs, limits)?;
+    let Made { kernels_file, bytes: object, mut reports, gpu } = make(&request, &lowered)?;
     name_launches(&mut reports, &lowered);
 
     let folder = Folder::create(out)?;
@@ -152,7 +151,7 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
     let written = Written {
         weight_bytes: manifest.weight_bytes,
         decode_bytes_per_token: streamed,
-        kernels: specs.len(),
+        kernels: reports.len(),
     };
     folder.publish(out)?;
     Ok(written)
@@ -166,8 +165,9 @@ struct Made {
     gpu: Option<format::Gpu>,
 }
 
-fn make(request: &Request<'_>, specs: &BTreeMap<String, KernelSpec>, limits: Limits) -> Result<Made> {
+fn make(request: &Request<'_>, lowered: &Lowered) -> Result<Made> {
     let Some(gpu) = request.target.gpu else {
+        let specs = &specs(lowered);
         let (bytes, reports) = match (request.objects, request.tuning) {
             (Some(objects), None) => objects.compile(specs, request.target)?,
             (_, tuning) => kernels::compile(specs, request.target, tuning)?,
@@ -178,14 +178,21 @@ fn make(request: &Request<'_>, specs: &BTreeMap<String, KernelSpec>, limits: Lim
         return Err(Diag::target(format!("there are no tuning tables for {}", request.target.name))
             .help("the target's cost model chooses"));
     }
-    let code = plan::compile(specs, gpu, request.store, limits.max_tokens)?;
+    let programs = lowered.programs.iter();
+    let wanted = programs.flat_map(|(tokens, launches)| {
+        let want =
+            |l: &lower::Launch| (l.symbol.clone(), plan::Want { spec: l.spec.clone(), tokens: *tokens });
+        launches.iter().map(want)
+    });
+    let wanted: BTreeMap<String, plan::Want> = wanted.collect();
+    let code = plan::compile(&wanted, gpu, request.store)?;
     let report = |kernel: &plan::Compiled| KernelReport {
         symbol: kernel.launch.symbol.clone(),
         template: kernel.template,
         choice: kernel.choice.clone(),
         refused: vec![],
         launches: vec![],
-        work: specs.get(&kernel.launch.symbol).and_then(kernels::Work::of),
+        work: wanted.get(&kernel.launch.symbol).and_then(|want| kernels::Work::of(&want.spec)),
         product: None,
         gpu: Some(kernel.report.clone()),
     };
@@ -223,13 +230,13 @@ fn limits(module: &Module, max_tokens: u32, encoder: bool) -> Result<Limits> {
 /// Every kernel of a lowered module by its symbol.
 fn specs(lowered: &Lowered) -> BTreeMap<String, KernelSpec> {
     let launches = lowered.programs.iter().flat_map(|(_, launches)| launches);
-    launches.map(|l| (l.spec.key(), l.spec.clone())).collect()
+    launches.map(|l| (l.symbol.clone(), l.spec.clone())).collect()
 }
 
 fn name_launches(reports: &mut [KernelReport], lowered: &Lowered) {
     let mut names: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for launch in lowered.programs.iter().flat_map(|(_, launches)| launches) {
-        let users = names.entry(launch.spec.key()).or_default();
+        let users = names.entry(launch.symbol.clone()).or_default();
         if !users.contains(&launch.name) {
             users.push(launch.name.clone());
         }
@@ -241,7 +248,7 @@ fn name_launches(reports: &mut [KernelReport], lowered: &Lowered) {
 
 fn programs(lowered: &Lowered) -> Vec<Program> {
     let launch = |l: &lower::Launch| Launch {
-        symbol: l.spec.key(),
+        symbol: l.symbol.clone(),
         name: l.name.clone(),
         args: l.args.clone(),
         items: l.items,

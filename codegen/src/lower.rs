@@ -14,6 +14,7 @@ use crate::cpu::cache::{CODE_COLUMNS, CacheAppendSpec, CacheTy, Role};
 use crate::cpu::gather::GatherSpec;
 use crate::cpu::rope::{RopeSpec, RopeStyle, RopeTableSpec};
 use crate::cpu::row::{RowCount, RowSpec};
+use crate::cuda::plan;
 use crate::eexpr::{BinaryOp, EExpr, F32, MemTy, NodeId, OutputKind, UnaryOp};
 use crate::schedule::{self, Buffer};
 use crate::spec::{AFmt, KernelSpec, MRange, MatmulSpec, Rows, bf16_row_stride};
@@ -51,7 +52,7 @@ fn classes_of(order: Order, max_tokens: u32) -> Vec<MRange> {
     let bounds: &[u32] = match order {
         Order::Panels => &[1, 4, 16, u32::MAX],
         // Products of warps take 8 tokens at a time; beyond 64 they are bound by arithmetic.
-        Order::Fragments => &[8, 16, 32, 64, u32::MAX],
+        Order::Fragments => &[1, 8, 16, 32, 64, u32::MAX],
     };
     let mut from = 1;
     let mut classes = vec![];
@@ -138,6 +139,8 @@ pub struct Launch {
     pub name: String,
     /// The kernel.
     pub spec: KernelSpec,
+    /// The kernel's symbol.
+    pub symbol: String,
     /// Arguments.
     pub args: Vec<Ref>,
     /// Number of work items.
@@ -206,7 +209,7 @@ pub fn lower_for(order: Order, module: &Module, store: &Store, limits: Limits) -
         states: module
             .states
             .iter()
-            .map(|(_, s)| Ok((s.name.clone(), state_row_bytes(&s.ty)?)))
+            .map(|(_, s)| Ok((s.name.clone(), state_row_bytes(order, &s.ty)?)))
             .collect::<Result<_>>()?,
         scratch_bytes: 0,
     };
@@ -259,9 +262,12 @@ fn named_rows(graph: &Graph, v: ValueId, val: &Val) -> Result<NamedRows> {
     Ok(NamedRows { name, buffer, width })
 }
 
-fn state_row_bytes(ty: &TensorTy) -> Result<u64> {
+fn state_row_bytes(order: Order, ty: &TensorTy) -> Result<u64> {
     let dims = ty.shape.dims().filter(|d| !d.is_empty());
     let mut dims = dims.ok_or_else(|| Diag::target(format!("a state of type {ty} has no fixed rows")))?;
+    if let (Order::Fragments, &[_, heads, columns]) = (order, &dims[..]) {
+        return Ok(plan::state_row_bytes(cache_ty(ty)?, small(heads, ty)?, small(columns, ty)?));
+    }
     if let (ElemTy::Q(_), [_, .., columns]) = (ty.elem, &mut dims[..]) {
         *columns = columns.next_multiple_of(u64::from(CODE_COLUMNS));
     }
@@ -1315,14 +1321,26 @@ impl Lowering<'_> {
             let shared =
                 |place: &&Place| !matches!(place, Place::Buffer(b) if private.offsets.contains_key(b));
             let overlaps = overlaps(&self.steps, shared, bytes);
-            let launch = |(i, step): (usize, &Step)| Launch {
-                name: step.name.clone(),
-                spec: for_class(&step.spec, range, self.limits.max_rows),
-                args: step.args.iter().map(|&p| at(p, &private)).collect(),
-                items: step.items,
-                tap: step.tap.as_ref().map(|(n, b, w)| (n.clone(), at(Place::Buffer(*b), &private), *w)),
-                overlaps_next: overlaps[i],
-                replicated: private.replicates(step),
+            let kernel = |step: &Step| {
+                let spec = for_class(self.order, &step.spec, range, self.limits.max_rows);
+                let symbol = match self.order {
+                    Order::Panels => spec.key(),
+                    Order::Fragments => plan::symbol(&spec, range),
+                };
+                (spec, symbol)
+            };
+            let launch = |(i, step): (usize, &Step)| {
+                let (spec, symbol) = kernel(step);
+                Launch {
+                    name: step.name.clone(),
+                    spec,
+                    symbol,
+                    args: step.args.iter().map(|&p| at(p, &private)).collect(),
+                    items: step.items,
+                    tap: step.tap.as_ref().map(|(n, b, w)| (n.clone(), at(Place::Buffer(*b), &private), *w)),
+                    overlaps_next: overlaps[i],
+                    replicated: private.replicates(step),
+                }
             };
             (range, self.steps.iter().enumerate().map(launch).collect())
         };
@@ -1546,9 +1564,14 @@ fn launch_name(function: &str, graph: &Graph, node: &Node) -> String {
 }
 
 /// The spec of a step for one class of tokens.
-fn for_class(spec: &KernelSpec, range: MRange, max_rows: u32) -> KernelSpec {
+fn for_class(order: Order, spec: &KernelSpec, range: MRange, max_rows: u32) -> KernelSpec {
     match spec {
         KernelSpec::Matmul(m) => {
+            // Warps take 8 rows whether they are there or not: calls of fewer have the same kernel.
+            let range = match order {
+                Order::Panels => range,
+                Order::Fragments => MRange { min: 1, max: range.max.max(8) },
+            };
             let range = match m.rows {
                 Rows::T => range,
                 Rows::R => MRange { min: 1, max: range.max.min(max_rows) },

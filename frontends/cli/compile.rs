@@ -51,7 +51,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE", conflicts_with = "data")]
     stats: Option<PathBuf>,
     /// Number format of the key/value cache: f32, f16 or bf16, or codes of 8 bits with a scale for each token and head:
-    /// int8 or e4m3 (also called fp8). With --data or --stats, channels are first made alike, so that the scale fits them all.
+    /// int8 or e4m3 (also called fp8). By default f32, and bf16 for GPUs. With --data or --stats, channels are first made alike, so that the scale fits them all.
     #[arg(long)]
     kv_cache: Option<String>,
     /// Tokens that a sequence may have, instead of the model's context.
@@ -91,7 +91,9 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
         (None, Some(text)) => text.clone(),
         (None, None) => String::new(),
     };
-    if let Some(format) = &args.kv_cache {
+    // Attention of GPUs multiplies bf16: a cache of f32 would be twice as large and gain nothing.
+    let usual = (target.gpu.is_some() && !mentions_cache(&text)).then(|| "bf16".to_string());
+    if let Some(format) = args.kv_cache.as_ref().or(usual.as_ref()) {
         text = with_cache_format(&text, format, args.data.is_some() || args.stats.is_some())?;
     }
     let dir = match &args.store {
@@ -224,6 +226,11 @@ fn with_cache_format(text: &str, format: &str, data: bool) -> Outcome<String> {
         return Ok(format!("{PREPARE}, layers(calibrate{{stats=[cache]}}, smooth-cache), {pass}, {text}"));
     }
     Ok(format!("{pass}, {text}"))
+}
+
+/// Whether a pipeline says what caches hold.
+fn mentions_cache(text: &str) -> bool {
+    text.contains("cast-cache") || text.contains("quantize-cache")
 }
 
 /// What pipelines have in front of `calibrate`.

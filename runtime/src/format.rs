@@ -199,9 +199,15 @@ pub struct GpuKernel {
     /// The sizes that follow the buffers, 32 bits each.
     #[prost(enumeration = "Sym", repeated, tag = "6")]
     pub scalars: Vec<i32>,
-    /// Number of buffers.
+    /// Number of buffers that a launch gives.
     #[prost(uint32, tag = "7")]
     pub buffers: u32,
+    /// Bytes of scratch for each token, which follows the buffers when there is any, and then the counters.
+    #[prost(uint64, tag = "8")]
+    pub scratch_each: u64,
+    /// Bytes of counters for each token: zero before and after every launch.
+    #[prost(uint64, tag = "9")]
+    pub counters_each: u64,
 }
 
 /// A number of blocks: `ceil(sym * times / per)`.
@@ -649,8 +655,24 @@ impl Manifest {
         let states = self.state_bytes(slots)?;
         let pages = slot_rows(self.context) / u64::from(STATE_BLOCK) * u64::from(slots);
         let inputs = 4 * (4 * u64::from(self.max_tokens).next_multiple_of(64) + pages);
+        let (scratch, counters) = self.workspace_bytes();
         let weights = self.weights.iter().map(|b| b.len.next_multiple_of(DEVICE_ALIGN)).sum();
-        Some(DeviceBytes { weights, states, arena: self.arena_bytes, inputs })
+        let arena = self.arena_bytes + scratch + counters;
+        Some(DeviceBytes { weights, states, arena, inputs })
+    }
+
+    /// Bytes of scratch and of counters of the largest launch on a GPU.
+    pub fn workspace_bytes(&self) -> (u64, u64) {
+        let kernels = || self.gpu.iter().flat_map(|gpu| &gpu.kernels);
+        let of_call = |launch: &Launch, tokens: u32, each: fn(&GpuKernel) -> u64| {
+            let kernel = kernels().find(|kernel| kernel.symbol == launch.symbol);
+            kernel.map_or(0, |kernel| each(kernel).saturating_mul(tokens.into()))
+        };
+        let most = |each: fn(&GpuKernel) -> u64| {
+            let launches = self.programs.iter().flat_map(|p| p.launches.iter().map(|l| (l, p.max_t)));
+            launches.map(|(launch, tokens)| of_call(launch, tokens, each)).max().unwrap_or(0)
+        };
+        (most(|k| k.scratch_each), most(|k| k.counters_each))
     }
 
     /// The program for calls of `t` tokens, as an index.
@@ -851,6 +873,10 @@ impl Manifest {
         for kernel in &gpu.kernels {
             let at = |e: Error| e.at(format_args!("kernel {}", kernel.symbol));
             in_range("threads", kernel.threads, 1024).map_err(at)?;
+            let most = MAX_BUFFER_BYTES / u64::from(MAX_TOKENS);
+            if kernel.scratch_each > most || kernel.counters_each > most {
+                return Err(at(Error::format("its workspace is absurdly large")));
+            }
             let counted =
                 |blocks: &Blocks| blocks.per > 0 && blocks.count(self.max_tokens, self.max_rows).is_some();
             if kernel.grid.len() != 2 || !kernel.grid.iter().all(counted) {
@@ -1011,7 +1037,11 @@ impl Manifest {
             for kernel in &gpu.kernels {
                 let grid: Vec<String> = kernel.grid.iter().map(Blocks::to_text).collect();
                 write!(out, "  {} grid {} threads {}", kernel.symbol, grid.join(" x "), kernel.threads)?;
-                writeln!(out, " shared {} registers {}", kernel.shared, kernel.registers)?;
+                write!(out, " shared {} registers {}", kernel.shared, kernel.registers)?;
+                if kernel.scratch_each + kernel.counters_each > 0 {
+                    write!(out, " workspace {} + {} a token", kernel.scratch_each, kernel.counters_each)?;
+                }
+                writeln!(out)?;
             }
         }
         for program in &self.programs {
@@ -1108,7 +1138,7 @@ pub struct DeviceBytes {
     pub weights: u64,
     /// Caches.
     pub states: u64,
-    /// Intermediate values.
+    /// Intermediate values, and what blocks hand each other.
     pub arena: u64,
     /// Token ids, positions and tables of pages.
     pub inputs: u64,

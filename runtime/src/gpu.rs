@@ -266,6 +266,9 @@ pub(crate) struct Memory {
     loaded: Arc<Loaded>,
     arena: u64,
     states: Vec<u64>,
+    /// What blocks of one launch hand each other, and their counters.
+    scratch: u64,
+    counters: u64,
     /// Four inputs of tokens, then the table of pages.
     inputs: u64,
     input_bytes: u64,
@@ -297,6 +300,8 @@ impl Memory {
             loaded,
             arena: 0,
             states: vec![],
+            scratch: 0,
+            counters: 0,
             inputs: 0,
             input_bytes,
             graphs: vec![],
@@ -310,6 +315,14 @@ impl Memory {
             let bytes = pages * u64::from(STATE_BLOCK) * state.row_bytes;
             let at = memory.loaded.lock().allocate(bytes)?;
             memory.states.push(at);
+        }
+        let (scratch, counters) = manifest.workspace_bytes();
+        if scratch > 0 {
+            memory.scratch = memory.loaded.lock().allocate(scratch)?;
+        }
+        if counters > 0 {
+            memory.counters = memory.loaded.lock().allocate(counters)?;
+            memory.loaded.lock().fill(memory.counters, 0, counters)?;
         }
         memory.inputs = memory.loaded.lock().allocate(4 * input_bytes + 4 * pages)?;
         let table: Vec<u8> = (0..pages as u32).flat_map(u32::to_le_bytes).collect();
@@ -416,7 +429,10 @@ impl Memory {
             Ok(Sym::R) => r,
             Ok(Sym::One) | Err(_) => 1,
         };
-        let buffers: Vec<u64> = launch.args.iter().map(|arg| self.address(arg)).collect();
+        let mut buffers: Vec<u64> = launch.args.iter().map(|arg| self.address(arg)).collect();
+        if kernel.scratch_each + kernel.counters_each > 0 {
+            buffers.extend([self.scratch, self.counters]);
+        }
         let scalars: Vec<u32> = kernel.scalars.iter().map(size).collect();
         let call = Call {
             symbol: &kernel.symbol,
@@ -456,7 +472,8 @@ impl Drop for Memory {
         for (_, graph) in self.graphs.drain(..) {
             driver.forget(graph);
         }
-        let memory = std::iter::once(self.inputs).chain(self.states.drain(..)).chain([self.arena]);
+        let memory = [self.inputs, self.counters, self.scratch].into_iter();
+        let memory = memory.chain(self.states.drain(..)).chain([self.arena]);
         memory.filter(|&at| at != 0).for_each(|at| driver.free(at));
     }
 }

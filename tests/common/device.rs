@@ -7,7 +7,6 @@
 use quantc_codegen::cuda::interp::{self, Schedule};
 use quantc_codegen::cuda::plan;
 use quantc_codegen::cuda::tile::{Access, Kernel};
-use quantc_codegen::spec::KernelSpec;
 use quantc_codegen::targets::GPUS;
 use quantc_runtime::format::{Gpu, GpuEntry, GpuKernel};
 use quantc_runtime::gpu::{Call, Device, Driver};
@@ -126,7 +125,7 @@ impl Interpreter {
         let memory = interp::run(kernel, &contents, &call.scalars, Schedule::Ahead)
             .map_err(|fault| broken(fault.to_string()))?;
         for ((desc, &at), out) in kernel.buffers.iter().zip(&call.buffers).zip(&memory.buffers) {
-            if desc.access != Access::Write {
+            if !matches!(desc.access, Access::Write | Access::Update) {
                 continue;
             }
             self.bytes(at, |bytes| {
@@ -177,8 +176,8 @@ impl Driver for Interpreter {
     fn load(&mut self, entry: &GpuEntry, launch: &GpuKernel, gpu: &Gpu) -> Result<u64> {
         self.note(Asked::Load(entry.symbol.clone()))?;
         let target = GPUS.iter().find(|g| g.gpu.arch == gpu.arch).expect("engines are for known GPUs");
-        let spec: KernelSpec = serde_json::from_str(&entry.spec).expect("a spec reads back");
-        let planned = plan::kernel(&entry.symbol, &spec, &target.gpu).expect("the kernel was made before");
+        let want: plan::Want = serde_json::from_str(&entry.spec).expect("a spec reads back");
+        let planned = plan::kernel(&entry.symbol, &want, &target.gpu).expect("the kernel was made before");
         let wanted = plan::launch(&planned.kernel, launch.registers).expect("as above");
         assert_eq!(&wanted, launch, "the engine launches kernels as they are");
         let function = self.fresh();

@@ -62,6 +62,13 @@ pub fn bf16_pair(
     pair(b, layout.w.code, v, offset)
 }
 
+/// The numbers in the bytes of a word, signed or e4m3, as pairs of bf16: bytes 0 and 2, and bytes 1 and 3. NaN of e4m3 is 480.
+pub fn byte_pairs(b: &mut Builder, e4m3: bool, word: Val) -> [Val; 2] {
+    let code = if e4m3 { Code::E4m3 } else { Code::U8 };
+    let odd = b.shr(word, 8);
+    [word, odd].map(|v| pair(b, code, v, None))
+}
+
 /// Two numbers, in the low bits of the halves of `v`.
 fn pair(b: &mut Builder, code: Code, v: Val, offset: Option<Offset>) -> Val {
     let field = |b: &mut Builder, mask: u32| {

@@ -5,7 +5,8 @@
 //!
 //! - Addresses are in bounds and aligned to the bytes accessed.
 //! - Nothing is read that was not written: neither shared memory, nor outputs.
-//! - Each byte of an output is written at most once.
+//! - Each byte of an output is written at most once. What blocks hand each other is read by the last one only, when all
+//!   others have been counted.
 //! - Shared memory is free of races, whatever the interleaving was: each access happens after the accesses that it
 //!   conflicts with, by barriers and warp synchronization, never by luck. Vector clocks tell, with one clock a warp;
 //!   lanes of one warp are ordered by what synchronizes warps.
@@ -14,11 +15,13 @@
 //! - Statements for all lanes of a warp, or all warps of a block, are reached by all of them.
 //!
 //! Arithmetic is that of the GPU to the bit, except that sums inside one bf16 matrix product are exact here and rounded
-//! once, where a GPU truncates on the way: results agree within the products' bounds, not to the bit.
+//! once, where a GPU truncates on the way, and that powers and logarithms are rounded right: results agree within these
+//! operations' bounds, not to the bit.
 
-use super::tile::{Access, Kernel, WARP};
+use super::tile::{Access, Kernel, Stmt, WARP};
 use std::fmt;
 
+mod between;
 mod exec;
 pub(crate) mod fold;
 mod matrix;
@@ -26,7 +29,8 @@ mod program;
 mod shared;
 mod warp;
 
-use program::Program;
+use between::Between;
+use program::{Program, Step};
 use shared::Shared;
 use warp::Warp;
 
@@ -103,6 +107,7 @@ pub struct Memory {
     pub buffers: Vec<Bytes>,
     /// What it cost.
     pub counts: Counts,
+    between: Between,
 }
 
 /// What outputs hold before they are written.
@@ -118,9 +123,14 @@ pub fn run(
     let program = Program::new(kernel);
     let bytes = kernel.buffers.iter().zip(buffers).map(|(desc, data)| match desc.access {
         Access::Read | Access::ReadBeforeWrite => Bytes { data: data.clone(), written: vec![] },
-        Access::Write => Bytes { data: vec![POISON; data.len()], written: vec![false; data.len()] },
+        Access::Counters => Bytes { data: data.clone(), written: vec![] },
+        Access::Update => Bytes { data: data.clone(), written: vec![false; data.len()] },
+        Access::Write | Access::Scratch => {
+            Bytes { data: vec![POISON; data.len()], written: vec![false; data.len()] }
+        }
     });
-    let mut memory = Memory { buffers: bytes.collect(), counts: Counts::default() };
+    let between = Between::new(kernel, buffers);
+    let mut memory = Memory { buffers: bytes.collect(), counts: Counts::default(), between };
     let fault = |what: &str| Fault { what: what.to_owned(), block: [0, 0], warp: 0, step: String::new() };
     if buffers.len() != kernel.buffers.len() || scalars.len() != kernel.scalars.len() {
         return Err(fault("the arguments are not those of the kernel"));
@@ -129,10 +139,13 @@ pub fn run(
         return Err(fault("a block is not made of whole warps"));
     }
     let [columns, rows] = kernel.grid.map(|e| e.blocks(scalars));
-    for y in 0..rows {
-        for x in 0..columns {
-            Block::new(&program, &mut memory, scalars, [x, y]).run(schedule)?;
-        }
+    for i in 0..rows * columns {
+        let i = if schedule == Schedule::Behind { rows * columns - 1 - i } else { i };
+        Block::new(&program, &mut memory, scalars, [i % columns, i / columns], i).run(schedule)?;
+    }
+    let counts = kernel.buffers.iter().zip(&memory.buffers).filter(|(b, _)| b.access == Access::Counters);
+    if let Some((desc, _)) = counts.into_iter().find(|(_, bytes)| bytes.data.iter().any(|&b| b != 0)) {
+        return Err(fault(&format!("`{}` does not end as zeros", desc.name)));
     }
     Ok(memory)
 }
@@ -150,17 +163,25 @@ struct Block<'a> {
     memory: &'a mut Memory,
     scalars: &'a [u32],
     at: [u32; 2],
+    /// Among all blocks.
+    number: u32,
     shared: Shared,
     warps: Vec<Warp>,
 }
 
 impl<'a> Block<'a> {
-    fn new(program: &'a Program<'a>, memory: &'a mut Memory, scalars: &'a [u32], at: [u32; 2]) -> Block<'a> {
+    fn new(
+        program: &'a Program<'a>,
+        memory: &'a mut Memory,
+        scalars: &'a [u32],
+        at: [u32; 2],
+        number: u32,
+    ) -> Block<'a> {
         let kernel = program.kernel;
         let count = (kernel.threads / WARP) as usize;
         let shared = Shared::new(kernel.shared, kernel.shared_granule(), count);
         let warps = (0..count).map(|w| Warp::new(kernel, w)).collect();
-        Block { program, memory, scalars, at, shared, warps }
+        Block { program, memory, scalars, at, number, shared, warps }
     }
 
     fn run(&mut self, schedule: Schedule) -> Result<(), Fault> {
@@ -200,6 +221,10 @@ impl<'a> Block<'a> {
         let places: Vec<usize> = self.warps.iter().map(|w| w.pc).collect();
         if let Some(other) = places.iter().position(|&p| p != places[0]) {
             return Err(self.fault(other, "warps wait at different barriers".into()));
+        }
+        if let Some(Step::Plain(Stmt::LastOf { to, counter, at, count })) = self.program.steps.get(places[0])
+        {
+            self.count(*to, *counter, *at, *count).map_err(|what| self.fault(0, what))?;
         }
         let joined = (0..self.warps.len())
             .map(|i| self.warps.iter().map(|w| w.clock[i]).max().unwrap_or(0))

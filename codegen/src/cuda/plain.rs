@@ -1,6 +1,6 @@
-//! Kernels without tricks: rows of tables, rows into caches, and attention by dot products.
+//! Kernels without tricks: rows into caches, and attention by dot products.
 //!
-//! They serve every shape that the specs allow, and stand in where there is no template made for a shape.
+//! They serve every cache that the specs allow, and stand in where [`super::cache`] has no layout for one.
 //!
 //! # Caches
 //!
@@ -17,11 +17,9 @@ use quantc_runtime::format::STATE_BLOCK;
 
 mod append;
 mod attention;
-mod gather;
 
 pub use append::build as append;
 pub use attention::build as attention;
-pub use gather::build as gather;
 
 /// Tokens of a page.
 pub const PAGE: u32 = STATE_BLOCK;

@@ -1,22 +1,57 @@
 //! From the kernels that a lowered module wants to templates, texts, and machine code where NVRTC is found.
 
 pub use super::plain::PAGE;
+use super::tile::Access;
 use super::tile::{Extent, Kernel};
-use super::{plain, rope, row, skinny, text, wide};
-use crate::spec::{KernelSpec, MatmulSpec, Rows};
+use super::{attention, cache, gather, plain, rope, row, skinny, text, wide};
+use crate::cpu::attention::{AttentionSpec, KvSource};
+use crate::cpu::cache::{CacheAppendSpec, CacheTy, Role};
+use crate::spec::{KernelSpec, MRange, MatmulSpec, Rows};
 use quantc_ir::diag::{Diag, Result};
 use quantc_ir::target::GpuDesc;
 use quantc_ir::weights::Store;
 use quantc_runtime::format::{Blocks, GpuEntry, GpuKernel, Sym};
 use rayon::prelude::*;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// Most rows of a call for which weights are read by warps that divide k among them.
+/// Most rows of a call for which weights are read by warps that divide k among them, and keys by blocks that have one
+/// token each.
 const MOST_SKINNY: u32 = 64;
 
 /// Microseconds between the beginnings of two launches that do nothing, of one graph.
 const LAUNCH_US: f64 = 2.0;
+
+/// A kernel that a launch wants, with the calls it is for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Want {
+    /// What it computes.
+    pub spec: KernelSpec,
+    /// Tokens of the calls.
+    pub tokens: MRange,
+}
+
+/// The symbol of a kernel for calls of so many tokens. Those of attention are made for the calls, like those of products,
+/// whose specs tell them.
+pub fn symbol(spec: &KernelSpec, tokens: MRange) -> String {
+    match spec {
+        KernelSpec::Attention(_) => format!("{}_m{}to{}", spec.key(), tokens.min, tokens.max),
+        _ => spec.key(),
+    }
+}
+
+/// Whether a cache lies as [`cache::CacheLayout`] says; others lie as [`plain`] does.
+fn in_fragments(ty: CacheTy, heads: u32, head_dim: u32) -> bool {
+    head_dim <= attention::WIDEST && cache::CacheLayout::new(ty, Role::Keys, heads, head_dim).is_ok()
+}
+
+/// Bytes of a row of a state: a page by its tokens, for keys and values alike.
+pub fn state_row_bytes(ty: CacheTy, heads: u32, head_dim: u32) -> u64 {
+    match cache::CacheLayout::new(ty, Role::Keys, heads, head_dim) {
+        Ok(layout) if in_fragments(ty, heads, head_dim) => layout.row_bytes().into(),
+        _ => u64::from(heads * ty.width(head_dim) * ty.bytes()),
+    }
+}
 
 /// A kernel with the template it came from.
 #[derive(Clone, Debug)]
@@ -50,10 +85,9 @@ pub struct GpuReport {
     pub predicted_us: f64,
 }
 
-/// The kernel of `spec`, called `symbol`, for a GPU; or what about it has no kernel.
-pub fn kernel(symbol: &str, spec: &KernelSpec, gpu: &GpuDesc) -> Result<Planned> {
-    let plain = |kernel: Result<Kernel>| Ok((kernel?, "plain", String::new()));
-    let (kernel, template, choice) = match spec {
+/// The kernel that is wanted, called `symbol`, for a GPU; or what about it has no kernel.
+pub fn kernel(symbol: &str, want: &Want, gpu: &GpuDesc) -> Result<Planned> {
+    let (kernel, template, choice) = match &want.spec {
         KernelSpec::Matmul(s) if s.m.max <= MOST_SKINNY => {
             let tile = skinny::SkinnyTile::of(s, s.m.max, gpu)?;
             let choice = format!(
@@ -77,9 +111,9 @@ pub fn kernel(symbol: &str, spec: &KernelSpec, gpu: &GpuDesc) -> Result<Planned>
         }
         KernelSpec::Rope(s) => (rope::build(symbol, s)?, "rope", String::new()),
         KernelSpec::RopeTable(s) => (rope::build_table(symbol, s)?, "rope", String::new()),
-        KernelSpec::Attention(s) => plain(plain::attention(symbol, s))?,
-        KernelSpec::Gather(s) => plain(plain::gather(symbol, s))?,
-        KernelSpec::CacheAppend(s) => plain(plain::append(symbol, s))?,
+        KernelSpec::Attention(s) => attend(symbol, s, want.tokens, gpu)?,
+        KernelSpec::Gather(s) => (gather::build(symbol, s)?, "gather", String::new()),
+        KernelSpec::CacheAppend(s) => append(symbol, s)?,
     };
     if kernel.shared > gpu.shared_bytes {
         return Err(Diag::target(format!(
@@ -88,6 +122,42 @@ pub fn kernel(symbol: &str, spec: &KernelSpec, gpu: &GpuDesc) -> Result<Planned>
         )));
     }
     Ok(Planned { kernel, template, choice })
+}
+
+/// A kernel, its template and what was chosen.
+type Chosen = (Kernel, &'static str, String);
+
+fn attend(symbol: &str, spec: &AttentionSpec, tokens: MRange, gpu: &GpuDesc) -> Result<Chosen> {
+    let (ty, context) = match spec.source {
+        KvSource::Cache { ty, slot_rows, .. } => (ty, Some(slot_rows)),
+        KvSource::Direct { .. } => (CacheTy::Bf16, None),
+    };
+    if !in_fragments(ty, spec.kv_heads, spec.head_dim) || spec.softcap.is_some() {
+        return Ok((plain::attention(symbol, spec)?, "plain", "dot products, a warp for each query".into()));
+    }
+    let call = attention::AttentionCall::plain(spec.clone(), context.is_some());
+    if let Some(context) = context
+        && tokens.max <= MOST_SKINNY
+        && spec.group() <= attention::ROWS
+    {
+        let tile = attention::decode::DecodeTile::of(&call, tokens.max, context, gpu)?;
+        let choice = format!(
+            "{} warps with units of {} keys, {} stages, {} blocks for each token and head",
+            tile.warps, tile.unit, tile.stages, tile.splits
+        );
+        return Ok((attention::decode::build(symbol, &call, tile)?, "decode_attention", choice));
+    }
+    let tile = attention::prefill::PrefillTile::of(&call, gpu)?;
+    let choice = format!("{} warps, units of {} keys, {} stages", tile.warps, tile.unit, tile.stages);
+    Ok((attention::prefill::build(symbol, &call, tile)?, "prefill_attention", choice))
+}
+
+fn append(symbol: &str, spec: &CacheAppendSpec) -> Result<Chosen> {
+    if !in_fragments(spec.ty, spec.heads, spec.head_dim) {
+        return Ok((plain::append(symbol, spec)?, "plain", String::new()));
+    }
+    let spec = cache::AppendSpec { rows: spec.clone(), rotation: None, paged: true };
+    Ok((cache::build_append(symbol, &spec)?, "cache_append", String::new()))
 }
 
 /// How a kernel is launched.
@@ -103,6 +173,14 @@ pub fn launch(kernel: &Kernel, registers: u32) -> Result<GpuKernel> {
             Extent::PerScalar { scalar, times, per } => Blocks { sym: sym(scalar)?, times, per },
         })
     };
+    // What a launch gives is followed by at most one buffer of each kind of workspace, scratch first.
+    let workspace: Vec<Access> =
+        kernel.buffers.iter().map(|b| b.access).skip_while(|&a| !is_workspace(a)).collect();
+    if !matches!(workspace[..], [] | [Access::Scratch, Access::Counters]) {
+        return Err(Diag::bug(format!("{}: a workspace that no launch has", kernel.name)));
+    }
+    let each =
+        |access: Access| kernel.buffers.iter().find(|b| b.access == access).map_or(0, |b| b.bytes_each);
     Ok(GpuKernel {
         symbol: kernel.name.clone(),
         threads: kernel.threads,
@@ -110,8 +188,14 @@ pub fn launch(kernel: &Kernel, registers: u32) -> Result<GpuKernel> {
         registers,
         grid: kernel.grid.into_iter().map(blocks).collect::<Result<_>>()?,
         scalars: (0..kernel.scalars.len() as u32).map(sym).collect::<Result<_>>()?,
-        buffers: kernel.buffers.len() as u32,
+        buffers: kernel.buffers.iter().filter(|b| !is_workspace(b.access)).count() as u32,
+        scratch_each: each(Access::Scratch),
+        counters_each: each(Access::Counters),
     })
+}
+
+fn is_workspace(access: Access) -> bool {
+    matches!(access, Access::Scratch | Access::Counters)
 }
 
 /// A kernel with all that an engine says of it.
@@ -138,20 +222,16 @@ pub struct Code {
     pub nvrtc: (i32, i32),
 }
 
-/// Makes the kernels of `specs`, for calls of up to `tokens` tokens. Machine code is kept in the store by the text it was
+/// Makes the kernels that are wanted, by symbol. Machine code is kept in the store by the text it was
 /// made from.
-pub fn compile(
-    specs: &BTreeMap<String, KernelSpec>,
-    gpu: &GpuDesc,
-    store: &Store,
-    tokens: u32,
-) -> Result<Code> {
+pub fn compile(wanted: &BTreeMap<String, Want>, gpu: &GpuDesc, store: &Store) -> Result<Code> {
     let machine = Machine::find();
-    let one = |(symbol, spec): (&String, &KernelSpec)| {
-        let planned = kernel(symbol, spec, gpu)?;
+    let one = |(symbol, want): (&String, &Want)| {
+        let planned = kernel(symbol, want, gpu)?;
+        let spec = &want.spec;
         let source = text::emit(&planned.kernel);
         let made = machine.code(symbol, &source, gpu, store)?;
-        let (bytes, macs, rows) = work(spec, tokens);
+        let (bytes, macs, rows) = work(spec, want.tokens.max);
         let rate = match spec {
             KernelSpec::Matmul(MatmulSpec { a: crate::spec::AFmt::I8Token, .. }) => gpu.rates.int8_tmac,
             _ => gpu.rates.bf16_tmac,
@@ -167,7 +247,7 @@ pub fn compile(
             macs,
             predicted_us: ((predicted + LAUNCH_US) * 100.0).round() / 100.0,
         };
-        let described = serde_json::to_string(spec)
+        let described = serde_json::to_string(want)
             .map_err(|e| Diag::bug(format!("the spec of {symbol} does not serialize: {e}")))?;
         let source = if made.cubin.is_empty() { source } else { String::new() };
         Ok(Compiled {
@@ -178,7 +258,7 @@ pub fn compile(
             report,
         })
     };
-    let kernels = specs.par_iter().map(one).collect::<Result<_>>()?;
+    let kernels = wanted.par_iter().map(one).collect::<Result<_>>()?;
     Ok(Code { kernels, nvrtc: machine.version() })
 }
 

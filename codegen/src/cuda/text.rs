@@ -25,8 +25,9 @@ pub fn emit(kernel: &Kernel) -> String {
     let buffers = kernel.buffers.iter().map(|b| match b.access {
         Access::Read => format!("const u8* __restrict__ {}", b.name),
         Access::ReadBeforeWrite => format!("const u8* {}", b.name),
+        Access::Scratch | Access::Counters => format!("u8* {}", b.name),
         Access::Write if aliased => format!("u8* {}", b.name),
-        Access::Write => format!("u8* __restrict__ {}", b.name),
+        Access::Write | Access::Update => format!("u8* __restrict__ {}", b.name),
     });
     let scalars = kernel.scalars.iter().map(|s| format!("u32 {s}"));
     let arguments = buffers.chain(scalars).collect::<Vec<_>>().join(", ");
@@ -156,6 +157,11 @@ impl Writer<'_> {
             Stmt::CpCommit => self.call("cp_commit", "()"),
             Stmt::CpWait(n) => self.call("cp_wait", &format!("<{n}>()")),
             Stmt::Barrier => self.call("barrier", "()"),
+            Stmt::LastOf { to, counter, at, count } => {
+                let name = self.helper("last_of");
+                let at = self.address(Mem::Global(*counter), *at);
+                self.line(&format!("const bool {to} = {name}({at}, {});", value(*count)));
+            }
             Stmt::SyncWarp => self.call("sync_warp", "()"),
             Stmt::ShuffleXor { to, from, mask } => {
                 let name = self.helper("shuffle_xor");
@@ -247,6 +253,8 @@ impl Writer<'_> {
             Unary::Bits => return format!("bits({a})"),
             Unary::FAbs => "absolute",
             Unary::FSqrt => "square_root",
+            Unary::Exp2 => "exp2",
+            Unary::Log2 => "log2",
             Unary::FRound => "round_even",
             Unary::FloatToInt => "to_int",
             Unary::FloatToByte => "to_byte",
@@ -272,6 +280,7 @@ impl Writer<'_> {
             Binary::FEq | Binary::Eq => "==",
             Binary::PAnd => "&&",
             Binary::Min => return format!("{a} < {b} ? {a} : {b}"),
+            Binary::FMax => return format!("{}({a}, {b})", self.helper("larger")),
             Binary::FDiv => return format!("{}({a}, {b})", self.helper("divide")),
             Binary::FCopySign => return format!("{}({a}, {b})", self.helper("copysign")),
             Binary::PackBf16 => return format!("{}({a}, {b})", self.helper("pack_bf16")),

@@ -140,6 +140,19 @@ pub enum Stmt {
     CpWait(u32),
     /// All warps of the block.
     Barrier,
+    /// All warps of the block; what the block has written to scratch is there for others, and it is counted. Where it is the
+    /// last of `count` blocks at this counter, `to` holds, the counter is zero again, and the block may read what the others
+    /// wrote before they were counted.
+    LastOf {
+        /// Condition defined.
+        to: Reg,
+        /// A buffer of counters.
+        counter: u32,
+        /// Byte offset of the counter.
+        at: Addr,
+        /// Blocks that are counted.
+        count: Val,
+    },
     /// All lanes of a warp.
     SyncWarp,
     /// Gives each lane the value of the lane whose number differs in the bits of `mask`.
@@ -190,6 +203,13 @@ pub enum Access {
     ReadBeforeWrite,
     /// Writes each byte at most once.
     Write,
+    /// Reads each place before it writes there, and writes each byte at most once.
+    Update,
+    /// What blocks hand each other: what it holds before does not matter, nor what it holds after. Only a block that
+    /// was the last one to be counted may read what others wrote.
+    Scratch,
+    /// Counts of blocks, of 4 bytes each: zero before and after.
+    Counters,
 }
 
 /// A buffer argument.
@@ -199,6 +219,8 @@ pub struct Buffer {
     pub name: String,
     /// What is done with it.
     pub access: Access,
+    /// Bytes that scratch and counters need for each of the first scalar argument; 0 for other buffers.
+    pub bytes_each: u64,
 }
 
 /// A number of blocks.

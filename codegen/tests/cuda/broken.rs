@@ -35,7 +35,7 @@ fn without(body: &[Stmt], is: &impl Fn(&Stmt) -> bool, at: &mut usize) -> Vec<St
 }
 
 /// The kernel runs as it is, and with any one statement of a kind taken away it is found out in any order of its warps.
-fn each_is_needed(
+pub fn each_is_needed(
     kernel: &Kernel,
     buffers: &[Vec<u8>],
     scalars: &[u32],

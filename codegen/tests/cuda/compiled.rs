@@ -1,13 +1,22 @@
 //! Kernels as launches would have them, compiled for the architectures: no stack, no spills, the instructions they owe.
 
-use crate::machine::check;
-use crate::{products, rows};
+use crate::machine::{self, check};
+use crate::{attention, caches, products, rows};
+use quantc_codegen::cpu::attention::AttentionSpec;
+use quantc_codegen::cpu::cache::{CacheAppendSpec, Role};
+use quantc_codegen::cpu::gather::GatherSpec;
 use quantc_codegen::cpu::rope::{RopeSpec, RopeStyle, RopeTableSpec};
+use quantc_codegen::cuda::attention::AttentionCall;
+use quantc_codegen::cuda::attention::decode::{self, DecodeTile};
+use quantc_codegen::cuda::attention::prefill::{self, PrefillTile};
+use quantc_codegen::cuda::cache::{self, AppendSpec, Rotation};
+use quantc_codegen::cuda::gather;
 use quantc_codegen::cuda::row::{self, RowTile};
+use quantc_codegen::cuda::sample::{self, SampleSpec};
 use quantc_codegen::cuda::skinny::{self, SkinnyTile};
 use quantc_codegen::cuda::wide::{self, WideTile};
 use quantc_codegen::cuda::{rope, tile::Kernel};
-use quantc_codegen::eexpr::F32;
+use quantc_codegen::eexpr::{F32, MemTy};
 use quantc_codegen::spec::{AFmt, MatmulSpec};
 use quantc_codegen::targets::GPUS;
 use quantc_ir::target::GpuDesc;
@@ -22,6 +31,66 @@ fn kernels_over_rows() {
     kernels.push(rope::build("rope", &RopeSpec::new(32, 128, RopeStyle::Half)).unwrap());
     let jobs: Vec<_> = kernels.iter().flat_map(|k| GPUS.iter().map(move |gpu| (k.clone(), *gpu))).collect();
     check("kernels_over_rows", &jobs);
+}
+
+#[test]
+fn caches_and_tokens() {
+    let mut kernels = vec![];
+    for (i, ty) in caches::TYPES.into_iter().enumerate() {
+        for role in [Role::Keys, Role::Values] {
+            let rows = CacheAppendSpec {
+                heads: 8,
+                head_dim: 128,
+                x_stride: 1024,
+                ty,
+                role,
+                fixed_scales: i == 1,
+                slot_rows: 64,
+            };
+            let rotation =
+                (role == Role::Keys).then_some(Rotation { rotary_dim: 128, style: RopeStyle::Half });
+            let spec = AppendSpec { rows, rotation, paged: i == 0 };
+            kernels.push(cache::build_append("append", &spec).unwrap());
+        }
+    }
+    for (ty, add) in [(MemTy::Bf16, false), (MemTy::I8, true)] {
+        let spec = GatherSpec { width: 4096, table_rows: 128_256, ty, add };
+        kernels.push(gather::build("gather", &spec).unwrap());
+    }
+    kernels.push(sample::build("sample", &SampleSpec { vocab: 128_256, stride: 128_256 }).unwrap());
+    let jobs: Vec<_> = kernels
+        .iter()
+        .enumerate()
+        .flat_map(|(i, k)| GPUS.iter().skip(i % 2).step_by(2).map(move |gpu| (k.clone(), *gpu)))
+        .collect();
+    check("caches_and_tokens", &jobs);
+}
+
+/// Kernels of attention as launches would have them: one of each width for some caches, all of them when asked.
+#[test]
+fn attention_kernels() {
+    let mut jobs = vec![];
+    let all = machine::everything();
+    for (i, target) in GPUS.iter().enumerate() {
+        for (j, ty) in caches::TYPES.into_iter().enumerate() {
+            for (k, (heads, kv_heads, d)) in [(32, 8, 128), (8, 8, 64), (16, 1, 256)].into_iter().enumerate()
+            {
+                let call = attention::call(heads, kv_heads, d, ty, k == 0);
+                if all || (i + j + k) % 3 == 0 {
+                    let tile = DecodeTile::of(&call, 4, 8192, &target.gpu).unwrap();
+                    jobs.push((decode::build("decode", &call, tile).unwrap(), *target));
+                }
+                if all || (i + j + k) % 3 == 1 {
+                    let tile = PrefillTile::of(&call, &target.gpu).unwrap();
+                    jobs.push((prefill::build("prefill", &call, tile).unwrap(), *target));
+                }
+            }
+        }
+        let direct = AttentionCall::plain(AttentionSpec::direct(12, 12, 64, 0.125, i % 2 == 0), false);
+        let tile = PrefillTile::of(&direct, &target.gpu).unwrap();
+        jobs.push((prefill::build("direct", &direct, tile).unwrap(), *target));
+    }
+    check("attention_kernels", &jobs);
 }
 
 /// A product as a launch of up to `m` rows on a GPU would have it.

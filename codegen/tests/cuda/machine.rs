@@ -12,6 +12,11 @@ use std::process::Command;
 /// Where `make nvrtc` puts things.
 const FETCHED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/nvrtc/nvidia/cu13");
 
+/// Whether all configurations are to be compiled, and all machine code is to be looked at: takes minutes.
+pub fn everything() -> bool {
+    std::env::var_os("QUANTC_ALL_CUBINS").is_some()
+}
+
 /// NVRTC from the folder the environment names, or where `make nvrtc` puts it; says so when there is none.
 pub fn compiler(test: &str) -> Option<Compiler> {
     let fetched = Path::new(FETCHED).join("lib");
@@ -34,17 +39,25 @@ fn disassembler(test: &str) -> Option<PathBuf> {
 pub fn check(test: &str, jobs: &[(Kernel, &GpuTarget)]) {
     let Some(compiler) = compiler(test) else { return };
     let disassembler = disassembler(test);
+    let all = everything();
     jobs.par_iter().enumerate().for_each(|(i, (kernel, target))| {
         let what = format!("{} for {}", kernel.name, target.name);
         let cubin = compiler.compile(&emit(kernel), &target.gpu).unwrap_or_else(|e| panic!("{what}: {e}"));
         let [usage] = cubin.usage().try_into().unwrap_or_else(|_| panic!("{what}: {}", cubin.log));
+        if all {
+            let wide = kernel.shared;
+            eprintln!(
+                "{what}: {} registers, {} threads, {wide} bytes shared",
+                usage.registers, kernel.threads
+            );
+        }
         assert_eq!((usage.spills, usage.stack, usage.shared), (0, 0, 0), "{what}: {}", cubin.log);
         let registers = usage.registers.next_multiple_of(8) * kernel.threads * kernel.blocks_per_sm;
         assert!(registers <= target.gpu.registers, "{what}: {} registers", usage.registers);
         assert!(kernel.shared <= target.gpu.shared_bytes, "{what}: {} bytes shared", kernel.shared);
         // Every third: to take code apart takes longer than to make it.
         let products = count(&kernel.body, &|s| matches!(s, Stmt::Mma { .. })) > 0;
-        if let Some(tool) = disassembler.as_ref().filter(|_| products && i % 3 == 0) {
+        if let Some(tool) = disassembler.as_ref().filter(|_| products && (all || i % 3 == 0)) {
             contract(&what, kernel, &instructions(tool, &cubin));
         }
     });

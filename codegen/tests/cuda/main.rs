@@ -1,7 +1,9 @@
 //! CUDA kernels without a GPU: run by the interpreter against references, and compiled for every architecture where
 //! NVIDIA's compiler is found.
 
+mod attention;
 mod broken;
+mod caches;
 #[path = "../common/codes.rs"]
 mod codes;
 #[cfg(feature = "cuda")]
@@ -13,3 +15,4 @@ mod rope;
 mod rows;
 mod support;
 mod texts;
+mod tokens;

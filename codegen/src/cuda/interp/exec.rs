@@ -93,7 +93,7 @@ impl Block<'_> {
                 warp.groups.push_back(group);
             }
             Stmt::CpWait(left) => self.wait(index, *left as usize)?,
-            Stmt::Barrier => {
+            Stmt::Barrier | Stmt::LastOf { .. } => {
                 self.full(index)?;
                 self.warps[index].status = Status::AtBarrier;
             }
@@ -148,14 +148,28 @@ impl Block<'_> {
         if bytes == 0 {
             return Ok(&[]);
         }
-        if desc.access == Access::Write {
-            return Err(format!("{}: it is an output", place()));
+        match desc.access {
+            Access::Write => return Err(format!("{}: it is an output", place())),
+            Access::Counters => return Err(format!("{}: it is for counting", place())),
+            Access::Read | Access::ReadBeforeWrite | Access::Update | Access::Scratch => {}
         }
         if !at.is_multiple_of(aligned.into()) {
             return Err(format!("{}: not aligned", place()));
         }
         let end = at.checked_add(bytes.into()).filter(|&end| end <= data.len() as u64);
-        let Some(_) = end else { return Err(format!("{}: it has {}", place(), data.len())) };
+        let Some(end) = end else { return Err(format!("{}: it has {}", place(), data.len())) };
+        let range = at as usize..end as usize;
+        match desc.access {
+            Access::Update if self.memory.buffers[buffer as usize].written[range.clone()].contains(&true) => {
+                return Err(format!("{}: it was written before", place()));
+            }
+            Access::Scratch => self
+                .memory
+                .between
+                .read(buffer, range, self.number)
+                .map_err(|why| format!("{}: {why}", place()))?,
+            _ => {}
+        }
         Ok(&data[at as usize..][..bytes as usize])
     }
 
@@ -198,11 +212,11 @@ impl Block<'_> {
                 from.iter().flat_map(|&v| (warp.get(v, lane) as u32).to_le_bytes()).collect();
             let data = &words[..bytes as usize];
             match mem {
-                Mem::Global(buffer) => {
-                    let desc = &self.program.kernel.buffers[buffer as usize];
-                    let out = &mut self.memory.buffers[buffer as usize];
+                Mem::Global(ref buffer) => {
+                    let desc = &self.program.kernel.buffers[*buffer as usize];
+                    let out = &mut self.memory.buffers[*buffer as usize];
                     let place = || format!("{bytes} bytes of `{}` at {}", desc.name, at[lane]);
-                    if desc.access != Access::Write {
+                    if !matches!(desc.access, Access::Write | Access::Update | Access::Scratch) {
                         return Err(format!("{}: it is an input", place()));
                     }
                     if !at[lane].is_multiple_of(bytes.into()) {
@@ -213,7 +227,10 @@ impl Block<'_> {
                         return Err(format!("{}: it has {}", place(), out.data.len()));
                     };
                     let range = at[lane] as usize..end as usize;
-                    if out.written[range.clone()].contains(&true) {
+                    if desc.access == Access::Scratch {
+                        let claimed = self.memory.between.write(*buffer, range.clone(), self.number);
+                        claimed.map_err(|why| format!("{}: {why}", place()))?;
+                    } else if out.written[range.clone()].contains(&true) {
                         return Err(format!("{}: written twice", place()));
                     }
                     out.written[range.clone()].fill(true);

@@ -12,6 +12,11 @@ pub(crate) fn unary_bits(op: Unary, x: u64) -> u64 {
         Unary::FNeg => float(-f),
         Unary::FAbs => float(f.abs()),
         Unary::FSqrt => float(f.sqrt()),
+        Unary::Exp2 => {
+            let y = f64::from(f).exp2() as f32;
+            float(if y < f32::MIN_POSITIVE { 0.0 } else { y })
+        }
+        Unary::Log2 => float(f64::from(f).log2() as f32),
         Unary::FRound => float(f.round_ties_even()),
         Unary::IntToFloat => float(x as u32 as i32 as f32),
         Unary::FloatToInt => u64::from(f.round_ties_even() as i32 as u32),
@@ -34,6 +39,8 @@ pub(crate) fn binary_bits(op: Binary, x: u64, y: u64) -> u64 {
         Binary::FSub => float(f - g),
         Binary::FMul => float(f * g),
         Binary::FDiv => float(f / g),
+        Binary::FMax if f.is_nan() || g > f || (f == g && g.is_sign_positive()) => y,
+        Binary::FMax => x,
         Binary::FCopySign => float(f.copysign(g)),
         Binary::FLt => u64::from(f < g),
         Binary::FEq => u64::from(f == g),

@@ -78,6 +78,18 @@ pub(super) const HELPERS: &[(&str, &str)] = &[
         "DEVICE f32 square_root(f32 a) {\n  f32 r;\n  asm(\"sqrt.rn.f32 %0, %1;\" : \"=f\"(r) : \"f\"(a));\n  return r;\n}",
     ),
     (
+        "exp2",
+        "DEVICE f32 exp2(f32 a) {\n  f32 r;\n  asm(\"ex2.approx.ftz.f32 %0, %1;\" : \"=f\"(r) : \"f\"(a));\n  return r;\n}",
+    ),
+    (
+        "log2",
+        "DEVICE f32 log2(f32 a) {\n  f32 r;\n  asm(\"lg2.approx.f32 %0, %1;\" : \"=f\"(r) : \"f\"(a));\n  return r;\n}",
+    ),
+    (
+        "larger",
+        "DEVICE f32 larger(f32 a, f32 b) {\n  f32 r;\n  asm(\"max.f32 %0, %1, %2;\" : \"=f\"(r) : \"f\"(a), \"f\"(b));\n  return r;\n}",
+    ),
+    (
         "fma",
         "DEVICE f32 fma(f32 a, f32 b, f32 c) {\n  f32 d;\n  asm(\"fma.rn.f32 %0, %1, %2, %3;\" : \"=f\"(d) : \"f\"(a), \"f\"(b), \"f\"(c));\n  return d;\n}",
     ),
@@ -91,6 +103,10 @@ pub(super) const HELPERS: &[(&str, &str)] = &[
         "DEVICE u32 shuffle_xor(u32 x, u32 mask) {\n  u32 y;\n  asm volatile(\"shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;\" : \"=r\"(y) : \"r\"(x), \"r\"(mask));\n  return y;\n}",
     ),
     ("barrier", "DEVICE void barrier() { asm volatile(\"bar.sync 0;\" ::: \"memory\"); }"),
+    (
+        "last_of",
+        "DEVICE bool last_of(u8* counter, u32 count) {\n  u32 last = 0;\n  asm volatile(\"bar.sync 0;\" ::: \"memory\");\n  if (threadIdx.x == 0) {\n    u32 before;\n    asm volatile(\"fence.acq_rel.gpu;\" ::: \"memory\");\n    asm volatile(\"atom.relaxed.gpu.global.add.u32 %0, [%1], 1;\" : \"=r\"(before) : \"l\"(counter) : \"memory\");\n    asm volatile(\"fence.acq_rel.gpu;\" ::: \"memory\");\n    last = before == count - 1;\n    if (last) *(u32*)counter = 0;\n  }\n  u32 any;\n  asm volatile(\"{ .reg .pred p, q; setp.ne.u32 p, %1, 0; bar.red.or.pred q, 0, p; selp.u32 %0, 1, 0, q; }\" : \"=r\"(any) : \"r\"(last) : \"memory\");\n  return any != 0;\n}",
+    ),
     ("sync_warp", "DEVICE void sync_warp() { asm volatile(\"bar.warp.sync 0xffffffff;\" ::: \"memory\"); }"),
 ];
 

@@ -54,7 +54,12 @@ impl Builder {
 
     /// Declares a buffer; all buffers come before the first scalar.
     pub fn buffer(&mut self, name: &str, access: Access) -> Mem {
-        self.kernel.buffers.push(Buffer { name: name.to_owned(), access });
+        self.workspace(name, access, 0)
+    }
+
+    /// Declares scratch or counters, of so many bytes for each of the first scalar argument.
+    pub fn workspace(&mut self, name: &str, access: Access, bytes_each: u64) -> Mem {
+        self.kernel.buffers.push(Buffer { name: name.to_owned(), access, bytes_each });
         Mem::Global(self.kernel.buffers.len() as u32 - 1)
     }
 
@@ -301,6 +306,15 @@ impl Builder {
     /// A barrier of the block.
     pub fn barrier(&mut self) {
         self.emit(Stmt::Barrier);
+    }
+
+    /// Counts the block; whether it is the last of `count`.
+    pub fn last_of(&mut self, counters: Mem, at: impl Into<Val>, count: impl Into<Val>) -> Val {
+        let Mem::Global(counter) = counters else { unreachable!("counters are a buffer") };
+        let to = self.reg(Ty::Pred);
+        let at = self.at(at);
+        self.emit(Stmt::LastOf { to, counter, at, count: count.into() });
+        to.into()
     }
 
     /// Orders the shared memory accesses of a warp's lanes.

@@ -48,6 +48,7 @@ fn uses(stmt: &Stmt, f: &mut impl FnMut(Val)) {
             from.iter().copied().for_each(f);
         }
         Stmt::CpAsync { to, at, valid, .. } => [to.base, at.base, *valid].into_iter().for_each(f),
+        Stmt::LastOf { at, count, .. } => [at.base, *count].into_iter().for_each(f),
         Stmt::ShuffleXor { from, .. } => f(*from),
         Stmt::Mma { acc, a, b, .. } => {
             acc.iter().for_each(|r| f((*r).into()));

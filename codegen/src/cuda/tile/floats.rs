@@ -3,6 +3,29 @@
 use super::{Binary, Builder, Ternary, Unary, Val};
 use crate::cpu::math::Lanes;
 
+impl Builder {
+    /// The code of the number nearest to `a` that OCP E4M3 has, in the low byte: ties to even, beyond 448 the largest one,
+    /// 0x7f for what is not a number.
+    pub fn e4m3_bits(&mut self, a: Val) -> Val {
+        let rounded = self.round_e4m3(a);
+        let all = self.unary(Unary::Bits, rounded);
+        let size = self.unary(Unary::FAbs, rounded);
+        let bits = self.unary(Unary::Bits, size);
+        // Exponents are biased by 7, not 127. Below 2^-6 the last place is 2^-9.
+        let moved = self.shr(bits, 20);
+        let normal = self.binary(Binary::Sub, moved, 120 << 3);
+        let steps = Lanes::mul(self, size, 512.0.into());
+        let small = self.unary(Unary::FloatToInt, steps);
+        let least = self.binary(Binary::FLt, size, 0.015_625);
+        let code = self.select(least, small, normal);
+        let sign = self.shr(all, 24);
+        let sign = self.and(sign, 0x80);
+        let code = self.binary(Binary::Or, code, sign);
+        let number = self.binary(Binary::FEq, a, a);
+        self.select(number, code, 0x7f)
+    }
+}
+
 /// Floats of a kernel under construction: what expressions and their functions are made of.
 impl Lanes for Builder {
     type V = Val;

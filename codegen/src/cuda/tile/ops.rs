@@ -13,6 +13,10 @@ pub enum Unary {
     FAbs,
     /// Square root.
     FSqrt,
+    /// `2^x`, within 2^-22 of its size; numbers below 2^-126 become 0.
+    Exp2,
+    /// The binary logarithm, within 2^-21, or 2^-21 of its size.
+    Log2,
     /// Nearest integer as a float, ties to even.
     FRound,
     /// The float of a signed integer.
@@ -45,6 +49,8 @@ pub enum Binary {
     FSub,
     FMul,
     FDiv,
+    /// The larger one; of a number and NaN the number.
+    FMax,
     /// The magnitude of the first with the sign of the second.
     FCopySign,
     FLt,
@@ -122,6 +128,8 @@ impl Unary {
             Unary::FNeg
             | Unary::FAbs
             | Unary::FSqrt
+            | Unary::Exp2
+            | Unary::Log2
             | Unary::FRound
             | Unary::IntToFloat
             | Unary::FromBits
@@ -142,7 +150,7 @@ impl Binary {
     pub fn ty(self) -> Ty {
         use Binary::*;
         match self {
-            FAdd | FSub | FMul | FDiv | FCopySign => Ty::F32,
+            FAdd | FSub | FMul | FDiv | FMax | FCopySign => Ty::F32,
             FLt | FEq | Lt | Eq | PAnd => Ty::Pred,
             Add | Sub | Mul | Div | Rem | And | Or | Xor | Shl | Shr | Min | PackBf16 => Ty::U32,
             Add64 => Ty::U64,
