@@ -13,10 +13,16 @@
 //! | [`rope`] | tables of rotations, and the rotation of heads |
 //! | [`skinny`] | products of up to 64 tokens: int4, int8, fp8, e2m1 and bf16 weights with bf16 rows, int4 and int8 weights with int8 rows |
 //! | [`wide`] | products of many tokens, of the same formats from the same packed weights |
+//! | [`gather`] | rows of tables |
+//! | [`cache`] | rows into paged caches, perhaps rotated |
+//! | [`attention`] | over paged caches or the rows of the call: few tokens with keys split among blocks, and many tokens |
+//! | [`sample`] | tokens chosen from logits |
+//! | [`plain`] | appends and attention for caches that the others do not have: f32, f16, and heads of odd widths |
 //!
-//! What is not here: nothing launches kernels yet, and `quantc compile` does not know the targets of [`crate::targets::GPUS`].
+//! [`plan`] chooses the template for each launch of a lowered module.
 
 pub mod attention;
+pub mod backend;
 pub mod cache;
 pub mod dequant;
 pub mod expr;
@@ -28,6 +34,8 @@ pub mod interp;
 pub mod layout;
 #[cfg(feature = "cuda")]
 pub mod nvrtc;
+pub mod plain;
+pub mod plan;
 mod product;
 pub mod rope;
 pub mod row;

@@ -3,6 +3,8 @@
 //! The folder is made under a temporary name beside its place and renamed when it is whole, so an interrupted
 //! compilation leaves no half an engine. Its bytes depend on the module, the target and the limits only.
 
+use crate::backend::Order;
+use crate::cuda::plan;
 use crate::kernels::{self, KernelReport, Objects};
 use crate::lower::{self, BlobSource, EngineBlob, Limits, Lowered};
 use crate::spec::{KernelSpec, Rows};
@@ -76,12 +78,8 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
         }
     };
     let limits = Limits { always_full: request.always_full, ..limits(module, request.max_tokens, encoder)? };
-    let lowered = lower::lower(module, request.store, limits)?;
-    let specs = specs(&lowered);
-    let (object, mut reports) = match (request.objects, request.tuning) {
-        (Some(objects), None) => objects.compile(&specs, request.target)?,
-        (_, tuning) => kernels::compile(&specs, request.target, tuning)?,
-    };
+    let lowered = lower::lower_for(Order::of(request.target), module, request.store, limits)?;
+    let Made { kernels_file, bytes: object, mut reports, gpu } = make(&request, &lowered)?;
     name_launches(&mut reports, &lowered);
 
     let folder = Folder::create(out)?;
@@ -92,7 +90,7 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
     report.insert("kernels".into(), kernels);
     let report =
         serde_json::to_string_pretty(&report).map_err(|e| Diag::bug(format!("the report: {e}")))? + "\n";
-    let mut files = vec![weights_file, folder.write(format::KERNELS_FILE, &object)?];
+    let mut files = vec![weights_file, folder.write(kernels_file, &object)?];
     files.push(folder.write("report.json", report.as_bytes())?);
     let pipeline = module.pipeline.clone().unwrap_or_default();
     files.push(folder.write("pipeline.txt", format!("{pipeline}\n").as_bytes())?);
@@ -145,6 +143,7 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
         files,
         pipeline,
         facts,
+        gpu,
     };
     manifest.validate().map_err(|e| Diag::bug(format!("the engine's manifest is not valid: {e}")))?;
     folder.write(format::MANIFEST_TEXT_FILE, manifest.to_text().as_bytes())?;
@@ -152,10 +151,62 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
     let written = Written {
         weight_bytes: manifest.weight_bytes,
         decode_bytes_per_token: streamed,
-        kernels: specs.len(),
+        kernels: reports.len(),
     };
     folder.publish(out)?;
     Ok(written)
+}
+
+/// Kernels, compiled.
+struct Made {
+    kernels_file: &'static str,
+    bytes: Vec<u8>,
+    reports: Vec<KernelReport>,
+    gpu: Option<format::Gpu>,
+}
+
+fn make(request: &Request<'_>, lowered: &Lowered) -> Result<Made> {
+    let Some(gpu) = request.target.gpu else {
+        let specs = &specs(lowered);
+        let (bytes, reports) = match (request.objects, request.tuning) {
+            (Some(objects), None) => objects.compile(specs, request.target)?,
+            (_, tuning) => kernels::compile(specs, request.target, tuning)?,
+        };
+        return Ok(Made { kernels_file: format::KERNELS_FILE, bytes, reports, gpu: None });
+    };
+    if request.tuning.is_some() {
+        return Err(Diag::target(format!("there are no tuning tables for {}", request.target.name))
+            .help("the target's cost model chooses"));
+    }
+    let programs = lowered.programs.iter();
+    let wanted = programs.flat_map(|(tokens, launches)| {
+        let want =
+            |l: &lower::Launch| (l.symbol.clone(), plan::Want { spec: l.spec.clone(), tokens: *tokens });
+        launches.iter().map(want)
+    });
+    let wanted: BTreeMap<String, plan::Want> = wanted.collect();
+    let code = plan::compile(&wanted, gpu, request.store)?;
+    let report = |kernel: &plan::Compiled| KernelReport {
+        symbol: kernel.launch.symbol.clone(),
+        template: kernel.template,
+        choice: kernel.choice.clone(),
+        refused: vec![],
+        launches: vec![],
+        work: wanted.get(&kernel.launch.symbol).and_then(|want| kernels::Work::of(&want.spec)),
+        product: None,
+        gpu: Some(kernel.report.clone()),
+    };
+    let reports = code.kernels.iter().map(report).collect();
+    let (launches, entries) = code.kernels.into_iter().map(|k| (k.launch, k.entry)).unzip();
+    let (major, minor) = code.nvrtc;
+    let gpu = format::Gpu {
+        arch: gpu.arch.into(),
+        page_rows: plan::PAGE,
+        cuda: (major * 1000 + minor * 10) as u32,
+        kernels: launches,
+    };
+    let bytes = format::GpuCode { kernels: entries }.encode_file();
+    Ok(Made { kernels_file: format::GPU_KERNELS_FILE, bytes, reports, gpu: Some(gpu) })
 }
 
 /// Sizes that follow from the module.
@@ -179,13 +230,13 @@ fn limits(module: &Module, max_tokens: u32, encoder: bool) -> Result<Limits> {
 /// Every kernel of a lowered module by its symbol.
 fn specs(lowered: &Lowered) -> BTreeMap<String, KernelSpec> {
     let launches = lowered.programs.iter().flat_map(|(_, launches)| launches);
-    launches.map(|l| (l.spec.key(), l.spec.clone())).collect()
+    launches.map(|l| (l.symbol.clone(), l.spec.clone())).collect()
 }
 
 fn name_launches(reports: &mut [KernelReport], lowered: &Lowered) {
     let mut names: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for launch in lowered.programs.iter().flat_map(|(_, launches)| launches) {
-        let users = names.entry(launch.spec.key()).or_default();
+        let users = names.entry(launch.symbol.clone()).or_default();
         if !users.contains(&launch.name) {
             users.push(launch.name.clone());
         }
@@ -197,7 +248,7 @@ fn name_launches(reports: &mut [KernelReport], lowered: &Lowered) {
 
 fn programs(lowered: &Lowered) -> Vec<Program> {
     let launch = |l: &lower::Launch| Launch {
-        symbol: l.spec.key(),
+        symbol: l.symbol.clone(),
         name: l.name.clone(),
         args: l.args.clone(),
         items: l.items,

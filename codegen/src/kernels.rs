@@ -4,6 +4,7 @@ use crate::cpu::llvm::Unit;
 use crate::cpu::matmul::MatmulSchedule;
 use crate::cpu::matmul::schedule::{Inner, schedule_from};
 use crate::cpu::{attention, cache, gather, matmul, rope, row};
+use crate::cuda::plan::GpuReport;
 use crate::eexpr::{Node, UnaryOp};
 use crate::spec::{Code, KernelSpec, MatmulSpec, Rows};
 use crate::tune::{Product, Tuning};
@@ -31,6 +32,9 @@ pub struct KernelReport {
     pub work: Option<Work>,
     /// More about products.
     pub product: Option<Product>,
+    /// More about kernels of GPUs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<GpuReport>,
 }
 
 /// Multiply-adds of a call.
@@ -94,6 +98,7 @@ pub fn compile(
             launches: vec![],
             work: Work::of(spec),
             product: None,
+            gpu: None,
         };
         match spec {
             KernelSpec::Matmul(spec) => {

@@ -66,6 +66,7 @@ pub fn run(args: Args) -> Outcome {
         profile: args.profile,
         ..SessionOptions::default()
     };
+    let _loaded = subject::load(&engine)?;
     let mut session = Session::new(engine.clone(), &options)?;
     let load_ms = start.elapsed().as_secs_f64() * 1e3;
     let manifest = engine.manifest();

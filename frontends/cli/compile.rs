@@ -5,7 +5,7 @@ use crate::layer_exec::Compiled;
 use crate::report::EngineReport;
 use crate::text_model::{TextArgs, read_model};
 use crate::{agreement, cache_cost, opt, output, subject};
-use quantc_codegen::backend::CpuBackend;
+use quantc_codegen::backend;
 use quantc_codegen::engine::{self, Request};
 use quantc_codegen::targets;
 use quantc_codegen::tune::Tuning;
@@ -51,7 +51,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE", conflicts_with = "data")]
     stats: Option<PathBuf>,
     /// Number format of the key/value cache: f32, f16 or bf16, or codes of 8 bits with a scale for each token and head:
-    /// int8 or e4m3 (also called fp8). With --data or --stats, channels are first made alike, so that the scale fits them all.
+    /// int8 or e4m3 (also called fp8). By default f32, and bf16 for GPUs. With --data or --stats, channels are first made alike, so that the scale fits them all.
     #[arg(long)]
     kv_cache: Option<String>,
     /// Tokens that a sequence may have, instead of the model's context.
@@ -93,7 +93,9 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
         (None, Some(text)) => text.clone(),
         (None, None) => String::new(),
     };
-    if let Some(format) = &args.kv_cache {
+    // Attention of GPUs multiplies bf16: a cache of f32 would be twice as large and gain nothing.
+    let usual = (target.gpu.is_some() && !mentions_cache(&text)).then(|| "bf16".to_string());
+    if let Some(format) = args.kv_cache.as_ref().or(usual.as_ref()) {
         text = with_cache_format(&text, format, args.data.is_some() || args.stats.is_some())?;
     }
     let dir = match &args.store {
@@ -229,6 +231,11 @@ fn with_cache_format(text: &str, format: &str, data: bool) -> Outcome<String> {
     Ok(format!("{pass}, {text}"))
 }
 
+/// Whether a pipeline says what caches hold.
+fn mentions_cache(text: &str) -> bool {
+    text.contains("cast-cache") || text.contains("quantize-cache")
+}
+
 /// What pipelines have in front of `calibrate`.
 pub const PREPARE: &str = "outline-layers, fold-constants, dedupe";
 
@@ -349,12 +356,13 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
         facts.push(Fact::Data);
     }
     let tokenizer = tokenizer.map(|(bytes, t)| Ok::<_, Diag>((bytes, t.to_compact()?))).transpose()?;
-    let backend = CpuBackend::new(job.target);
+    let backend = backend::of(job.target);
+    let backend = &*backend;
     let parsed = pipeline::parse(job.pipeline)?;
     let checked =
-        pipeline::check_given(&parsed, job.registry, &module, Some(job.target), Some(&backend), &facts)?;
+        pipeline::check_given(&parsed, job.registry, &module, Some(job.target), Some(backend), &facts)?;
     let checked = job.show.stop(checked)?;
-    let env = Env { threads: job.threads, ..Env::new(store).with_backend(&backend) };
+    let env = Env { threads: job.threads, ..Env::new(store).with_backend(backend) };
     let mut progress = LayerProgress::new(job.quiet);
     let mut memory = Memory::default();
     let mut hooks: [&mut dyn manager::Hook; 2] = [&mut progress, &mut memory];

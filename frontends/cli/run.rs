@@ -106,6 +106,7 @@ pub fn run(args: Args) -> Outcome {
         decode_threads: args.decode_threads,
         ..SessionOptions::default()
     };
+    let _loaded = subject::load(&engine)?;
     let mut session = Session::new(Arc::clone(&engine), &options)?;
     let load = begun.elapsed();
 

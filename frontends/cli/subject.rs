@@ -6,6 +6,7 @@ use quantc_frontends::tokenizer::Tokenizer;
 use quantc_ir::diag::Diag;
 use quantc_runtime::engine::{Engine, OpenOptions, Pages};
 use quantc_runtime::format::{Kind, MANIFEST_FILE, Manifest};
+use quantc_runtime::gpu::Loaded;
 use std::io::IsTerminal;
 use std::path::Path;
 #[cfg(feature = "llvm")]
@@ -244,4 +245,16 @@ impl Progress {
             bar.finish_and_clear();
         }
     }
+}
+
+/// Loads an engine onto this machine's GPU, when its kernels run on one, and shows how far it has come. Sessions use what
+/// is loaded as long as the result lives.
+pub fn load(engine: &Engine) -> Outcome<Option<Arc<Loaded>>> {
+    if engine.manifest().gpu.is_none() {
+        return Ok(None);
+    }
+    let mut bar = Progress::new("loading");
+    let loaded = engine.load(&mut |done, all| bar.at(done as f64 / all.max(1) as f64));
+    bar.done();
+    Ok(Some(loaded?))
 }

@@ -315,7 +315,7 @@ mod tests {
             bf16_mac_per_cycle: 0.0,
             stream_bytes_per_cycle: 1.0,
         };
-        let target = TargetDesc { name: "cpu", doc: "", cpu };
+        let target = TargetDesc { name: "cpu", doc: "", cpu, gpu: None };
         for preset in ALL {
             let parsed = pipeline::parse(preset.pipeline).unwrap();
             let data: &[Fact] = if preset.needs_data() { &[Fact::Data] } else { &[] };

@@ -35,6 +35,7 @@ pub static TARGET: TargetDesc = TargetDesc {
         bf16_mac_per_cycle: 0.0,
         stream_bytes_per_cycle: 4.0,
     },
+    gpu: None,
 };
 
 impl Backend for TestBackend {
