@@ -13,6 +13,7 @@
 mod elementwise;
 mod fold;
 mod indexing;
+pub mod io;
 mod movement;
 mod product;
 mod quantized;
