@@ -888,7 +888,8 @@ pub(super) fn flattened(mut spec: ConvSpec) -> ConvSpec {
             spec.outer.remove(i);
         }
     }
-    if spec.outer.is_empty() {
+    // Windows of a tile share their weights.
+    if spec.outer.last().is_none_or(|a| a.w != 0) {
         spec.outer.push(Axis { n: 1, x: 0, w: 0, y: None });
     }
     spec
