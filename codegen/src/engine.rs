@@ -3,6 +3,7 @@
 //! The folder is made under a temporary name beside its place and renamed when it is whole, so an interrupted
 //! compilation leaves no half an engine. Its bytes depend on the module, the target and the limits only.
 
+use crate::arrays;
 use crate::backend::Order;
 use crate::cuda::plan;
 use crate::kernels::{self, KernelReport, Objects};
@@ -84,12 +85,7 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
 
     let folder = Folder::create(out)?;
     let (blobs, weights_file) = write_weights(&folder, module, request.store, &lowered.blobs)?;
-    let mut report = request.report;
-    let kernels = serde_json::to_value(&reports)
-        .map_err(|e| Diag::bug(format!("the report does not serialize: {e}")))?;
-    report.insert("kernels".into(), kernels);
-    let report =
-        serde_json::to_string_pretty(&report).map_err(|e| Diag::bug(format!("the report: {e}")))? + "\n";
+    let report = report_text(request.report, &reports)?;
     let mut files = vec![weights_file, folder.write(kernels_file, &object)?];
     files.push(folder.write("report.json", report.as_bytes())?);
     let pipeline = module.pipeline.clone().unwrap_or_default();
@@ -115,11 +111,7 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
         quantc_version: env!("CARGO_PKG_VERSION").into(),
         model: module.name.clone(),
         kind: if encoder { Kind::Encoder } else { Kind::Decoder } as i32,
-        target: format::Target {
-            name: request.target.name.into(),
-            arch: "x86_64".into(),
-            features: request.target.cpu.features.iter().map(|f| f.to_string()).collect(),
-        },
+        target: target_of(request.target),
         context: limits.context,
         max_tokens: limits.max_tokens,
         max_rows: limits.max_rows,
@@ -139,6 +131,8 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
         output: lowered.output,
         row_inputs: taps(&lowered.row_inputs),
         row_outputs: taps(&lowered.row_outputs),
+        array_inputs: vec![],
+        array_outputs: vec![],
         generation: Some(Generation { bos: numbers("bos")?.first().copied(), eos: numbers("eos")? }),
         files,
         pipeline,
@@ -207,6 +201,109 @@ fn make(request: &Request<'_>, lowered: &Lowered) -> Result<Made> {
     };
     let bytes = format::GpuCode { kernels: entries }.encode_file();
     Ok(Made { kernels_file: format::GPU_KERNELS_FILE, bytes, reports, gpu: Some(gpu) })
+}
+
+/// A graph over arrays to be compiled.
+pub struct GraphRequest<'a> {
+    /// The graph after its passes.
+    pub module: &'a Module,
+    /// Where its weights lie.
+    pub store: &'a Store,
+    /// The machine to compile for.
+    pub target: &'static TargetDesc,
+    /// Names of the parameters of `main`.
+    pub inputs: &'a [String],
+    /// Names of its results.
+    pub outputs: &'a [String],
+    /// Further facts for the manifest.
+    pub facts: Vec<(String, String)>,
+    /// The report; kernels are added to it.
+    pub report: serde_json::Map<String, serde_json::Value>,
+}
+
+/// Compiles a graph over arrays and writes the engine to `out`. An engine that lies there is replaced; anything else is
+/// refused.
+pub fn write_graph(request: GraphRequest<'_>, out: &Path) -> Result<Written> {
+    check_place(out)?;
+    let module = request.module;
+    let lowered = arrays::lower(module, request.store, request.target, request.inputs, request.outputs)?;
+    let specs: BTreeMap<String, KernelSpec> =
+        lowered.launches.iter().map(|l| (l.spec.key(), l.spec.clone())).collect();
+    let (object, mut reports) = kernels::compile(&specs, request.target, None)?;
+    for report in &mut reports {
+        let of = lowered.launches.iter().filter(|l| l.spec.key() == report.symbol);
+        for launch in of {
+            if !report.launches.contains(&launch.name) {
+                report.launches.push(launch.name.clone());
+            }
+        }
+    }
+    let folder = Folder::create(out)?;
+    let (blobs, weights_file) = write_weights(&folder, module, request.store, &lowered.blobs)?;
+    let mut files = vec![weights_file, folder.write(format::KERNELS_FILE, &object)?];
+    files.push(folder.write("report.json", report_text(request.report, &reports)?.as_bytes())?);
+    let pipeline = module.pipeline.clone().unwrap_or_default();
+    files.push(folder.write("pipeline.txt", format!("{pipeline}\n").as_bytes())?);
+    files.sort_by(|a, b| a.name.cmp(&b.name));
+    let launches = lowered.launches.iter().map(|l| Launch {
+        symbol: l.spec.key(),
+        name: l.name.clone(),
+        args: l.args.clone(),
+        items: l.items,
+        tap: None,
+        flags: if l.overlaps_next { NO_BARRIER_AFTER } else { 0 },
+    });
+    let mut facts: Vec<Fact> =
+        module.facts.iter().map(|(k, v)| Fact { key: k.clone(), value: v.clone() }).collect();
+    facts.extend(request.facts.into_iter().map(|(key, value)| Fact { key, value }));
+    let weight_bytes = blobs.iter().map(|b| b.len).sum();
+    let manifest = Manifest {
+        quantc_version: env!("CARGO_PKG_VERSION").into(),
+        model: module.name.clone(),
+        kind: Kind::Graph as i32,
+        target: target_of(request.target),
+        context: 1,
+        max_tokens: 1,
+        max_rows: 1,
+        vocab: 1,
+        arena_bytes: lowered.arena_bytes,
+        weight_bytes,
+        decode_bytes_per_token: weight_bytes,
+        weights: blobs,
+        programs: vec![Program { min_t: 1, max_t: 1, launches: launches.collect() }],
+        output: format::Ref::arena(0),
+        array_inputs: lowered.inputs,
+        array_outputs: lowered.outputs,
+        files,
+        pipeline,
+        facts,
+        ..Manifest::empty()
+    };
+    manifest.validate().map_err(|e| Diag::bug(format!("the engine's manifest is not valid: {e}")))?;
+    folder.write(format::MANIFEST_TEXT_FILE, manifest.to_text().as_bytes())?;
+    folder.write(format::MANIFEST_FILE, &manifest.encode_file())?;
+    folder.publish(out)?;
+    Ok(Written { weight_bytes, decode_bytes_per_token: weight_bytes, kernels: specs.len() })
+}
+
+/// The report with its kernels, as text.
+fn report_text(
+    mut report: serde_json::Map<String, serde_json::Value>,
+    kernels: &[KernelReport],
+) -> Result<String> {
+    let kernels =
+        serde_json::to_value(kernels).map_err(|e| Diag::bug(format!("the report does not serialize: {e}")))?;
+    report.insert("kernels".into(), kernels);
+    Ok(serde_json::to_string_pretty(&report).map_err(|e| Diag::bug(format!("the report: {e}")))? + "\n")
+}
+
+/// A target as the manifest names it.
+fn target_of(target: &TargetDesc) -> format::Target {
+    format::Target {
+        name: target.name.into(),
+        arch: "x86_64".into(),
+        features: target.cpu.features.iter().map(|f| f.to_string()).collect(),
+    }
 }
 
 /// Sizes that follow from the module.

@@ -30,23 +30,24 @@ use std::time::Instant;
 #[derive(clap::Args)]
 #[group(id = "how", required = true, multiple = false, args = ["preset", "pipeline"])]
 pub struct Args {
-    /// A model folder with config.json, safetensors and tokenizer.json; or an `.onnx` file that reads text.
-    model: PathBuf,
+    /// A model folder with config.json, safetensors and tokenizer.json; or an `.onnx` file: a model of text when there is a
+    /// tokenizer.json beside it or something is said with --bind, else a graph over arrays.
+    pub model: PathBuf,
     /// The machine to compile for: a name from `quantc targets`, or `host`.
     #[arg(long)]
-    target: String,
+    pub target: String,
     /// A named pipeline from `quantc presets`.
     #[arg(long)]
-    preset: Option<String>,
+    pub preset: Option<String>,
     /// A pipeline, as text.
     #[arg(short, long)]
-    pipeline: Option<String>,
+    pub pipeline: Option<String>,
     /// The folder to write.
     #[arg(short, long)]
-    output: PathBuf,
+    pub output: PathBuf,
     /// A text for passes that need data, or token ids in rows, as a NumPy array (`.npy`).
     #[arg(long)]
-    data: Option<PathBuf>,
+    pub data: Option<PathBuf>,
     /// Statistics in place of a text: a file that `quantc calibrate` wrote for this model.
     #[arg(long, value_name = "FILE", conflicts_with = "data")]
     stats: Option<PathBuf>,
@@ -66,25 +67,31 @@ pub struct Args {
     tuning: Option<PathBuf>,
     /// Threads; 0 means one for each CPU. The engine does not depend on it.
     #[arg(long, default_value_t = 0)]
-    threads: usize,
+    pub threads: usize,
     /// Where derived weights are kept between compilations.
     #[arg(long, env = "QUANTC_STORE")]
-    store: Option<PathBuf>,
+    pub store: Option<PathBuf>,
     /// Tokens on which the engine is compared with the reference evaluator, layer by layer; 0 skips the comparison. By
     /// default 16 for models of up to 64 million multiply-adds a token on a machine that runs the engine, else 0.
     #[arg(long)]
     agreement: Option<usize>,
     #[command(flatten)]
-    text: TextArgs,
+    pub text: TextArgs,
     #[command(flatten)]
-    show: opt::Show,
+    pub graph: crate::compile_graph::Options,
+    #[command(flatten)]
+    pub show: opt::Show,
     /// Print one JSON object about the engine.
     #[arg(long)]
-    json: bool,
+    pub json: bool,
 }
 
 /// Runs the subcommand.
 pub fn run(args: Args, registry: &Registry) -> Outcome {
+    if crate::compile_graph::is_graph(&args) {
+        return crate::compile_graph::run(&args, registry);
+    }
+    args.graph.refuse()?;
     let start = Instant::now();
     return_large_blocks();
     let target = targets::lookup(&args.target)?;

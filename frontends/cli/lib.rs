@@ -26,6 +26,8 @@ mod cache_cost;
 mod calibrate;
 #[cfg(feature = "llvm")]
 mod compile;
+#[cfg(feature = "llvm")]
+mod compile_graph;
 mod embed;
 mod eval;
 mod explain;

@@ -21,6 +21,11 @@ pub fn is_engine(path: &Path) -> bool {
     path.join(MANIFEST_FILE).is_file()
 }
 
+/// Whether `path` is the folder of an engine over arrays.
+pub fn is_graph(path: &Path) -> bool {
+    is_engine(path) && manifest(path).is_ok_and(|m| m.kind() == Kind::Graph)
+}
+
 /// The manifest of an engine, which may be for another machine.
 pub fn manifest(path: &Path) -> Outcome<Manifest> {
     check_engine(path)?;
@@ -97,6 +102,10 @@ pub fn decoder(engine: Arc<Engine>, path: &Path, used: &str) -> Outcome<Arc<Engi
     if engine.manifest().kind() == Kind::Encoder {
         let diag = Diag::input(format!("an encoder cannot be {used}")).in_file(path.display().to_string());
         return Err(diag.help("use `quantc embed`").into());
+    }
+    if engine.manifest().kind() == Kind::Graph {
+        let diag = Diag::input(format!("an engine over arrays cannot be {used}"));
+        return Err(diag.in_file(path.display().to_string()).help("use `quantc run --input NAME=FILE`").into());
     }
     Ok(engine)
 }

@@ -30,6 +30,11 @@ pub struct TextArgs {
 }
 
 impl TextArgs {
+    /// Whether anything is said that only models of text have.
+    pub fn says_something(&self) -> bool {
+        !self.binds.is_empty() || self.result.is_some()
+    }
+
     /// Numbers for named extents.
     pub fn dims(&self) -> BTreeMap<String, u64> {
         self.dims.iter().cloned().collect()

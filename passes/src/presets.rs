@@ -290,6 +290,35 @@ presets! {
     ];
 }
 
+/// A named pipeline for graphs over arrays, which have neither tokens nor layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GraphPreset {
+    /// The name on the command line.
+    pub name: &'static str,
+    /// One sentence.
+    pub doc: &'static str,
+    /// The pipeline.
+    pub pipeline: &'static str,
+}
+
+/// Every preset for graphs.
+pub static GRAPHS: &[GraphPreset] = &[GraphPreset {
+    name: "f32",
+    doc: "The graph as it is: quantized parts stay so, everything else is computed in its own type.",
+    pipeline: "fold-constants, dedupe, drop-dead",
+}];
+
+impl GraphPreset {
+    /// The preset called `name`, or an error that lists all.
+    pub fn get(name: &str) -> Result<&'static GraphPreset> {
+        GRAPHS.iter().find(|p| p.name == name).ok_or_else(|| {
+            let names: Vec<&str> = GRAPHS.iter().map(|p| p.name).collect();
+            Diag::pipeline(format!("`{name}` is no preset for graphs over arrays"))
+                .help(format!("use {}", crate::pass::quoted(&names)))
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -158,6 +158,12 @@ pub struct Manifest {
     /// Of engines whose kernels run on a GPU, what there is to know to launch them.
     #[prost(message, optional, tag = "25")]
     pub gpu: Option<Gpu>,
+    /// Arrays that the caller of a graph gives.
+    #[prost(message, repeated, tag = "26")]
+    pub array_inputs: Vec<Array>,
+    /// Arrays that a graph gives.
+    #[prost(message, repeated, tag = "27")]
+    pub array_outputs: Vec<Array>,
 }
 
 /// How kernels of a GPU are launched.
@@ -257,6 +263,46 @@ pub enum Kind {
     Decoder = 0,
     /// A vector for each token, without state.
     Encoder = 1,
+    /// Arrays from arrays, all of fixed shapes.
+    Graph = 2,
+}
+
+/// An array with a name, in the arena.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct Array {
+    /// The name in the model.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// The element type, as the compiler writes it: `f32`, `u8`, `bool`.
+    #[prost(string, tag = "2")]
+    pub elem: String,
+    /// Bytes of an element.
+    #[prost(uint32, tag = "3")]
+    pub elem_bytes: u32,
+    /// Extents; row-major.
+    #[prost(uint64, repeated, tag = "4")]
+    pub dims: Vec<u64>,
+    /// Where it lies; always in the arena.
+    #[prost(message, required, tag = "5")]
+    pub at: Ref,
+}
+
+impl Array {
+    /// Elements; `None` when there are absurdly many.
+    pub fn elements(&self) -> Option<u64> {
+        self.dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d))
+    }
+
+    /// Bytes; `None` when there are absurdly many.
+    pub fn bytes(&self) -> Option<u64> {
+        self.elements()?.checked_mul(u64::from(self.elem_bytes)).filter(|&b| b <= MAX_BUFFER_BYTES)
+    }
+
+    /// Type and extents, as `f32 1x3x224x224`.
+    pub fn ty(&self) -> String {
+        let dims: Vec<String> = self.dims.iter().map(u64::to_string).collect();
+        if dims.is_empty() { self.elem.clone() } else { format!("{} {}", self.elem, dims.join("x")) }
+    }
 }
 
 /// The machine kernels are compiled for.
@@ -705,6 +751,9 @@ impl Manifest {
             let bytes = u64::from(self.max_tokens) * u64::from(rows.width) * 4;
             self.check_floats(&rows.at, bytes).map_err(|e| e.at(format_args!("rows {:?}", rows.name)))?;
         }
+        for array in self.array_inputs.iter().chain(&self.array_outputs) {
+            self.check_array(array).map_err(|e| e.at(format_args!("array {:?}", array.name)))?;
+        }
         let bytes = u64::from(self.max_rows) * u64::from(self.vocab) * 4;
         self.check_floats(&self.output, bytes).map_err(|e| e.at("output"))
     }
@@ -714,7 +763,7 @@ impl Manifest {
             return Err(Error::format(format!("version {} is not {VERSION}", self.version)));
         }
         if Kind::try_from(self.kind).is_err() {
-            return Err(Error::format(format!("kind {} is neither decoder nor encoder", self.kind)));
+            return Err(Error::format(format!("kind {} is neither decoder, encoder nor graph", self.kind)));
         }
         if self.target.arch != "x86_64" {
             let (name, arch) = (&self.target.name, &self.target.arch);
@@ -932,6 +981,24 @@ impl Manifest {
         }
     }
 
+    fn check_array(&self, array: &Array) -> Result<()> {
+        if !matches!(array.elem_bytes, 1 | 2 | 4 | 8) {
+            return Err(Error::format(format!("elements of {} bytes", array.elem_bytes)));
+        }
+        let bytes = array.bytes().ok_or_else(|| Error::format("its extents are absurdly large"))?;
+        let Some(RefKind::Arena(offset)) = array.at.kind else {
+            return Err(Error::format("the array does not lie in the arena"));
+        };
+        if offset % u64::from(array.elem_bytes) != 0 {
+            return Err(Error::format(format!("arena offset {offset} is not a multiple of an element")));
+        }
+        if offset.checked_add(bytes).is_none_or(|end| end > self.arena_bytes) {
+            let have = self.arena_bytes;
+            return Err(Error::format(format!("{bytes} bytes at {offset} are not within the arena's {have}")));
+        }
+        Ok(())
+    }
+
     /// Checks that `at` is `bytes` bytes of f32 in the arena.
     fn check_floats(&self, at: &Ref, bytes: u64) -> Result<()> {
         let Some(RefKind::Arena(offset)) = at.kind else {
@@ -960,6 +1027,7 @@ impl Manifest {
         let kind = match Kind::try_from(self.kind) {
             Ok(Kind::Decoder) => "decoder",
             Ok(Kind::Encoder) => "encoder",
+            Ok(Kind::Graph) => "graph",
             Err(_) => "unknown",
         };
         writeln!(
@@ -1010,6 +1078,11 @@ impl Manifest {
         for (what, all) in [("input", &self.row_inputs), ("further output", &self.row_outputs)] {
             for rows in all {
                 writeln!(out, "{what} {} {} x {}", rows.name, RefText(&rows.at, self), rows.width)?;
+            }
+        }
+        for (what, all) in [("input", &self.array_inputs), ("output", &self.array_outputs)] {
+            for array in all {
+                writeln!(out, "{what} {} {} {}", array.name, RefText(&array.at, self), array.ty())?;
             }
         }
         if let Some(generation) = &self.generation {

@@ -391,6 +391,55 @@ impl Session {
         Ok(self.output(tokens.len()))
     }
 
+    /// Runs a graph: `inputs` are the bytes of the manifest's `array_inputs`, in order. [`Session::array`] then gives its
+    /// outputs.
+    pub fn run_arrays(&mut self, inputs: &[&[u8]]) -> Result<()> {
+        let manifest = self.engine.manifest();
+        if manifest.kind() != Kind::Graph {
+            return Err(Error::input("the engine takes tokens, not arrays"));
+        }
+        if inputs.len() != manifest.array_inputs.len() {
+            let what = format!("{} arrays; the engine takes {}", inputs.len(), manifest.array_inputs.len());
+            return Err(Error::input(what));
+        }
+        for (array, given) in manifest.array_inputs.iter().zip(inputs) {
+            let bytes = array.bytes().unwrap_or(0);
+            if given.len() as u64 != bytes {
+                let what = format!("input {:?} has {} bytes, {} has {bytes}", array.name, given.len(), array.ty());
+                return Err(Error::input(what));
+            }
+            if array.elem == "bool" && given.iter().any(|&b| b > 1) {
+                return Err(Error::input(format!("input {:?} has truth values besides 0 and 1", array.name)));
+            }
+        }
+        if self.poison {
+            self.fill_with_nan();
+        }
+        for (array, given) in self.engine.manifest().array_inputs.iter().zip(inputs) {
+            let Some(RefKind::Arena(offset)) = array.at.kind else { continue };
+            // SAFETY: the arena is never protected, and no kernel runs while `self` is borrowed here.
+            let bytes = unsafe { self.arena.bytes_mut() };
+            bytes[offset as usize..][..given.len()].copy_from_slice(given);
+        }
+        self.ask_for_huge_pages(u32::MAX);
+        let Some(program) = self.programs.first() else { return Ok(()) };
+        let count = program.launches.len();
+        self.run_launches(0, 0..count, 1, 1)
+    }
+
+    /// The bytes of output `index` of the last [`Session::run_arrays`].
+    pub fn array(&self, index: usize) -> Result<&[u8]> {
+        let array = self.engine.manifest().array_outputs.get(index);
+        let Some((array, RefKind::Arena(offset))) = array.and_then(|a| Some((a, a.at.kind?))) else {
+            return Err(Error::input(format!("there is no output {index}")));
+        };
+        let bytes = array.bytes().unwrap_or(0) as usize;
+        let end = offset as usize + bytes;
+        assert!(end <= self.arena.len(), "the manifest was validated");
+        // SAFETY: the range was just checked; kernels write the arena only while the session is borrowed mutably.
+        Ok(unsafe { std::slice::from_raw_parts(self.arena.ptr().add(offset as usize), bytes) })
+    }
+
     /// Time spent by launch name, in the order of the programs; empty unless the session was made to profile.
     pub fn profile(&self) -> Vec<ProfileRow> {
         let mut rows: Vec<ProfileRow> = Vec::new();
@@ -625,6 +674,9 @@ impl Session {
     fn check_step(&mut self, step: Step<'_>) -> Result<()> {
         let Step { tokens, positions, slots, rows } = step;
         let manifest = self.engine.manifest();
+        if manifest.kind() == Kind::Graph {
+            return Err(Error::input("the engine takes arrays, not tokens"));
+        }
         let t = tokens.len();
         if t == 0 || t > manifest.max_tokens as usize {
             return Err(self.too_many_tokens(t));
