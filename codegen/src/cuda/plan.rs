@@ -111,9 +111,16 @@ pub fn kernel(symbol: &str, want: &Want, gpu: &GpuDesc) -> Result<Planned> {
         }
         KernelSpec::Rope(s) => (rope::build(symbol, s)?, "rope", String::new()),
         KernelSpec::RopeTable(s) => (rope::build_table(symbol, s)?, "rope", String::new()),
+        KernelSpec::Attention(s) if s.rows == Rows::R => {
+            return Err(Diag::target("attention of wanted rows only has no kernel on a GPU")
+                .help("leave `narrow-rows` out"));
+        }
         KernelSpec::Attention(s) => attend(symbol, s, want.tokens, gpu)?,
         KernelSpec::Gather(s) => (gather::build(symbol, s)?, "gather", String::new()),
         KernelSpec::CacheAppend(s) => append(symbol, s)?,
+        KernelSpec::Nest(_) | KernelSpec::Conv(_) => {
+            return Err(Diag::target("graphs over arrays have kernels on CPUs only"));
+        }
     };
     if kernel.shared > gpu.shared_bytes {
         return Err(Diag::target(format!(
@@ -296,6 +303,8 @@ pub fn work(spec: &KernelSpec, tokens: u32) -> (u64, u64, u64) {
         KernelSpec::CacheAppend(s) => (t * u64::from(s.heads * s.head_dim * (4 + s.ty.bytes())), 0, t),
         KernelSpec::Rope(s) => (t * u64::from(s.heads * s.head_dim) * 8, 0, t),
         KernelSpec::RopeTable(s) => (t * u64::from(s.half) * 8, 0, t),
+        // Of graphs over arrays, which GPUs have no kernels for.
+        KernelSpec::Nest(_) | KernelSpec::Conv(_) => (0, 0, 0),
     }
 }
 
