@@ -478,7 +478,7 @@ the embedding counts as a matrix of its own); neither counts padding. `MB` is th
         how: &Way,
     ) -> Result<Row, String> {
         let args: Vec<&str> = how.args.iter().map(String::as_str).collect();
-        let what = [&["row", if how.data { "calibrated" } else { "" }], &args[..]].concat();
+        let what = [&["row", if how.data { "calibrated" } else { "" }][..], &args].concat();
         let row = self.kept(place, &what, || {
             let calibration = how.data.then_some(subject.calibration.as_path());
             let engine = self.compile(place.model, calibration, &args, "engine")?;

@@ -22,7 +22,7 @@ pass! {
     ///
     /// As `round-to-nearest`, but columns are rounded one after the other, and those still to come make up for the error
     /// of those before, by what the statistic `hessian` says of the rows (Frantar et al. 2022). Scales are
-    /// searched for with the same measure. No row is worse than rounded to nearest. Where the rows
+    /// searched for by squared errors, and fitted to that measure once there are codes. No row is worse than rounded to nearest. Where the rows
     /// say nothing of use, numbers are rounded to nearest, and a remark says so.
     ///
     /// ```qir before
