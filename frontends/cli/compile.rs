@@ -219,23 +219,23 @@ fn read_tuning(path: &Path, target: &TargetDesc) -> Outcome<(Tuning, String)> {
     Ok((table, quantc_ir::weights::Digest::of(text.as_bytes()).to_string()))
 }
 
-/// The pipeline with the cache's format changed first. With a text to calibrate on, what goes into a cache of 8 bits is made
-/// to fit one scale a head.
+/// The pipeline with the cache's format changed first. With a text to calibrate on, what goes into a cache of 8 bits is first made
+/// to fit one scale a head, in the way that its format wants.
 fn with_cache_format(text: &str, format: &str, data: bool) -> Outcome<String> {
-    let pass = match format {
+    let (pass, first) = match format {
         "f32" => return Ok(text.to_string()),
-        "f16" | "bf16" => format!("cast-cache{{to={format}}}"),
-        "int8" | "e4m3" => format!("quantize-cache{{format={format}}}"),
-        "fp8" => "quantize-cache{format=e4m3}".into(),
+        "f16" | "bf16" => (format!("cast-cache{{to={format}}}"), None),
+        "int8" => ("quantize-cache{format=int8}".into(), Some("smooth-cache")),
+        "e4m3" | "fp8" => ("quantize-cache{format=e4m3}".into(), Some("smooth-cache{aim=usual}")),
         _ => {
             let diag = Diag::target(format!("a key/value cache of `{format}` has no kernels"));
             return Err(diag.help("use f32, f16, bf16, int8 or fp8").into());
         }
     };
-    if data && pass.starts_with("quantize-cache") {
-        return Ok(format!("{PREPARE}, layers(calibrate{{stats=[cache]}}, smooth-cache), {pass}, {text}"));
+    match first.filter(|_| data) {
+        Some(first) => Ok(format!("{PREPARE}, layers(calibrate{{stats=[cache]}}, {first}), {pass}, {text}")),
+        None => Ok(format!("{pass}, {text}")),
     }
-    Ok(format!("{pass}, {text}"))
 }
 
 /// Whether a pipeline says what caches hold.

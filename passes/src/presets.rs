@@ -86,6 +86,16 @@ presets! {
         "fuse-dequant-matmul",
     ];
 
+    /// As `w8a8-static`, with outliers of activations moved into the weights first.
+    "w8a8-static-smoothquant", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
+        "calibrate{stats=[absmax, rows]}",
+        "smoothquant{alpha=search}",
+        "calibrate{stats=[histogram]}",
+        "round-to-nearest{format=int8, group=row}",
+        "quantize-activations{format=int8, scale=static, range=mse}",
+        "fuse-dequant-matmul",
+    ];
+
     /// int8 weights with a scale per row, bf16 activations.
     "w8a16", embedding: "as in the checkpoint", head: "int8 per row, bf16 activations", [
         "round-to-nearest{format=int8, group=row}",
@@ -225,18 +235,20 @@ presets! {
         "fuse-dequant-matmul",
     ];
 
-    /// As `w4a8-g128`, rounded so that outputs change little.
+    /// As `w4a8-g128`, with large outliers of activations moved into the weights, rounded so that outputs change little.
     "w4a8-gptq-g128", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
-        "calibrate{stats=[hessian], skip-layers=[head]}",
+        "calibrate{stats=[absmax, rows, hessian], skip-layers=[head]}",
+        "smoothquant{alpha=search, worth=0.5, skip-layers=[head]}",
         "gptq{format=int4, group=128, skip-layers=[head]}",
         "round-to-nearest{format=int8, group=row, layers=[head]}",
         "quantize-activations{format=int8}",
         "fuse-dequant-matmul",
     ];
 
-    /// As `w4a8-g32`, rounded so that outputs change little.
+    /// As `w4a8-g32`, with large outliers of activations moved into the weights, rounded so that outputs change little.
     "w4a8-gptq-g32", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
-        "calibrate{stats=[hessian], skip-layers=[head]}",
+        "calibrate{stats=[absmax, rows, hessian], skip-layers=[head]}",
+        "smoothquant{alpha=search, worth=0.5, skip-layers=[head]}",
         "gptq{format=int4, group=32, skip-layers=[head]}",
         "round-to-nearest{format=int8, group=row, layers=[head]}",
         "quantize-activations{format=int8}",
