@@ -200,6 +200,7 @@ fn rows(b: &mut Rebuild<'_>, at: ValueId) -> Result<Option<(ValueId, u64)>> {
             && dims[axis] == Dim::Sym('t')
             && others(axis)
             && let Ok(offset) = u64::try_from(a.offset)
+            && counts_tokens(b, at)
         {
             return Ok(Some((b.emit(Positions {}, &[])?, offset)));
         }
@@ -217,6 +218,19 @@ fn rows(b: &mut Rebuild<'_>, at: ValueId) -> Result<Option<(ValueId, u64)>> {
             _ => return Ok(None),
         }
     }
+}
+
+/// Whether `v` is computed from the positions of tokens, which go on from call to call as other counts do not.
+pub(super) fn counts_tokens(b: &Rebuild<'_>, v: ValueId) -> bool {
+    let (mut stack, mut seen) = (vec![v], std::collections::BTreeSet::new());
+    while let Some(v) = stack.pop() {
+        match b.graph.def(v) {
+            Some((_, node)) if matches!(node.op, Op::Positions(_)) => return true,
+            Some((_, node)) if seen.insert(v) => stack.extend(&node.args),
+            _ => {}
+        }
+    }
+    false
 }
 
 /// One number, or places along the sequence, where nothing but constants and places is read.
