@@ -9,8 +9,8 @@ pass! {
     ///
     /// A graph that reads a whole sequence, with attention that sees earlier tokens only and everything else done row by
     /// row, computes the same when it is given the tokens in parts and the keys and values of earlier parts are kept. This
-    /// gives each attention its two states, with room for as many tokens as the module's fact `context` says, makes
-    /// `last_rows` of what the last product reads, and the module a decoder. A graph of another kind stays as it is, with a
+    /// gives each attention its two states, with room for as many tokens as the module's fact `context` says, computes the
+    /// result for the `last_rows` that are wanted, and makes the module a decoder. A graph of another kind stays as it is, with a
     /// remark that says why.
     "add-cache" => pub struct AddCache {}
     scope: Module, numerics: Exact, stats: drops
@@ -103,29 +103,26 @@ fn keep(module: &mut Module, context: u64) -> Result<usize> {
     Ok(attentions.len())
 }
 
-/// Computes the result for the rows that are wanted: from the last product on.
+/// Computes the result for the rows that are wanted: from where each row is made of one row alone.
 fn cut(graph: &mut Graph) -> Result<()> {
-    let result = graph.results[0];
-    // The ops behind the last product, which read nothing else of the sequence.
     let mut chain = vec![];
-    let mut v = result;
-    let first = loop {
-        let Some((op, node)) = graph.def(v) else { break v };
-        let rows: Vec<ValueId> =
-            node.args.iter().copied().filter(|&a| graph.ty(a).shape.0.first() == Some(&TOKENS)).collect();
-        let &[only] = &rows[..] else { break v };
-        if !matches!(
+    let mut first = graph.results[0];
+    while let Some((op, node)) = graph.def(first) {
+        let is_rows = |a: &ValueId| graph.ty(*a).shape.0.first() == Some(&TOKENS);
+        let rows: Vec<ValueId> = node.args.iter().copied().filter(is_rows).collect();
+        let each_alone = matches!(
             node.op,
-            Op::MatMul(_) | Op::Add(_) | Op::Mul(_) | Op::Binary(_) | Op::Unary(_) | Op::Tanh(_) | Op::Cast(_)
-        ) {
-            break v;
+            Op::MatMul(_) | Op::Add(_) | Op::Mul(_) | Op::Binary(_) | Op::Unary(_) | Op::Tanh(_) | Op::Gelu(_)
+                | Op::Silu(_) | Op::Relu(_) | Op::Cast(_) | Op::LayerNorm(_) | Op::RmsNorm(_)
+        );
+        match rows[..] {
+            [only] if each_alone => {
+                chain.push(op);
+                first = only;
+            }
+            _ => break,
         }
-        chain.push(op);
-        v = only;
-        if matches!(graph.node(op).op, Op::MatMul(_)) {
-            break v;
-        }
-    };
+    }
     let mut old = first;
     let mut new = graph.append(LastRows {}, &[first], None)?;
     for op in chain.into_iter().rev() {

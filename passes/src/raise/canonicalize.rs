@@ -52,6 +52,7 @@ pub(super) fn simplified(
         Op::Expand(_) => expanded(b, args[0], ty)?,
         Op::Cast(c) => cast(b, args[0], c)?,
         Op::Gather(g) => gathered(b, args, g, ty)?,
+        Op::Add(_) | Op::Mul(_) | Op::Binary(_) => shorter_constant(b, op, args, ty)?,
         // What is added under a root is the number that was written, not its f32.
         Op::LayerNorm(LayerNorm { eps }) if as_written(eps.0) != eps.0 => {
             Some(b.emit(LayerNorm { eps: Real(as_written(eps.0)) }, args)?)
@@ -162,6 +163,22 @@ fn cast(b: &mut Rebuild<'_>, x: ValueId, c: &Cast) -> Result<Option<ValueId>> {
         return Ok(None);
     }
     b.cast(inner[0], to).map(Some)
+}
+
+/// The op with a constant operand without leading axes of extent one, which shapes that are aligned at the last axis need not
+/// have.
+fn shorter_constant(b: &mut Rebuild<'_>, op: &Op, args: &[ValueId], ty: &TensorTy) -> Result<Option<ValueId>> {
+    for at in 0..2 {
+        let (c, other) = (args[at], args[1 - at]);
+        let dims = b.dims(c);
+        let long = dims.iter().position(|d| *d != Dim::Static(1)).unwrap_or(dims.len().saturating_sub(1));
+        if long > 0 && b.is_constant(c) && b.ty(other).rank() == ty.rank() && !b.is_constant(other) {
+            let mut args = args.to_vec();
+            args[at] = b.reshape(c, &dims[long..])?;
+            return b.emit(op.clone(), &args).map(Some);
+        }
+    }
+    Ok(None)
 }
 
 /// Rows of a constant table; and gathers of one known index, which are slices.

@@ -270,12 +270,16 @@ fn seen(mask: Mask, rank: usize) -> Option<Seen> {
 
 /// Heads `[h, t, d]`, or turned `[h, d, t]`, as `[t, h, d]`; a matrix is one head. Repeated heads are taken once.
 fn by_token(b: &mut Rebuild<'_>, x: ValueId, turned: bool) -> Result<Option<ValueId>> {
-    let x = match b.dims(x)[..] {
-        [rows, cols] => b.reshape(x, &[Dim::Static(1), rows, cols])?,
-        [_, _, _] => x,
+    let x = match b.dims(x).len() {
+        2 => {
+            let rows = if turned { b.transpose(x, &[1, 0])? } else { x };
+            let [t, d] = b.dims(rows)[..] else { return Ok(None) };
+            return b.reshape(rows, &[t, Dim::Static(1), d]).map(Some);
+        }
+        3 if turned => b.transpose(x, &[0, 2, 1])?,
+        3 => x,
         _ => return Ok(None),
     };
-    let x = if turned { b.transpose(x, &[0, 2, 1])? } else { x };
     let once = once(b, x)?;
     b.transpose(once, &[1, 0, 2]).map(Some)
 }

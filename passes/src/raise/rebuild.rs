@@ -100,7 +100,10 @@ pub(super) fn rebuild(cx: &mut PassCx<'_>, look: &mut Look<'_>) -> Result<Replac
     let mut graph = b.graph;
     graph.results = results;
     graph.drop_dead();
-    *function.graph_mut(cx.module) = graph;
+    // What did not change keeps its values, which others may know.
+    if !replaced.is_empty() {
+        *function.graph_mut(cx.module) = graph;
+    }
     Ok(replaced)
 }
 
