@@ -3,7 +3,7 @@
 use crate::failure::Outcome;
 use crate::{output, subject};
 use quantc_frontends::{ImportOptions, onnx};
-use quantc_ir::diag::Diag;
+use quantc_ir::diag::{Diag, Diags};
 use quantc_ir::module::Module;
 use quantc_ir::weights::Store;
 use serde_json::{Value, json};
@@ -70,6 +70,12 @@ pub fn run(args: Args) -> Outcome {
 fn read(path: &Path, store: &Store) -> Outcome<Module> {
     if path.is_dir() {
         return Ok(quantc_frontends::import(path, store, &ImportOptions::default())?.module);
+    }
+    if onnx::is_onnx(path) && onnx::is_text(path) {
+        // As engines read it; what inputs were taken for is told.
+        let imported = onnx::import_text(path, store, &onnx::TextOptions::default()).map_err(Diags::from)?;
+        imported.notes.iter().for_each(|note| eprintln!("note: {note}"));
+        return Ok(imported.module);
     }
     if onnx::is_onnx(path) {
         let imported = onnx::import(path, store, &onnx::Options::default());

@@ -2,11 +2,12 @@
 
 use crate::failure::Outcome;
 use crate::opt;
+use quantc_frontends::arch::Kind;
 use quantc_frontends::onnx::{self, Bind, TextOptions};
 use quantc_frontends::{ImportOptions, Imported};
 use quantc_ir::diag::{Diag, Diags};
 use quantc_ir::module::Module;
-use quantc_ir::ops::Op;
+use quantc_ir::ops::{Attention, Op};
 use quantc_ir::weights::Store;
 use quantc_passes::pass::{Env, Session};
 use quantc_passes::raise;
@@ -64,18 +65,27 @@ pub fn read_model(path: &Path, store: &Store, context: Option<u32>, text: &TextA
     };
     let mut imported = onnx::import_text(path, store, &options).map_err(Diags::from)?;
     opt::verify(&imported.module)?;
-    raise(&mut imported.module, store)?;
+    run(&mut imported.module, store, raise::PIPELINE)?;
     let place = path.display().to_string();
     finish(&mut imported, context).map_err(|e| e.in_file(place))?;
+    if imported.module.main.ops().any(|(_, n)| n.op.is::<Attention>().is_some_and(|a| a.causal)) {
+        // Why a decoder could not go on from call to call is told in a remark.
+        let told = run(&mut imported.module, store, "add-cache")?;
+        imported.notes.extend(told);
+        if imported.module.facts.get("kind").is_some_and(|kind| kind == Kind::Decoder.name()) {
+            imported.facts.kind = Kind::Decoder;
+        }
+    }
     Ok(imported)
 }
 
-/// Finds whole ops in what the exporter took apart.
-fn raise(module: &mut Module, store: &Store) -> Outcome {
-    let parsed = pipeline::parse(raise::PIPELINE)?;
+/// Runs passes; what they told of `main`.
+fn run(module: &mut Module, store: &Store, text: &str) -> Outcome<Vec<String>> {
+    let parsed = pipeline::parse(text)?;
     let checked = pipeline::check(&parsed, &Registry::builtin(), module, None, None)?;
-    opt::run_pipeline(module, &checked, Env::new(store), Session::default(), &opt::Show::default(), &mut [])?;
-    Ok(())
+    let (env, show) = (Env::new(store), opt::Show::default());
+    let report = opt::run_pipeline(module, &checked, env, Session::default(), &show, &mut [])?;
+    Ok(report.remarks.0.into_iter().map(|remark| remark.text).collect())
 }
 
 /// Makes the facts true for the graph as it is now, and says what engines cannot do with it.

@@ -9,14 +9,15 @@
 
 crate::passes! {
     canonicalize::Canonicalize, drop_unit_axes::DropUnitAxes, raise_products::RaiseProducts,
-    raise_activations::RaiseActivations, raise_norms::RaiseNorms, raise_attention::RaiseAttention,
+    raise_activations::RaiseActivations, raise_norms::RaiseNorms, raise_rope::RaiseRope,
+    raise_attention::RaiseAttention, add_cache::AddCache,
 }
 
 mod forms;
 mod rebuild;
 
 /// What graphs of exporters go through before everything else.
-pub const PIPELINE: &str = "canonicalize, dedupe, drop-unit-axes, raise-products, raise-activations, raise-norms, \
+pub const PIPELINE: &str = "canonicalize, dedupe, drop-unit-axes, raise-products, raise-activations, raise-norms, raise-rope, \
      raise-attention, canonicalize, dedupe, drop-dead";
 
 /// The rules of all families of patterns.

@@ -52,6 +52,7 @@ pub(super) fn simplified(
         Op::Expand(_) => expanded(b, args[0], ty)?,
         Op::Cast(c) => cast(b, args[0], c)?,
         Op::Gather(g) => gathered(b, args, g, ty)?,
+        Op::Add(_) | Op::Mul(_) | Op::Binary(_) => shorter_constant(b, op, args, ty)?,
         // What is added under a root is the number that was written, not its f32.
         Op::LayerNorm(LayerNorm { eps }) if as_written(eps.0) != eps.0 => {
             Some(b.emit(LayerNorm { eps: Real(as_written(eps.0)) }, args)?)
@@ -164,6 +165,22 @@ fn cast(b: &mut Rebuild<'_>, x: ValueId, c: &Cast) -> Result<Option<ValueId>> {
     b.cast(inner[0], to).map(Some)
 }
 
+/// The op with a constant operand without leading axes of extent one, which shapes that are aligned at the last axis need not
+/// have.
+fn shorter_constant(b: &mut Rebuild<'_>, op: &Op, args: &[ValueId], ty: &TensorTy) -> Result<Option<ValueId>> {
+    for at in 0..2 {
+        let (c, other) = (args[at], args[1 - at]);
+        let dims = b.dims(c);
+        let long = dims.iter().position(|d| *d != Dim::Static(1)).unwrap_or(dims.len().saturating_sub(1));
+        if long > 0 && b.is_constant(c) && b.ty(other).rank() == ty.rank() && !b.is_constant(other) {
+            let mut args = args.to_vec();
+            args[at] = b.reshape(c, &dims[long..])?;
+            return b.emit(op.clone(), &args).map(Some);
+        }
+    }
+    Ok(None)
+}
+
 /// Rows of a constant table; and gathers of one known index, which are slices.
 fn gathered(b: &mut Rebuild<'_>, args: &[ValueId], g: &Gather, ty: &TensorTy) -> Result<Option<ValueId>> {
     let (x, at) = (args[0], args[1]);
@@ -200,6 +217,7 @@ fn rows(b: &mut Rebuild<'_>, at: ValueId) -> Result<Option<(ValueId, u64)>> {
             && dims[axis] == Dim::Sym('t')
             && others(axis)
             && let Ok(offset) = u64::try_from(a.offset)
+            && counts_tokens(b, at)
         {
             return Ok(Some((b.emit(Positions {}, &[])?, offset)));
         }
@@ -217,6 +235,19 @@ fn rows(b: &mut Rebuild<'_>, at: ValueId) -> Result<Option<(ValueId, u64)>> {
             _ => return Ok(None),
         }
     }
+}
+
+/// Whether `v` is computed from the positions of tokens, which go on from call to call as other counts do not.
+pub(super) fn counts_tokens(b: &Rebuild<'_>, v: ValueId) -> bool {
+    let (mut stack, mut seen) = (vec![v], std::collections::BTreeSet::new());
+    while let Some(v) = stack.pop() {
+        match b.graph.def(v) {
+            Some((_, node)) if matches!(node.op, Op::Positions(_)) => return true,
+            Some((_, node)) if seen.insert(v) => stack.extend(&node.args),
+            _ => {}
+        }
+    }
+    false
 }
 
 /// One number, or places along the sequence, where nothing but constants and places is read.

@@ -29,9 +29,7 @@ impl Pass for DropUnitAxes {
         let mut all = BTreeMap::new();
         // Each round takes one axis; more than one is rare.
         for _ in 0..quantc_ir::text::MAX_RANK {
-            let mut found = rebuild(cx, &mut without)?;
-            // What is written otherwise is no progress.
-            found.remove("reshape");
+            let found = rebuild(cx, &mut without)?;
             let done = found.is_empty();
             found.into_iter().for_each(|(name, n)| *all.entry(name).or_default() += n);
             if done {

@@ -145,7 +145,10 @@ impl Form {
 
 /// The form of the result of `op`, which has type `out`, by the forms and types of what it reads.
 pub(super) fn of_op(op: &Op, args: &[(Option<Form>, &TensorTy)], out: &TensorTy) -> Option<Form> {
-    raw(op, args, out)?.tidy(&out.shape)
+    let form = raw(op, args, out)?.tidy(&out.shape)?;
+    // Indices are exact in these elements, as large as contexts are.
+    let exact = matches!(out.elem, ElemTy::F32 | ElemTy::F64) || out.elem.int().is_some_and(|i| i.bits() >= 32);
+    (exact || !matches!(form, Form::Affine(_))).then_some(form)
 }
 
 fn raw(op: &Op, args: &[(Option<Form>, &TensorTy)], out: &TensorTy) -> Option<Form> {
@@ -170,6 +173,7 @@ fn raw(op: &Op, args: &[(Option<Form>, &TensorTy)], out: &TensorTy) -> Option<Fo
             a.offset = a.offset.checked_add(moved)?;
             Some(a)
         }),
+        Op::GatherNd(_) | Op::GatherElements(_) => form(0)?.uniform().map(Form::Uniform),
         Op::Gather(g) => gather(form(0)?, args.get(1)?, usize::from(g.axis), args[0].1.rank()),
         Op::Cumulate(c) if !c.product && !c.reverse => match form(0)? {
             Form::Uniform(x) if x.fract() == 0.0 && x.abs() < 1e9 => {
@@ -181,9 +185,7 @@ fn raw(op: &Op, args: &[(Option<Form>, &TensorTy)], out: &TensorTy) -> Option<Fo
             _ => None,
         },
         Op::Cast(c) => match form(0)? {
-            Form::Affine(a) if out.elem.is_real() || out.elem.int().is_some_and(|i| i.bits() >= 32) => {
-                Some(Form::Affine(a.clone()))
-            }
+            Form::Affine(a) => Some(Form::Affine(a.clone())),
             form => form.map(|x| scalar(&Op::Cast(c.clone()), &[(x, args[0].1.elem)], out.elem)),
         },
         Op::Unary(u) if u.kind == UnaryKind::Neg && matches!(form(0)?, Form::Affine(_)) => {
@@ -402,7 +404,7 @@ pub(super) fn of_weight(ty: &TensorTy, store: &Store, module: &Module, id: quant
     let step = all[1] - all[0];
     let even = all.iter().enumerate().all(|(i, &x)| x == all[0] + step * i as f64);
     let whole = |x: f64| (x.fract() == 0.0 && x.abs() < 1e9).then_some(x as i64);
-    if !even || !ty.elem.int().is_some_and(|i| i.bits() >= 8) || ty.elem == ElemTy::BOOL {
+    if !even || !ty.elem.int().is_some_and(|i| i.bits() >= 32) {
         return None;
     }
     let mut factors = vec![0; rank];

@@ -1,6 +1,6 @@
 //! Finds activation functions and softmax in what they are computed from.
 
-use super::rebuild::{Rebuild, near, rebuild, tell};
+use super::rebuild::{Rebuild, near, rebuild, tell_found};
 use crate::pass::prelude::*;
 use crate::rule;
 use crate::saturate::{self, Limits, Match, Rule, Sample};
@@ -34,7 +34,7 @@ pass! {
 impl Pass for RaiseActivations {
     fn run(&self, cx: &mut PassCx<'_>) -> Result<Changed> {
         let found = rebuild(cx, &mut gelu)?;
-        tell(cx, &found);
+        tell_found(cx, "gelu", &found);
         let rules = saturate::run(self, cx, RULES, Limits { rounds: self.rounds, nodes: self.nodes })?;
         Ok((!found.is_empty() || rules == Changed::Yes).into())
     }

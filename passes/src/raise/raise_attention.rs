@@ -1,9 +1,9 @@
 //! Finds attention in what it is computed from.
 
 use super::forms::{Affine, Form, HIDDEN};
-use super::rebuild::{Rebuild, near, rebuild, tell};
+use super::rebuild::{Rebuild, near, rebuild, tell_found};
 use crate::pass::prelude::*;
-use quantc_ir::ops::{Attention, Cast, Dot, Expand, Real, Reshape, Softmax};
+use quantc_ir::ops::{Attention, Cast, Dot, Expand, Real, Reshape, Select, Softmax, Unary, UnaryKind};
 
 pass! {
     /// Finds attention in what it is computed from.
@@ -36,7 +36,7 @@ impl Pass for RaiseAttention {
         for (place, why) in missed {
             cx.remark(place, format_args!("{why}"));
         }
-        tell(cx, &found);
+        tell_found(cx, "attention", &found);
         Ok((!found.is_empty()).into())
     }
 }
@@ -56,9 +56,16 @@ fn attention(
         return Ok(None);
     }
     let mut p = weights;
-    // Weights that are rounded to the values' type on the way.
-    while let Some((_, inner)) = b.is::<Cast>(p).filter(|(_, i)| b.ty(i[0]).elem.is_float()) {
-        p = inner[0];
+    // Weights that are rounded to the values' type on the way, and guarded against rows in which all is hidden: a query
+    // always sees itself through the masks that are known.
+    loop {
+        if let Some((_, inner)) = b.is::<Cast>(p).filter(|(_, i)| b.ty(i[0]).elem.is_float()) {
+            p = inner[0];
+        } else if let Some(inner) = guarded(b, p) {
+            p = inner;
+        } else {
+            break;
+        }
     }
     let Some((softmax, scores)) = b.is::<Softmax>(p) else { return Ok(None) };
     if softmax.log || usize::from(softmax.axis) + 1 != b.ty(p).rank() {
@@ -92,6 +99,14 @@ fn attention(
     let dims = if ty.rank() == 2 { vec![t, Dim::Static(d)] } else { vec![Dim::Static(heads), t, Dim::Static(d)] };
     let y = b.reshape(heads_first, &dims)?;
     Ok((b.ty(y) == ty).then_some(y))
+}
+
+/// `p`, when `v` is `if p is not a number then 0 else p`.
+fn guarded(b: &mut Rebuild<'_>, v: ValueId) -> Option<ValueId> {
+    let (_, args) = b.is::<Select>(v)?;
+    let (test, inner) = b.is::<Unary>(args[0])?;
+    let fits = test.kind == UnaryKind::IsNan && inner[0] == args[2] && b.number(args[1]) == Some(0.0);
+    fits.then_some(args[2])
 }
 
 fn name(b: &Rebuild<'_>, v: ValueId) -> String {
@@ -249,24 +264,35 @@ fn seen(mask: Mask, rank: usize) -> Option<Seen> {
             _ => return None,
         }
     }
-    // A window alone would let queries see what comes later, which `attention` does as well.
-    Some(seen)
+    // A window of past keys alone, with all that comes later, is nothing that models have.
+    (seen.window == 0 || seen.causal).then_some(seen)
 }
 
 /// Heads `[h, t, d]`, or turned `[h, d, t]`, as `[t, h, d]`; a matrix is one head. Repeated heads are taken once.
 fn by_token(b: &mut Rebuild<'_>, x: ValueId, turned: bool) -> Result<Option<ValueId>> {
-    let x = match b.dims(x)[..] {
-        [rows, cols] => b.reshape(x, &[Dim::Static(1), rows, cols])?,
-        [_, _, _] => x,
+    let x = match b.dims(x).len() {
+        2 => {
+            let rows = if turned { b.transpose(x, &[1, 0])? } else { x };
+            let [t, d] = b.dims(rows)[..] else { return Ok(None) };
+            return b.reshape(rows, &[t, Dim::Static(1), d]).map(Some);
+        }
+        3 if turned => b.transpose(x, &[0, 2, 1])?,
+        3 => x,
         _ => return Ok(None),
     };
-    let x = if turned { b.transpose(x, &[0, 2, 1])? } else { x };
     let once = once(b, x)?;
     b.transpose(once, &[1, 0, 2]).map(Some)
 }
 
 /// `[g, t, d]`, when `x` is it with each head repeated the same number of times: `x` itself when it is not.
 fn once(b: &mut Rebuild<'_>, x: ValueId) -> Result<ValueId> {
+    // One head for all.
+    if let Some((_, narrow)) = b.is::<Expand>(x)
+        && let (&[Dim::Static(1), t, d], &[_, t2, d2]) = (&b.dims(narrow[0])[..], &b.dims(x)[..])
+        && (t, d) == (t2, d2)
+    {
+        return Ok(narrow[0]);
+    }
     let Some((_, wide)) = b.is::<Reshape>(x) else { return Ok(x) };
     let Some((_, narrow)) = b.is::<Expand>(wide[0]) else { return Ok(x) };
     let (from, to, dims) = (b.dims(narrow[0]), b.dims(wide[0]), b.dims(x));

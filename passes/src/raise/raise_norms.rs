@@ -1,6 +1,6 @@
 //! Finds layer norms and root-mean-square norms in what they are computed from.
 
-use super::rebuild::{Rebuild, rebuild, tell};
+use super::rebuild::{Rebuild, rebuild, tell_found};
 use crate::pass::prelude::*;
 use crate::rule;
 use crate::saturate::{self, Limits, Match, Rule, Sample};
@@ -35,7 +35,7 @@ pass! {
 impl Pass for RaiseNorms {
     fn run(&self, cx: &mut PassCx<'_>) -> Result<Changed> {
         let found = rebuild(cx, &mut norm)?;
-        tell(cx, &found);
+        tell_found(cx, "norms", &found);
         let rules = saturate::run(self, cx, RULES, Limits { rounds: self.rounds, nodes: self.nodes })?;
         Ok((!found.is_empty() || rules == Changed::Yes).into())
     }

@@ -1,6 +1,6 @@
 //! Makes products with constant matrices products with weights.
 
-use super::rebuild::{Rebuild, rebuild, tell};
+use super::rebuild::{Rebuild, rebuild, tell_found};
 use crate::pass::prelude::*;
 use quantc_ir::ops::{Add, MatMul, Slice};
 
@@ -13,6 +13,7 @@ pass! {
     /// with parts of the weight.
     ///
     /// ```qir before
+    /// weight @w : tensor<2x2xf32> = inline [[1, 2], [3, 4]]
     /// %y = dot %x, @w
     /// ```
     /// ```qir after
@@ -29,7 +30,7 @@ impl Pass for RaiseProducts {
         for (name, n) in rebuild(cx, &mut part)? {
             *found.entry(name).or_default() += n;
         }
-        tell(cx, &found);
+        tell_found(cx, "products", &found);
         Ok((!found.is_empty()).into())
     }
 }

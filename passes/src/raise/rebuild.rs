@@ -38,8 +38,11 @@ pub(super) struct Readers {
 pub(super) type Look<'f> =
     dyn FnMut(&mut Rebuild<'_>, &Op, &[ValueId], &TensorTy) -> Result<Option<ValueId>> + 'f;
 
-/// Rebuilds the function that a pass runs on; gives how many ops were replaced, by the names of what replaced them.
-pub(super) fn rebuild(cx: &mut PassCx<'_>, look: &mut Look<'_>) -> Result<BTreeMap<&'static str, usize>> {
+/// Ops that were replaced, by their names.
+pub(super) type Replaced = BTreeMap<&'static str, usize>;
+
+/// Rebuilds the function that a pass runs on.
+pub(super) fn rebuild(cx: &mut PassCx<'_>, look: &mut Look<'_>) -> Result<Replaced> {
     let old = cx.graph().clone();
     let (store, function) = (cx.store, cx.function);
     let mut readers = BTreeMap::<ValueId, Readers>::new();
@@ -69,13 +72,17 @@ pub(super) fn rebuild(cx: &mut PassCx<'_>, look: &mut Look<'_>) -> Result<BTreeM
         let found = if node.op.has_effect() { None } else { look(&mut b, &node.op, &args, ty)? };
         let value = match found {
             Some(v) if b.ty(v) == ty => {
-                let name = b.graph.def(v).map_or("constant", |(_, n)| n.op.name());
-                *replaced.entry(name).or_default() += 1;
+                *replaced.entry(node.op.name()).or_default() += 1;
                 v
             }
             Some(v) => {
                 let (is, was) = (b.ty(v), node.op.name());
                 return Err(Diag::bug(format!("`{was}` of type {ty} is replaced by a value of type {is}")));
+            }
+            // Moves that what was found makes needless.
+            None if !replaced.is_empty() && matches!(node.op, Op::Transpose(_) | Op::Reshape(_)) => {
+                let simple = simplified(&mut b, &node.op, &args, ty)?.filter(|&v| b.ty(v) == ty);
+                simple.unwrap_or_else(|| b.push(node.op.clone(), args, ty.clone()))
             }
             None => b.push(node.op.clone(), args, ty.clone()),
         };
@@ -93,18 +100,29 @@ pub(super) fn rebuild(cx: &mut PassCx<'_>, look: &mut Look<'_>) -> Result<BTreeM
     let mut graph = b.graph;
     graph.results = results;
     graph.drop_dead();
-    *function.graph_mut(cx.module) = graph;
+    // What did not change keeps its values, which others may know.
+    if !replaced.is_empty() {
+        *function.graph_mut(cx.module) = graph;
+    }
     Ok(replaced)
 }
 
-/// Tells how often what was found.
-pub(super) fn tell(cx: &mut PassCx<'_>, found: &BTreeMap<&'static str, usize>) {
-    if found.is_empty() {
-        return;
+/// Tells which ops were written otherwise.
+pub(super) fn tell(cx: &mut PassCx<'_>, replaced: &Replaced) {
+    let listed: Vec<String> = replaced.iter().map(|(name, n)| format!("{name} x{n}")).collect();
+    if !listed.is_empty() {
+        let place = format!("@{}", cx.function_name());
+        cx.remark(place, format_args!("{}", listed.join(", ")));
     }
-    let listed: Vec<String> = found.iter().map(|(name, n)| format!("{name} x{n}")).collect();
-    let place = format!("@{}", cx.function_name());
-    cx.remark(place, format_args!("{}", listed.join(", ")));
+}
+
+/// Tells how often `what` was found.
+pub(super) fn tell_found(cx: &mut PassCx<'_>, what: &str, replaced: &Replaced) {
+    let n: usize = replaced.values().sum();
+    if n > 0 {
+        let place = format!("@{}", cx.function_name());
+        cx.remark(place, format_args!("found {what} x{n}"));
+    }
 }
 
 impl Rebuild<'_> {
@@ -120,6 +138,12 @@ impl Rebuild<'_> {
         };
         at.insert(v, new);
         new
+    }
+
+    /// The value of a weight of the module.
+    pub(super) fn weight_value(&mut self, w: WeightId) -> ValueId {
+        let ty = self.module.weights[w].ty.clone();
+        self.weight(w, &ty)
     }
 
     fn weight(&mut self, w: WeightId, ty: &TensorTy) -> ValueId {

@@ -142,6 +142,28 @@ pub fn evaluate(module: &Module, store: &Store) -> Vec<f32> {
     out
 }
 
+/// What `main` computes of four tokens in one call.
+pub fn evaluate_at_once(module: &Module, store: &Store) -> Vec<f32> {
+    let mut evaluator = Evaluator::new(module, store).expect("states are small");
+    let results = evaluator.step(&inputs(module, 4, 1), 4).unwrap_or_else(|e| panic!("{e}"));
+    results[0].f32s().expect("results are floats").to_vec()
+}
+
+/// The same in two calls, of three tokens and of one.
+pub fn evaluate_in_parts(module: &Module, store: &Store) -> Vec<f32> {
+    let mut evaluator = Evaluator::new(module, store).expect("states are small");
+    let whole = inputs(module, 4, 1);
+    let part = |from: usize, n: usize| -> Vec<Tensor> {
+        whole.iter().map(|x| x.slice_rows(from, n).expect("there are four rows")).collect()
+    };
+    let mut out = vec![];
+    for (from, n) in [(0, 3), (3, 1)] {
+        let results = evaluator.step(&part(from, n), n as u64).unwrap_or_else(|e| panic!("{e}"));
+        out.extend_from_slice(results[0].f32s().expect("results are floats"));
+    }
+    out
+}
+
 /// Fills splat weights with random numbers that depend on their names, so that mistakes with them show.
 pub fn randomize(module: &mut Module, store: &Store) {
     for (_, decl) in module.weights.iter_mut() {
