@@ -50,6 +50,9 @@ pub struct Args {
 
 /// Runs the subcommand.
 pub fn run(args: Args) -> Outcome {
+    if subject::is_graph(&args.engine) {
+        return crate::bench_graph::run(&args.engine, args.threads, args.repeat, args.profile, args.json);
+    }
     let start = Instant::now();
     let open = OpenOptions { verify_weights: false, pages: args.weights.into() };
     let engine = subject::open_engine_with(&args.engine, &open)?;

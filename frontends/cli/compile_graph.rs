@@ -3,12 +3,13 @@
 use crate::compile;
 use crate::failure::{Failure, Outcome};
 use crate::run_graph::{Net, read_tensor};
-use crate::{opt, output};
+use crate::{opt, output, subject};
 use quantc_codegen::backend::CpuBackend;
 use quantc_codegen::engine::{self, GraphRequest, Written};
 use quantc_codegen::targets;
 use quantc_frontends::onnx;
 use quantc_ir::diag::Diag;
+use quantc_ir::entity::ValueId;
 use quantc_ir::eval::Tensor;
 use quantc_ir::module::Module;
 use quantc_ir::target::TargetDesc;
@@ -16,9 +17,11 @@ use quantc_ir::weights::Store;
 use quantc_passes::Registry;
 use quantc_passes::pass::{Env, Session};
 use quantc_passes::pipeline;
+use quantc_passes::precision::{Ranges, RangesOf};
 use quantc_passes::presets::GraphPreset;
 use quantc_runtime::stats;
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -80,8 +83,6 @@ pub struct Built {
     pub module: Module,
     /// What the engine holds.
     pub written: Written,
-    /// Names of the inputs.
-    pub inputs: Vec<String>,
 }
 
 /// Imports, runs the pipeline and writes the engine.
@@ -113,7 +114,7 @@ pub fn build(job: Job<'_>, store: &Store) -> Outcome<Built> {
         report: serde_json::Map::new(),
     };
     let written = engine::write_graph(request, job.out)?;
-    Ok(Built { module, written, inputs: imported.inputs })
+    Ok(Built { module, written })
 }
 
 /// Runs the subcommand.
@@ -136,6 +137,10 @@ pub fn run(args: &compile::Args, registry: &Registry) -> Outcome {
     for (name, path) in &args.graph.fixed {
         import.fixed.insert(name.clone(), read_tensor(path)?);
     }
+    let mut session = Session::default();
+    if let Some(data) = &args.data {
+        session.put(RangesOf(Box::new(Samples::read(&args.model, data)?)));
+    }
     let job = Job {
         model: &args.model,
         import,
@@ -145,7 +150,7 @@ pub fn run(args: &compile::Args, registry: &Registry) -> Outcome {
         threads,
         show: &args.show,
         registry,
-        session: Session::default(),
+        session,
         facts: args.preset.iter().map(|p| ("preset".to_string(), p.clone())).collect(),
     };
     let built = build(job, &store)?;
@@ -218,4 +223,108 @@ fn agreement(out: &Path, built: &Built, store: &Store) -> Outcome<Option<f64>> {
         }
     }
     Ok(Some(most))
+}
+
+/// Samples for inputs: arrays whose first axis counts them.
+pub struct Samples {
+    names: Vec<String>,
+    given: BTreeMap<String, Tensor>,
+}
+
+impl Samples {
+    /// Reads `NAME=FILE`, or `FILE` for a model with one input.
+    pub fn read(model: &Path, data: &Path) -> Outcome<Samples> {
+        let names = onnx::inputs(model)?;
+        let text = data.display().to_string();
+        let (name, file) = match (text.split_once('='), &names[..]) {
+            (Some((name, file)), _) if names.iter().any(|n| n == name) => (name.to_string(), PathBuf::from(file)),
+            (_, [only]) => (only.clone(), data.to_path_buf()),
+            _ => {
+                let diag = Diag::input(format!("`{text}` names no input of the model"));
+                return Err(diag.help(format!("give --data NAME=FILE; its inputs are {}", names.join(", "))).into());
+            }
+        };
+        let given = BTreeMap::from([(name, read_tensor(&file)?)]);
+        Ok(Samples { names, given })
+    }
+
+    fn of_all(&self, module: &Module) -> Result<Vec<Vec<Tensor>>, Diag> {
+        let main = &module.main;
+        let mut batches: Vec<Vec<Tensor>> = vec![];
+        for (i, &param) in main.params.iter().enumerate() {
+            let ty = main.ty(param);
+            let name = self.names.get(i).map_or("", String::as_str);
+            let samples = self.given.get(name).ok_or_else(|| {
+                Diag::input(format!("there are no samples for the input `{name}`"))
+                    .help("samples can be given for models with one input")
+            })?;
+            for (n, batch) in subject::batches_of(samples, ty)?.into_iter().enumerate() {
+                if batches.len() <= n {
+                    batches.push(vec![]);
+                }
+                batches[n].push(batch);
+            }
+        }
+        batches.retain(|b| b.len() == main.params.len());
+        Ok(batches)
+    }
+}
+
+impl Ranges for Samples {
+    /// Compiles the graph for this machine with the values as its results, and looks at what they hold.
+    fn ranges(&self, module: &Module, store: &Store, values: &[ValueId]) -> Result<Vec<(f32, f32)>, Diag> {
+        let batches = self.of_all(module)?;
+        if batches.is_empty() {
+            return Err(Diag::input("there is no whole batch of samples"));
+        }
+        let mut tapped = module.clone();
+        tapped.main.results = values.to_vec();
+        let folder = std::env::temp_dir().join(format!("quantc-ranges-{}", std::process::id()));
+        let names: Vec<String> = (0..values.len()).map(|i| i.to_string()).collect();
+        let inputs: Vec<String> = (0..tapped.main.params.len()).map(|i| i.to_string()).collect();
+        let request = GraphRequest {
+            module: &tapped,
+            store,
+            target: targets::host(),
+            inputs: &inputs,
+            outputs: &names,
+            facts: vec![],
+            report: serde_json::Map::new(),
+        };
+        let ranges = engine::write_graph(request, &folder).and_then(|_| {
+            let failed = |f: Failure| Diag::system(format!("calibration: {f}"));
+            let mut net = Net::open(&folder, 0).map_err(failed)?;
+            let mut ranges = vec![(f32::INFINITY, f32::NEG_INFINITY); values.len()];
+            for batch in &batches {
+                for (range, seen) in ranges.iter_mut().zip(net.run(batch).map_err(failed)?) {
+                    for &x in seen.f32s()? {
+                        *range = (range.0.min(x), range.1.max(x));
+                    }
+                }
+            }
+            Ok(ranges)
+        });
+        let _ = std::fs::remove_dir_all(&folder);
+        ranges
+    }
+}
+
+/// Compiles an `.onnx` file as it is for this machine into a folder; inputs have the extents of `shapes`.
+pub fn float_engine(model: &Path, shapes: BTreeMap<String, Vec<u64>>, out: &Path) -> Outcome {
+    let registry = Registry::builtin();
+    let show = opt::Show::default();
+    let job = Job {
+        model,
+        import: onnx::Options { shapes, ..onnx::Options::default() },
+        target: targets::host(),
+        pipeline: GraphPreset::get("f32")?.pipeline,
+        out,
+        threads: stats::available_cpus(),
+        show: &show,
+        registry: &registry,
+        session: Session::default(),
+        facts: vec![],
+    };
+    build(job, &Store::in_memory())?;
+    Ok(())
 }

@@ -29,7 +29,9 @@ mod compile;
 #[cfg(feature = "llvm")]
 mod compile_graph;
 mod embed;
+mod bench_graph;
 mod eval;
+mod eval_graph;
 mod explain;
 mod failure;
 mod import;

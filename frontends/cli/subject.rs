@@ -4,6 +4,8 @@ use crate::failure::Outcome;
 use indicatif::{ProgressBar, ProgressStyle};
 use quantc_frontends::tokenizer::Tokenizer;
 use quantc_ir::diag::Diag;
+use quantc_ir::eval::Tensor;
+use quantc_ir::ty::TensorTy;
 use quantc_runtime::engine::{Engine, OpenOptions, Pages};
 use quantc_runtime::format::{Kind, MANIFEST_FILE, Manifest};
 use quantc_runtime::gpu::Loaded;
@@ -135,11 +137,17 @@ thread_local! {
 
 /// A folder that is removed when it is dropped.
 #[cfg(feature = "llvm")]
-struct Scratch(PathBuf);
+pub struct Scratch(PathBuf);
 
 #[cfg(feature = "llvm")]
 impl Scratch {
-    fn new() -> Outcome<Scratch> {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// A folder for temporary files.
+    pub fn new() -> Outcome<Scratch> {
         let base = std::env::temp_dir();
         for n in 0..1000 {
             let path = base.join(format!("quantc-{}-{n}", std::process::id()));
@@ -207,6 +215,21 @@ pub fn tokens(path: &Path, tokenizer: Option<&quantc_frontends::Tokenizer>) -> O
     let bytes =
         std::fs::read(path).map_err(|e| Diag::input(format!("cannot read it: {e}")).in_file(&place))?;
     Ok((quantc_frontends::data::npy_tokens(&bytes).map_err(|e| e.in_file(place))?, true))
+}
+
+/// An array of samples cut into the batches that an input of type `ty` takes; what is left over is dropped.
+pub fn batches_of(samples: &Tensor, ty: &TensorTy) -> Result<Vec<Tensor>, Diag> {
+    let (have, want) = (samples.dims(), ty.shape.dims().unwrap_or_default());
+    let fits = samples.ty.elem == ty.elem
+        && have.len() == want.len()
+        && !want.is_empty()
+        && have[1..].iter().zip(&want[1..]).all(|(&h, &w)| h as u64 == w);
+    if !fits {
+        return Err(Diag::input(format!("samples of type {} are not batches of {ty}", samples.ty))
+            .help("the first axis counts samples, everything else is as the input wants it"));
+    }
+    let each = want[0].max(1) as usize;
+    (0..have[0] / each).map(|i| samples.slice_rows(i * each, each)).collect()
 }
 
 /// Reads a text file.

@@ -314,11 +314,19 @@ pub struct GraphPreset {
 }
 
 /// Every preset for graphs.
-pub static GRAPHS: &[GraphPreset] = &[GraphPreset {
-    name: "f32",
-    doc: "The graph as it is: quantized parts stay so, everything else is computed in its own type.",
-    pipeline: "fold-constants, dedupe, drop-dead",
-}];
+pub static GRAPHS: &[GraphPreset] = &[
+    GraphPreset {
+        name: "f32",
+        doc: "The graph as it is: quantized parts stay so, everything else is computed in its own type.",
+        pipeline: "fold-constants, dedupe, drop-dead",
+    },
+    GraphPreset {
+        name: "w8a8-static",
+        doc: "Convolutions and products with weights multiply bytes: int8 weights with a scale per output, unsigned \
+              activations with one scale per array from samples.",
+        pipeline: "fold-constants, dedupe, quantize-products, drop-dead",
+    },
+];
 
 impl GraphPreset {
     /// The preset called `name`, or an error that lists all.
