@@ -170,6 +170,9 @@ pub fn of(want: &Want, m: u32, random: &mut Random) -> Result<Vec<Buffer>> {
             Buffer::Given(random.numbers(s.ty, (s.table_rows * s.width) as usize)),
             Buffer::Made { bytes: rows * s.width as usize * 4, ty: MemTy::F32 },
         ],
+        KernelSpec::Nest(_) | KernelSpec::Conv(_) => {
+            return Err(Diag::bug("a kernel of a graph over arrays among those of GPUs"));
+        }
         KernelSpec::CacheAppend(s) => {
             let state = plan::state_row_bytes(s.ty, s.heads, s.head_dim) as usize * 2 * s.slot_rows as usize;
             let ty = number_type(s.ty);
