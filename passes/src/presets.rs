@@ -238,7 +238,7 @@ presets! {
     /// As `w4a8-g128`, with large outliers of activations moved into the weights, rounded so that outputs change little.
     "w4a8-gptq-g128", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
         "calibrate{stats=[absmax, rows, hessian], skip-layers=[head]}",
-        "smoothquant{alpha=search, worth=0.5, skip-layers=[head]}",
+        "smoothquant{alpha=search, worth=0.2, skip-layers=[head]}",
         "gptq{format=int4, group=128, skip-layers=[head]}",
         "round-to-nearest{format=int8, group=row, layers=[head]}",
         "quantize-activations{format=int8}",
@@ -248,7 +248,7 @@ presets! {
     /// As `w4a8-g32`, with large outliers of activations moved into the weights, rounded so that outputs change little.
     "w4a8-gptq-g32", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
         "calibrate{stats=[absmax, rows, hessian], skip-layers=[head]}",
-        "smoothquant{alpha=search, worth=0.5, skip-layers=[head]}",
+        "smoothquant{alpha=search, worth=0.2, skip-layers=[head]}",
         "gptq{format=int4, group=32, skip-layers=[head]}",
         "round-to-nearest{format=int8, group=row, layers=[head]}",
         "quantize-activations{format=int8}",

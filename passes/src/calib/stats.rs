@@ -185,8 +185,7 @@ impl SiteStats {
             Some(hessian) => hessian,
             none => none.insert(Hessian::new(columns)?),
         };
-        // They have been looked at above.
-        if take.bf16 { hessian.add_rounded_finite(rows) } else { hessian.add_finite(rows) }
+        if take.bf16 { hessian.add_rounded(rows) } else { hessian.add(rows) }
     }
 
     /// Lets the observers see rows.

@@ -93,23 +93,6 @@ impl<'a> Slab<'a> {
     /// GPTQ: every column, in the order of the factor, to the codes nearest to it and the feedback of the errors of
     /// all columns before it.
     pub(super) fn feed_back(&self, factor: &Factor) -> Solution {
-        #[cfg(target_arch = "x86_64")]
-        if wide_vectors() {
-            // SAFETY: this processor has these instructions.
-            return unsafe { self.feed_back_wide(factor) };
-        }
-        self.feed_back_any(factor)
-    }
-
-    /// As [`feed_back_any`](Self::feed_back_any), by vectors of 512 bits.
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
-    fn feed_back_wide(&self, factor: &Factor) -> Solution {
-        self.feed_back_any(factor)
-    }
-
-    #[inline(always)]
-    fn feed_back_any(&self, factor: &Factor) -> Solution {
         let (k, lanes) = (self.k(), self.lanes);
         let mut out = self.blank();
         // By position, what the columns before have left to be made up for: the number less the quantized number.
@@ -159,23 +142,6 @@ impl<'a> Slab<'a> {
     ///
     /// Returns whether anything changed.
     pub(super) fn descend(&self, h: &Hessian, scales: Option<Float>, out: &mut Solution) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        if wide_vectors() {
-            // SAFETY: this processor has these instructions.
-            return unsafe { self.descend_wide(h, scales, out) };
-        }
-        self.descend_any(h, scales, out)
-    }
-
-    /// As [`descend_any`](Self::descend_any), by vectors of 512 bits.
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
-    fn descend_wide(&self, h: &Hessian, scales: Option<Float>, out: &mut Solution) -> bool {
-        self.descend_any(h, scales, out)
-    }
-
-    #[inline(always)]
-    fn descend_any(&self, h: &Hessian, scales: Option<Float>, out: &mut Solution) -> bool {
         let (k, lanes) = (self.k(), self.lanes);
         let mut slope = vec![0.0f32; BLOCK.min(k) * lanes];
         let mut tile = [[0.0f32; LANES]; BLOCK];
@@ -390,16 +356,6 @@ pub(super) fn corner(h: &Hessian, from: usize, to: usize) -> Vec<f32> {
         }
     }
     corner
-}
-
-/// Whether this processor has vectors of sixteen lanes. What is computed does not depend on it: products and sums of lanes are rounded
-/// each by itself.
-#[cfg(target_arch = "x86_64")]
-fn wide_vectors() -> bool {
-    is_x86_feature_detected!("avx512f")
-        && is_x86_feature_detected!("avx512dq")
-        && is_x86_feature_detected!("avx512bw")
-        && is_x86_feature_detected!("avx512vl")
 }
 
 /// `to[i] += factors[i] * x` for sixteen lanes.
