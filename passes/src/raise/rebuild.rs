@@ -253,7 +253,11 @@ impl Rebuild<'_> {
             Some(id) => id,
             None => {
                 let name = self.module.fresh_weight_name("const");
-                self.module.weights.push(WeightDecl { name, ty: ty.clone(), source: WeightSource::Inline(bytes) })
+                self.module.weights.push(WeightDecl {
+                    name,
+                    ty: ty.clone(),
+                    source: WeightSource::Inline(bytes),
+                })
             }
         };
         Ok(self.weight(id, &ty))

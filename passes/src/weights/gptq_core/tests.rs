@@ -554,14 +554,11 @@ fn without_tokens_numbers_are_rounded_to_nearest() {
     let scheme = scheme("!q<int4:bf16 block 16@1>");
     let empty = Hessian::new(40).unwrap();
     let whole = ScaleSearch { steps: 0, ..ScaleSearch::default() };
-    let groups = groups(&scheme, 6, 40);
     for search in [whole, ScaleSearch::default()] {
         let options = GptqOptions { search, sweeps: 2, ..GptqOptions::default() };
         let done = rewrite(&case.w, 6, 40, &empty, &scheme, &options).unwrap();
-        let params = fit_scales(&case.w, &groups, &scheme, Weighting::Uniform, search).unwrap();
-        let mut codes = vec![0; case.w.len()];
-        quantc_ir::quant::quantize_block(&groups, &scheme, &params, 0, &case.w, &mut codes).unwrap();
-        assert_eq!((done.codes, done.params), (codes, params));
+        let nearest = quantize_rows(&groups(&scheme, 6, 40), &scheme, Options::default(), &case.w).unwrap();
+        assert_eq!((done.codes, done.params), (nearest.codes, nearest.params));
         assert_eq!((done.facts.dead, done.facts.error, done.facts.damping), (40, 0.0, None));
     }
 }
