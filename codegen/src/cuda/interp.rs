@@ -10,6 +10,9 @@
 //! - Shared memory is free of races, whatever the interleaving was: each access happens after the accesses that it
 //!   conflicts with, by barriers and warp synchronization, never by luck. Vector clocks tell, with one clock a warp;
 //!   lanes of one warp are ordered by what synchronizes warps.
+//! - Barriers in shared memory are set up before they are used, and nobody waits for a phase that never ends. Bulk copies
+//!   and products of groups of warps touch bytes at any time from when they were asked for until they were waited for:
+//!   nobody else may meanwhile, nor read the sums. Fences are where they are needed.
 //! - Asynchronous copies are waited for before their bytes are read or overwritten, and before the kernel ends. Their
 //!   bytes arrive as late as they may.
 //! - Statements for all lanes of a warp, or all warps of a block, are reached by all of them.
@@ -21,14 +24,17 @@
 use super::tile::{Access, Kernel, Stmt, WARP};
 use std::fmt;
 
+mod bars;
 mod between;
 mod exec;
 pub(crate) mod fold;
+mod group;
 mod matrix;
 mod program;
 mod shared;
 mod warp;
 
+use bars::Bars;
 use between::Between;
 use program::{Program, Step};
 use shared::Shared;
@@ -155,6 +161,8 @@ pub fn run(
 enum Status {
     Ready,
     AtBarrier,
+    /// For a phase of a barrier in shared memory.
+    Waiting,
     Done,
 }
 
@@ -166,6 +174,7 @@ struct Block<'a> {
     /// Among all blocks.
     number: u32,
     shared: Shared,
+    bars: Bars,
     warps: Vec<Warp>,
 }
 
@@ -180,16 +189,28 @@ impl<'a> Block<'a> {
         let kernel = program.kernel;
         let count = (kernel.threads / WARP) as usize;
         let shared = Shared::new(kernel.shared, kernel.shared_granule(), count);
-        let warps = (0..count).map(|w| Warp::new(kernel, w)).collect();
-        Block { program, memory, scalars, at, number, shared, warps }
+        let warps = (0..count).map(|w| Warp::new(kernel, w, program.groups)).collect();
+        let bars = Bars::new(count);
+        Block { program, memory, scalars, at, number, shared, bars, warps }
     }
 
     fn run(&mut self, schedule: Schedule) -> Result<(), Fault> {
         let mut order = Order::new(schedule);
         loop {
-            let ready: Vec<usize> =
-                (0..self.warps.len()).filter(|&w| self.warps[w].status == Status::Ready).collect();
+            if self.bars.under_way() > 0 && order.lands_early() {
+                let which = order.pick(self.bars.under_way());
+                self.land(which);
+            }
+            let ready: Vec<usize> = (0..self.warps.len()).filter(|&w| self.may_go(w)).collect();
+            if ready.is_empty() && self.bars.under_way() > 0 {
+                let which = order.pick(self.bars.under_way());
+                self.land(which);
+                continue;
+            }
             if ready.is_empty() {
+                if let Some(stuck) = self.warps.iter().position(|w| w.status == Status::Waiting) {
+                    return Err(self.fault(stuck, "a warp waits for a phase that never ends".into()));
+                }
                 if self.warps.iter().all(|w| w.status == Status::Done) {
                     return self.finish();
                 }
@@ -197,6 +218,7 @@ impl<'a> Block<'a> {
                 continue;
             }
             let warp = order.next(&ready);
+            self.warps[warp].status = Status::Ready;
             // Between points where others can be told apart by what they see, a warp may as well run on.
             let steps = if matches!(schedule, Schedule::Ahead | Schedule::Behind) { usize::MAX } else { 1 };
             for _ in 0..steps {
@@ -226,7 +248,7 @@ impl<'a> Block<'a> {
         {
             self.count(*to, *counter, *at, *count).map_err(|what| self.fault(0, what))?;
         }
-        let joined = (0..self.warps.len())
+        let joined = (0..self.warps[0].clock.len())
             .map(|i| self.warps.iter().map(|w| w.clock[i]).max().unwrap_or(0))
             .collect::<Vec<_>>();
         for (i, warp) in self.warps.iter_mut().enumerate() {
@@ -239,6 +261,12 @@ impl<'a> Block<'a> {
     }
 
     fn finish(&self) -> Result<(), Fault> {
+        if self.bars.under_way() > 0 {
+            return Err(self.fault(0, "a bulk copy is never waited for".into()));
+        }
+        if let Some(warp) = self.warps.iter().position(|w| w.group.under_way()) {
+            return Err(self.fault(warp, "a product of a group is never waited for".into()));
+        }
         match self.warps.iter().position(Warp::has_copies) {
             Some(warp) => Err(self.fault(warp, "an asynchronous copy is never waited for".into())),
             None => Ok(()),
@@ -258,11 +286,25 @@ impl Order {
     }
 
     fn next(&mut self, ready: &[usize]) -> usize {
+        ready[self.pick(ready.len())]
+    }
+
+    /// Whether a bulk copy lands before anybody waits for it.
+    fn lands_early(&mut self) -> bool {
+        match self.schedule {
+            Schedule::Ahead => true,
+            Schedule::Turns | Schedule::Behind => false,
+            Schedule::Random(_) => self.pick(8) == 0,
+        }
+    }
+
+    /// One of so many.
+    fn pick(&mut self, count: usize) -> usize {
         self.state = self.state.wrapping_add(1);
         let at = match self.schedule {
             Schedule::Turns => self.state,
             Schedule::Ahead => 0,
-            Schedule::Behind => ready.len() as u64 - 1,
+            Schedule::Behind => count as u64 - 1,
             // Sebastiano Vigna's splitmix64.
             Schedule::Random(_) => {
                 let mut z = self.state.wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -271,6 +313,6 @@ impl Order {
                 z ^ z >> 31
             }
         };
-        ready[(at % ready.len() as u64) as usize]
+        (at % count as u64) as usize
     }
 }

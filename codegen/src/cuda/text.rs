@@ -4,23 +4,27 @@
 //! Statements become lines one to one, in order, so the text reads as the kernel does. It is to be compiled without
 //! contraction of products and sums (`--fmad=false`); what is to be fused says so.
 
-use super::tile::{Access, Addr, Binary, Expr, Kernel, Mem, MmaKind, Stmt, Ternary, Ty, Unary, Val};
+use super::tile::{
+    Access, Addr, Binary, Expr, GroupKind, GroupLeft, Kernel, Mem, MmaKind, Stmt, Ternary, Ty, Unary, Val,
+};
 use helpers::{HELPERS, TYPES};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 mod helpers;
 
 /// The text of a kernel.
 pub fn emit(kernel: &Kernel) -> String {
-    let mut writer = Writer { kernel, out: String::new(), depth: 1, used: BTreeSet::new() };
+    let mut writer =
+        Writer { kernel, out: String::new(), depth: 1, used: BTreeSet::new(), made: BTreeMap::new() };
     writer.body(&kernel.body);
-    let Writer { out: body, used, .. } = writer;
+    let Writer { out: body, used, made, .. } = writer;
     let mut out = TYPES.to_owned();
     for (_, definition) in HELPERS.iter().filter(|(name, _)| used.contains(name)) {
         out.push_str(definition);
         out.push('\n');
     }
+    made.values().for_each(|definition| out.push_str(definition));
     let aliased = kernel.buffers.iter().any(|b| b.access == Access::ReadBeforeWrite);
     let buffers = kernel.buffers.iter().map(|b| match b.access {
         Access::Read => format!("const u8* __restrict__ {}", b.name),
@@ -33,7 +37,8 @@ pub fn emit(kernel: &Kernel) -> String {
     let arguments = buffers.chain(scalars).collect::<Vec<_>>().join(", ");
     // Shared memory is always the launch's: one way for all sizes.
     if kernel.shared > 0 {
-        out.push_str("extern __shared__ __align__(128) u8 shared[];\n");
+        let align = if made.is_empty() { 128 } else { 1024 };
+        let _ = writeln!(out, "extern __shared__ __align__({align}) u8 shared[];");
     }
     let base = match used.contains("shared_address") {
         true => "  const u32 base = shared_address(shared);\n",
@@ -52,6 +57,8 @@ struct Writer<'a> {
     out: String,
     depth: usize,
     used: BTreeSet<&'static str>,
+    /// Helpers made for sizes of matrix products, by their names.
+    made: BTreeMap<String, String>,
 }
 
 impl Writer<'_> {
@@ -182,6 +189,53 @@ impl Writer<'_> {
                 let all: Vec<_> = acc.chain(sides).collect();
                 self.line(&format!("{name}({});", all.join(", ")));
             }
+            Stmt::BarInit { at, count } => {
+                let at = self.shared_address(*at);
+                self.call("bar_init", &format!("({at}, {count})"));
+            }
+            Stmt::BarFence => self.call("bar_fence", "()"),
+            Stmt::BarExpect { at, bytes } => {
+                let at = self.shared_address(*at);
+                self.call("bar_expect", &format!("({at}, {bytes})"));
+            }
+            Stmt::BarArrive { at } => {
+                let at = self.shared_address(*at);
+                self.call("bar_arrive", &format!("({at})"));
+            }
+            Stmt::BarWait { at, parity } => {
+                let at = self.shared_address(*at);
+                self.call("bar_wait", &format!("({at}, {})", value(*parity)));
+            }
+            Stmt::BulkCopy { to, buffer, at, bytes, barrier } => {
+                let (to, barrier) = (self.shared_address(*to), self.shared_address(*barrier));
+                let from = self.address(Mem::Global(*buffer), *at);
+                self.call("bulk_copy", &format!("({to}, {from}, {bytes}, {barrier})"));
+            }
+            Stmt::ProxyFence => self.call("proxy_fence", "()"),
+            Stmt::Registers { count, more: true } => self.call("more_registers", &format!("<{count}>()")),
+            Stmt::Registers { count, more: false } => self.call("fewer_registers", &format!("<{count}>()")),
+            Stmt::GroupFence => self.call("group_fence", "()"),
+            Stmt::GroupMma { kind, acc, a, b, fresh } => {
+                let name = self.group_mma(*kind, acc.len(), matches!(a, GroupLeft::Regs(_)), *fresh);
+                self.helper("descriptor");
+                let b = self.shared_address(*b);
+                let a = match a {
+                    GroupLeft::Shared(at) => format!("descriptor({})", self.shared_address(*at)),
+                    GroupLeft::Regs(a) => a.map(value).join(", "),
+                };
+                let acc: Vec<_> = acc.iter().map(|r| r.to_string()).collect();
+                self.line(&format!("{name}({}, {a}, descriptor({b}));", acc.join(", ")));
+            }
+            Stmt::GroupCommit => self.call("group_commit", "()"),
+            Stmt::GroupWait { left, acc } => {
+                self.call("group_wait", &format!("<{left}>()"));
+                if let Some(&first) = acc.first() {
+                    let float = self.kernel.ty(first.into()) == Ty::F32;
+                    let keep = self.helper(if float { "keep" } else { "keep_word" });
+                    let keep: Vec<_> = acc.iter().map(|r| format!("{keep}({r});")).collect();
+                    self.line(&keep.join(" "));
+                }
+            }
             Stmt::If(p, then, otherwise) => {
                 self.line(&format!("if ({}) {{", value(*p)));
                 self.nested(then);
@@ -205,6 +259,40 @@ impl Writer<'_> {
     fn call(&mut self, name: &'static str, rest: &str) {
         let name = self.helper(name);
         self.line(&format!("{name}{rest};"));
+    }
+
+    /// The helper for a group's matrix product with so many sums of a thread.
+    fn group_mma(&mut self, kind: GroupKind, sums: usize, regs: bool, fresh: bool) -> String {
+        let (name, shape, ty, letter, end) = match kind {
+            GroupKind::Bf16 if regs => ("bf16", "k16.f32.bf16.bf16", "f32", "f", ", 1, 1, 0"),
+            GroupKind::Bf16 => ("bf16", "k16.f32.bf16.bf16", "f32", "f", ", 1, 1, 0, 0"),
+            GroupKind::E4m3 => ("e4m3", "k32.f32.e4m3.e4m3", "f32", "f", ", 1, 1"),
+            GroupKind::S8 => ("s8", "k32.s32.s8.s8", "u32", "r", ""),
+        };
+        let n = 2 * sums;
+        let side = if regs { "regs" } else { "shared" };
+        let begin = if fresh { "_fresh" } else { "" };
+        let name = format!("group_{name}_n{n}_{side}{begin}");
+        let list =
+            |f: &dyn Fn(usize) -> String, count: usize| (0..count).map(f).collect::<Vec<_>>().join(", ");
+        let left = if regs { 4 } else { 1 };
+        let left_args = if regs { list(&|i| format!("u32 a{i}"), 4) } else { "u64 a0".to_owned() };
+        let left_asm = list(&|i| format!("%{}", sums + i), left);
+        let left_asm = if regs { format!("{{{left_asm}}}") } else { left_asm };
+        let letter_a = if regs { "r" } else { "l" };
+        let definition = format!(
+            "DEVICE void {name}({}, {left_args}, u64 b) {{\n  asm volatile(\"{{ .reg .pred p; setp.ne.b32 p, {}, 0; \"\n    \
+             \"wgmma.mma_async.sync.aligned.m64n{n}{shape} {{{}}}, {left_asm}, %{}, p{end}; }}\"\n    \
+             : {}\n    : {}, \"l\"(b));\n}}\n",
+            list(&|i| format!("{ty}& d{i}"), sums),
+            u32::from(!fresh),
+            list(&|i| format!("%{i}"), sums),
+            sums + left,
+            list(&|i| format!("\"+{letter}\"(d{i})"), sums),
+            list(&|i| format!("\"{letter_a}\"(a{i})"), left),
+        );
+        self.made.insert(name.clone(), definition);
+        name
     }
 
     fn nested(&mut self, body: &[Stmt]) {

@@ -19,13 +19,18 @@
 //!   [`Stmt::SyncWarp`]; the same for overwriting what another has read.
 //! - What [`Stmt::CpAsync`] copies is there for the lane that asked once a [`Stmt::CpWait`] has returned, and for others
 //!   after a barrier that follows it.
+//! - What [`Stmt::BulkCopy`] copies is there for who has waited for the phase of the barrier at which it counts. Who waits
+//!   for a phase sees what those did who arrived in it.
+//! - Products of groups read their operands at any time until they were waited for. Rows in shared memory have 128
+//!   bytes, from a multiple of 1024 on, and are swizzled ([`crate::cuda::tiles`]); a product takes 32 bytes of each.
 //! - Matrix products take the fragments that [`crate::cuda::frag`] describes.
 
 use crate::eexpr::F32;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 mod build;
-mod clean;
+pub(in crate::cuda) mod clean;
 mod floats;
 mod ops;
 
@@ -90,6 +95,27 @@ pub enum MmaKind {
     Bf16,
     /// 16 x 32 signed bytes times 32 x 8 signed bytes, summed in i32.
     S8,
+}
+
+/// What matrix product a group of four warps computes: 64 rows, and 32 bytes of each row.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GroupKind {
+    /// Products of bf16, summed in f32.
+    Bf16,
+    /// Products of signed bytes, summed in i32.
+    S8,
+    /// Products of e4m3, summed in f32.
+    E4m3,
+}
+
+/// The left side of a group's matrix product.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum GroupLeft {
+    /// 64 rows in shared memory, swizzled, from here on.
+    Shared(Addr),
+    /// Fragments of each warp's 16 rows, as for products of warps.
+    Regs([Val; 4]),
 }
 
 /// One step of a kernel.
@@ -174,6 +200,80 @@ pub enum Stmt {
         a: [Val; 4],
         /// Fragments of the right side.
         b: [Val; 2],
+    },
+    /// Sets up a barrier of 8 bytes in shared memory, whose phases are over after so many arrivals.
+    BarInit {
+        /// Byte offset.
+        at: Addr,
+        /// Arrivals of a phase.
+        count: u32,
+    },
+    /// What this thread has set up is known to bulk copies.
+    BarFence,
+    /// Arrives at a barrier, whose phase is over when so many bytes have come too.
+    BarExpect {
+        /// Byte offset.
+        at: Addr,
+        /// Bytes.
+        bytes: u32,
+    },
+    /// Arrives at a barrier.
+    BarArrive {
+        /// Byte offset.
+        at: Addr,
+    },
+    /// Waits until the phase of this parity is over: the first one has parity 0, and the one before it is over.
+    BarWait {
+        /// Byte offset.
+        at: Addr,
+        /// 0 or 1.
+        parity: Val,
+    },
+    /// Copies many bytes from a buffer to shared memory without waiting; they count at a barrier.
+    BulkCopy {
+        /// Byte offset in shared memory, a multiple of 16.
+        to: Addr,
+        /// The buffer.
+        buffer: u32,
+        /// Byte offset in the buffer, a multiple of 16.
+        at: Addr,
+        /// How many, a multiple of 16.
+        bytes: u32,
+        /// Byte offset of the barrier.
+        barrier: Addr,
+    },
+    /// What this warp's threads have stored to shared memory is there for groups' products and bulk copies.
+    ProxyFence,
+    /// Registers of each thread from here on: `more` than it was launched with, or fewer.
+    Registers {
+        /// How many.
+        count: u32,
+        /// Whether they are more.
+        more: bool,
+    },
+    /// Orders accesses to registers before the matrix products that follow.
+    GroupFence,
+    /// `acc += a * b` by four warps, without waiting: `b` are rows of shared memory, two for each sum of a thread, swizzled.
+    GroupMma {
+        /// Types.
+        kind: GroupKind,
+        /// Variables: sums, as [`crate::cuda::frag::sums`] has them for each 8 columns.
+        acc: Vec<Reg>,
+        /// Left side.
+        a: GroupLeft,
+        /// Right side.
+        b: Addr,
+        /// Whether sums begin anew.
+        fresh: bool,
+    },
+    /// Ends a group of matrix products.
+    GroupCommit,
+    /// Waits until at most `left` groups of matrix products are under way; the sums listed may be read then.
+    GroupWait {
+        /// Groups.
+        left: u32,
+        /// Variables.
+        acc: Vec<Reg>,
     },
     /// Lanes where the condition holds do the first, the others the second.
     If(Val, Vec<Stmt>, Vec<Stmt>),

@@ -56,7 +56,11 @@ pub fn check(test: &str, jobs: &[(Kernel, &GpuTarget)]) {
         assert!(registers <= target.gpu.registers, "{what}: {} registers", usage.registers);
         assert!(kernel.shared <= target.gpu.shared_bytes, "{what}: {} bytes shared", kernel.shared);
         // Every third: to take code apart takes longer than to make it.
-        let products = count(&kernel.body, &|s| matches!(s, Stmt::Mma { .. })) > 0;
+        // What the assembler says when it gives up on what a kernel is made for.
+        for word in ["setmaxnreg", "serializ"] {
+            assert!(!cubin.log.contains(word), "{what}: {}", cubin.log);
+        }
+        let products = count(&kernel.body, &|s| matches!(s, Stmt::Mma { .. } | Stmt::GroupMma { .. })) > 0;
         if let Some(tool) = disassembler.as_ref().filter(|_| products && (all || i % 3 == 0)) {
             contract(&what, kernel, &instructions(tool, &cubin));
         }
@@ -88,6 +92,20 @@ fn contract(what: &str, kernel: &Kernel, code: &[String]) {
     assert_eq!(local, 0, "{what}: registers in memory");
     let products = count_of(&|i| i.starts_with("HMMA.16816.F32.BF16") || i.starts_with("IMMA.16832.S8.S8"));
     assert_eq!(products, of(&|s| matches!(s, Stmt::Mma { .. })), "{what}: matrix products");
+    let groups = count_of(&|i| {
+        let whole = |kind: &str, types: &str| i.starts_with(kind) && i.contains(types);
+        whole("HGMMA.64x", ".F32.BF16")
+            || whole("QGMMA.64x", ".F32.E4M3.E4M3")
+            || whole("IGMMA.64x", ".S8.S8")
+    });
+    assert_eq!(groups, of(&|s| matches!(s, Stmt::GroupMma { .. })), "{what}: products of groups");
+    let bulk = count_of(&|i| i.starts_with("UBLKCP"));
+    assert_eq!(bulk, of(&|s| matches!(s, Stmt::BulkCopy { .. })), "{what}: bulk copies");
+    let waits = count_of(&|i| i.starts_with("SYNCS.PHASECHK"));
+    assert!(waits >= of(&|s| matches!(s, Stmt::BarWait { .. })), "{what}: waits for barriers");
+    let registers = count_of(&|i| i.starts_with("USETMAXREG"));
+    assert_eq!(registers, of(&|s| matches!(s, Stmt::Registers { .. })), "{what}: changes of registers");
+    let products = products + groups;
     let other = count_of(&|i| i.split('.').next().is_some_and(|name| name.ends_with("MMA")));
     assert_eq!(other, products, "{what}: matrix products of another kind");
     // Copies and loads keep their width; the compiler may repeat them.

@@ -8,6 +8,7 @@ mod caches;
 mod codes;
 #[cfg(feature = "cuda")]
 mod compiled;
+mod groups;
 #[cfg(feature = "cuda")]
 mod machine;
 mod products;

@@ -21,9 +21,10 @@ impl Block<'_> {
         };
         match *step {
             Step::Plain(stmt) => {
+                warp.group.check(stmt)?;
                 self.plain(index, stmt)?;
                 let warp = &mut self.warps[index];
-                if warp.status == Status::AtBarrier {
+                if warp.status != Status::Ready {
                     return Ok(());
                 }
                 warp.pc += 1;
@@ -108,6 +109,26 @@ impl Block<'_> {
                 warp.put(*to, std::array::from_fn(|lane| values[lane ^ *mask as usize]));
             }
             Stmt::Mma { kind, acc, a, b } => self.mma(index, *kind, acc, a, b)?,
+            Stmt::BarInit { at, count } => self.bar_init(index, *at, *count)?,
+            Stmt::BarFence => self.bars.fence(index),
+            Stmt::BarExpect { at, bytes } => self.bar_arrive(index, *at, *bytes)?,
+            Stmt::BarArrive { at } => self.bar_arrive(index, *at, 0)?,
+            Stmt::BarWait { at, parity } => self.bar_wait(index, *at, *parity)?,
+            Stmt::BulkCopy { to, buffer, at, bytes, barrier } => {
+                self.bulk_copy(index, *to, *buffer, *at, *bytes, *barrier)?;
+            }
+            Stmt::ProxyFence => self.shared.proxy_fence(index),
+            Stmt::Registers { .. } => self.full(index)?,
+            Stmt::GroupFence => {
+                self.full(index)?;
+                self.warps[index].group.fence();
+            }
+            Stmt::GroupMma { kind, acc, a, b, fresh } => self.group_mma(index, *kind, acc, *a, *b, *fresh)?,
+            Stmt::GroupCommit => {
+                self.full(index)?;
+                self.warps[index].group.commit();
+            }
+            Stmt::GroupWait { left, acc } => self.group_wait(index, *left as usize, acc)?,
         }
         Ok(())
     }
@@ -140,7 +161,7 @@ impl Block<'_> {
     }
 
     /// The bytes of a buffer that a lane reads.
-    fn global(&self, buffer: u32, at: u64, bytes: u32, aligned: u32) -> Result<&[u8], String> {
+    pub(super) fn global(&self, buffer: u32, at: u64, bytes: u32, aligned: u32) -> Result<&[u8], String> {
         let desc = &self.program.kernel.buffers[buffer as usize];
         let data = &self.memory.buffers[buffer as usize].data;
         let place = || format!("{bytes} bytes of `{}` at {at}", desc.name);

@@ -1,6 +1,6 @@
 //! A kernel as a list of steps with jumps: what a warp can stop in the middle of.
 
-use crate::cuda::tile::{Kernel, Reg, Stmt, Val};
+use crate::cuda::tile::{Addr, Kernel, Reg, Stmt, Val};
 
 /// A step of a warp.
 #[derive(Debug)]
@@ -26,12 +26,15 @@ pub(super) enum Step<'a> {
 pub(super) struct Program<'a> {
     pub kernel: &'a Kernel,
     pub steps: Vec<Step<'a>>,
+    /// Whether groups of warps multiply.
+    pub groups: bool,
 }
 
 impl<'a> Program<'a> {
     pub fn new(kernel: &'a Kernel) -> Program<'a> {
-        let mut program = Program { kernel, steps: vec![] };
+        let mut program = Program { kernel, steps: vec![], groups: false };
         program.body(&kernel.body);
+        program.groups = program.steps.iter().any(|s| matches!(s, Step::Plain(Stmt::GroupMma { .. })));
         program
     }
 
@@ -63,6 +66,14 @@ impl<'a> Program<'a> {
                 }
                 plain => self.steps.push(Step::Plain(plain)),
             }
+        }
+    }
+
+    /// The barrier and the parity that the step at `pc` waits for.
+    pub fn awaited(&self, pc: usize) -> Option<(Addr, Val)> {
+        match self.steps.get(pc) {
+            Some(Step::Plain(Stmt::BarWait { at, parity })) => Some((*at, *parity)),
+            _ => None,
         }
     }
 

@@ -47,6 +47,10 @@ struct Grain {
     written: Past,
     /// Whether an asynchronous copy to it is under way.
     pending: bool,
+    /// How many products of groups may be reading it.
+    reading: u16,
+    /// Whether it was stored by threads, and no fence has followed.
+    stored: bool,
 }
 
 /// Shared memory.
@@ -63,12 +67,14 @@ pub(super) struct Shared {
 impl Shared {
     pub fn new(bytes: u32, grain: u32, warps: usize) -> Shared {
         let count = bytes.div_ceil(grain) as usize;
+        // Bulk copies are one more who touches memory.
+        let warps = warps + 1;
         let (grains, reads) = (vec![Grain::default(); count], vec![Past::default(); count * warps]);
         Shared { data: vec![0; bytes as usize], grains, reads, grain: grain as usize, warps }
     }
 
     fn check(&self, at: u64, bytes: u32) -> Result<std::ops::Range<usize>, String> {
-        if !at.is_multiple_of(u64::from(bytes)) {
+        if !at.is_multiple_of(u64::from(bytes.min(16))) {
             return Err(format!("{bytes} bytes of shared memory at {at}: not aligned"));
         }
         if at + u64::from(bytes) > self.data.len() as u64 {
@@ -81,7 +87,7 @@ impl Shared {
     /// Bytes that a lane reads.
     pub fn read(&mut self, who: Who<'_>, at: u64, bytes: u32) -> Result<&[u8], String> {
         for i in self.check(at, bytes)? {
-            let Grain { written, pending } = self.grains[i];
+            let Grain { written, pending, .. } = self.grains[i];
             if pending {
                 return Err(format!(
                     "lane {} reads shared byte {at} while a copy to it is under way",
@@ -113,6 +119,9 @@ impl Shared {
                     who.lane
                 ));
             }
+            if self.grains[i].reading > 0 {
+                return Err(format!("lane {} writes shared byte {at} while a product may read it", who.lane));
+            }
             let reads = &self.reads[i * self.warps..][..self.warps];
             let others = reads.iter().chain([&self.grains[i].written]);
             if let Some(other) = others.copied().find(|p| !p.is_before(who)) {
@@ -120,7 +129,7 @@ impl Shared {
                 return Err(format!("a race: lane {} writes shared byte {at} that {other} uses", who.lane));
             }
             let written = Past { period: who.clock[who.warp], warp: who.warp as u16, lane: who.lane as u8 };
-            self.grains[i] = Grain { written, pending };
+            self.grains[i] = Grain { written, pending, reading: 0, stored: true };
         }
         Ok(())
     }
@@ -137,12 +146,53 @@ impl Shared {
         self.claim(who, at, bytes, true)
     }
 
+    /// Ends a bulk copy, which was number `period`: who knows of it has the bytes.
+    pub fn land(&mut self, period: u32, at: u64, data: &[u8]) {
+        let written = Past { period, warp: (self.warps - 1) as u16, lane: 0 };
+        for grain in &mut self.grains[at as usize / self.grain..(at as usize + data.len()) / self.grain] {
+            *grain = Grain { written, pending: false, reading: 0, stored: false };
+        }
+        self.data[at as usize..][..data.len()].copy_from_slice(data);
+    }
+
+    /// What a warp has stored is there for products of groups.
+    pub fn proxy_fence(&mut self, warp: usize) {
+        for grain in self.grains.iter_mut().filter(|g| usize::from(g.written.warp) == warp) {
+            grain.stored = false;
+        }
+    }
+
+    /// Begins to read 16 bytes for a product.
+    pub fn begin_reading(&mut self, who: Who<'_>, at: u64) -> Result<[u8; 16], String> {
+        for i in self.check(at, 16)? {
+            let Grain { written, pending, stored, .. } = self.grains[i];
+            if stored && !pending && written.period > 0 {
+                return Err(format!("a product reads shared byte {at}, which was stored without a fence"));
+            }
+        }
+        let mut bytes = [0; 16];
+        bytes.copy_from_slice(self.read(who, at, 16)?);
+        for i in self.check(at, 16)? {
+            self.grains[i].reading += 1;
+        }
+        Ok(bytes)
+    }
+
+    /// A product has read 16 bytes.
+    pub fn end_reading(&mut self, who: Who<'_>, at: u64) {
+        for i in at as usize / self.grain..(at as usize + 16).div_ceil(self.grain) {
+            self.grains[i].reading -= 1;
+            self.reads[i * self.warps + who.warp] =
+                Past { period: who.clock[who.warp], warp: who.warp as u16, lane: MANY };
+        }
+    }
+
     /// Ends a copy: the lane that started it has the bytes.
     pub fn end_copy(&mut self, who: Who<'_>, at: u64, data: &[u8]) {
         let grains = at as usize / self.grain..(at as usize + data.len()).div_ceil(self.grain);
         for grain in &mut self.grains[grains] {
             let written = Past { period: who.clock[who.warp], warp: who.warp as u16, lane: who.lane as u8 };
-            *grain = Grain { written, pending: false };
+            *grain = Grain { written, pending: false, reading: 0, stored: true };
         }
         self.data[at as usize..][..data.len()].copy_from_slice(data);
     }

@@ -1,6 +1,7 @@
 //! The state of one warp.
 
 use super::Status;
+use super::group::Group;
 use super::shared::Clock;
 use crate::cuda::tile::{Addr, Kernel, Reg, Val, WARP};
 use std::collections::VecDeque;
@@ -37,11 +38,14 @@ pub(super) struct Warp {
     /// Copies of the group that is still open, and groups under way, the oldest first.
     pub open: Vec<Copy>,
     pub groups: VecDeque<Vec<Copy>>,
+    /// Matrix products of its group.
+    pub group: Group,
 }
 
 impl Warp {
-    pub fn new(kernel: &Kernel, index: usize) -> Warp {
-        let mut clock = vec![0; (kernel.threads / WARP) as usize];
+    pub fn new(kernel: &Kernel, index: usize, groups: bool) -> Warp {
+        // The last one is that of bulk copies.
+        let mut clock = vec![0; (kernel.threads / WARP) as usize + 1];
         // Period 0 stands for never.
         clock[index] = 1;
         Warp {
@@ -53,6 +57,7 @@ impl Warp {
             regs: vec![[0; WARP as usize]; kernel.regs.len()],
             open: vec![],
             groups: VecDeque::new(),
+            group: Group::new(groups),
         }
     }
 
@@ -81,6 +86,7 @@ impl Warp {
 
     /// Writes a register in the lanes that are here.
     pub fn put(&mut self, to: Reg, values: Lanes) {
+        self.group.touched(to);
         let reg = &mut self.regs[to.0 as usize];
         for lane in lanes(self.mask) {
             reg[lane] = values[lane];

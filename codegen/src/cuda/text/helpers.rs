@@ -107,6 +107,61 @@ pub(super) const HELPERS: &[(&str, &str)] = &[
         "last_of",
         "DEVICE bool last_of(u8* counter, u32 count) {\n  u32 last = 0;\n  asm volatile(\"bar.sync 0;\" ::: \"memory\");\n  if (threadIdx.x == 0) {\n    u32 before;\n    asm volatile(\"fence.acq_rel.gpu;\" ::: \"memory\");\n    asm volatile(\"atom.relaxed.gpu.global.add.u32 %0, [%1], 1;\" : \"=r\"(before) : \"l\"(counter) : \"memory\");\n    asm volatile(\"fence.acq_rel.gpu;\" ::: \"memory\");\n    last = before == count - 1;\n    if (last) *(u32*)counter = 0;\n  }\n  u32 any;\n  asm volatile(\"{ .reg .pred p, q; setp.ne.u32 p, %1, 0; bar.red.or.pred q, 0, p; selp.u32 %0, 1, 0, q; }\" : \"=r\"(any) : \"r\"(last) : \"memory\");\n  return any != 0;\n}",
     ),
+    (
+        "bar_init",
+        "DEVICE void bar_init(u32 at, u32 count) { asm volatile(\"mbarrier.init.shared.b64 [%0], %1;\" :: \"r\"(at), \"r\"(count) : \"memory\"); }",
+    ),
+    (
+        "bar_fence",
+        "DEVICE void bar_fence() { asm volatile(\"fence.mbarrier_init.release.cluster;\" ::: \"memory\"); }",
+    ),
+    (
+        "bar_expect",
+        "DEVICE void bar_expect(u32 at, u32 bytes) { asm volatile(\"mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;\" :: \"r\"(at), \"r\"(bytes) : \"memory\"); }",
+    ),
+    (
+        "bar_arrive",
+        "DEVICE void bar_arrive(u32 at) { asm volatile(\"mbarrier.arrive.shared.b64 _, [%0];\" :: \"r\"(at) : \"memory\"); }",
+    ),
+    (
+        "bar_wait",
+        "DEVICE void bar_wait(u32 at, u32 parity) {\n  u32 over;\n  do {\n    asm volatile(\"{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }\" : \"=r\"(over) : \"r\"(at), \"r\"(parity) : \"memory\");\n  } while (!over);\n}",
+    ),
+    (
+        "bulk_copy",
+        "DEVICE void bulk_copy(u32 to, const u8* from, u32 bytes, u32 barrier) {\n  asm volatile(\"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\" :: \"r\"(to), \"l\"(from), \"r\"(bytes), \"r\"(barrier) : \"memory\");\n}",
+    ),
+    (
+        "proxy_fence",
+        "DEVICE void proxy_fence() { asm volatile(\"fence.proxy.async.shared::cta;\" ::: \"memory\"); }",
+    ),
+    (
+        "more_registers",
+        "template <int N> DEVICE void more_registers() { asm volatile(\"setmaxnreg.inc.sync.aligned.u32 %0;\" :: \"n\"(N)); }",
+    ),
+    (
+        "fewer_registers",
+        "template <int N> DEVICE void fewer_registers() { asm volatile(\"setmaxnreg.dec.sync.aligned.u32 %0;\" :: \"n\"(N)); }",
+    ),
+    (
+        "group_fence",
+        "DEVICE void group_fence() { asm volatile(\"wgmma.fence.sync.aligned;\" ::: \"memory\"); }",
+    ),
+    (
+        "group_commit",
+        "DEVICE void group_commit() { asm volatile(\"wgmma.commit_group.sync.aligned;\" ::: \"memory\"); }",
+    ),
+    (
+        "group_wait",
+        "template <int N> DEVICE void group_wait() { asm volatile(\"wgmma.wait_group.sync.aligned %0;\" :: \"n\"(N) : \"memory\"); }",
+    ),
+    ("keep", "DEVICE void keep(f32& x) { asm volatile(\"\" : \"+f\"(x) :: \"memory\"); }"),
+    ("keep_word", "DEVICE void keep_word(u32& x) { asm volatile(\"\" : \"+r\"(x) :: \"memory\"); }"),
+    (
+        // Rows of 128 bytes in groups of eight, 1024 bytes apart, swizzled by the row's number.
+        "descriptor",
+        "DEVICE u64 descriptor(u32 at) { return (u64)((at & 0x3ffffu) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }",
+    ),
     ("sync_warp", "DEVICE void sync_warp() { asm volatile(\"bar.warp.sync 0xffffffff;\" ::: \"memory\"); }"),
 ];
 

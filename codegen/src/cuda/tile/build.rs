@@ -2,8 +2,8 @@
 //! added to offsets become part of the access.
 
 use super::{
-    Access, Addr, Binary, Buffer, Expr, Extent, Kernel, Mem, MmaKind, Reg, Stmt, Ternary, Ty, Unary, Val,
-    clean,
+    Access, Addr, Binary, Buffer, Expr, Extent, GroupKind, GroupLeft, Kernel, Mem, MmaKind, Reg, Stmt,
+    Ternary, Ty, Unary, Val, clean,
 };
 use crate::cuda::interp::fold;
 use std::collections::{HashMap, HashSet};
@@ -332,6 +332,86 @@ impl Builder {
     /// `acc += a * b`.
     pub fn mma(&mut self, kind: MmaKind, acc: [Reg; 4], a: [Val; 4], b: [Val; 2]) {
         self.emit(Stmt::Mma { kind, acc, a, b });
+    }
+
+    /// Sets up a barrier.
+    pub fn bar_init(&mut self, at: impl Into<Val>, count: u32) {
+        let at = self.at(at);
+        self.emit(Stmt::BarInit { at, count });
+    }
+
+    /// Makes barriers known to bulk copies.
+    pub fn bar_fence(&mut self) {
+        self.emit(Stmt::BarFence);
+    }
+
+    /// Arrives, and expects bytes.
+    pub fn bar_expect(&mut self, at: impl Into<Val>, bytes: u32) {
+        let at = self.at(at);
+        self.emit(Stmt::BarExpect { at, bytes });
+    }
+
+    /// Arrives.
+    pub fn bar_arrive(&mut self, at: impl Into<Val>) {
+        let at = self.at(at);
+        self.emit(Stmt::BarArrive { at });
+    }
+
+    /// Waits for the phase of a parity.
+    pub fn bar_wait(&mut self, at: impl Into<Val>, parity: impl Into<Val>) {
+        let at = self.at(at);
+        self.emit(Stmt::BarWait { at, parity: parity.into() });
+    }
+
+    /// Copies many bytes, which count at a barrier.
+    pub fn bulk_copy(&mut self, to: Val, from: Mem, at: Val, bytes: u32, barrier: Val) {
+        let Mem::Global(buffer) = from else { unreachable!("copies come from buffers") };
+        let (to, at, barrier) = (self.at(to), self.at(at), self.at(barrier));
+        self.emit(Stmt::BulkCopy { to, buffer, at, bytes, barrier });
+    }
+
+    /// Makes stores to shared memory known to groups' products.
+    pub fn proxy_fence(&mut self) {
+        self.emit(Stmt::ProxyFence);
+    }
+
+    /// Changes the number of registers.
+    pub fn registers(&mut self, count: u32, more: bool) {
+        self.emit(Stmt::Registers { count, more });
+    }
+
+    /// Orders registers before groups' products.
+    pub fn group_fence(&mut self) {
+        self.emit(Stmt::GroupFence);
+    }
+
+    /// `acc += a * b` by a group of warps, both sides in shared memory.
+    pub fn group_mma(&mut self, kind: GroupKind, acc: &[Reg], a: Val, b: Val, fresh: bool) {
+        let (a, b) = (GroupLeft::Shared(self.at(a)), self.at(b));
+        self.emit(Stmt::GroupMma { kind, acc: acc.to_vec(), a, b, fresh });
+    }
+
+    /// `acc += a * b` by a group of warps, the left side in registers.
+    pub fn group_mma_regs(&mut self, kind: GroupKind, acc: &[Reg], a: [Val; 4], b: Val, fresh: bool) {
+        let b = self.at(b);
+        self.emit(Stmt::GroupMma { kind, acc: acc.to_vec(), a: GroupLeft::Regs(a), b, fresh });
+    }
+
+    /// Ends a group of matrix products.
+    pub fn group_commit(&mut self) {
+        self.emit(Stmt::GroupCommit);
+    }
+
+    /// Waits for all but the last `left` groups of matrix products; the sums listed may be read.
+    pub fn group_wait(&mut self, left: u32, acc: &[Reg]) {
+        self.emit(Stmt::GroupWait { left, acc: acc.to_vec() });
+    }
+
+    /// What lanes do where `p` holds, and what the others do.
+    pub fn either(&mut self, p: Val, then: impl FnOnce(&mut Builder), otherwise: impl FnOnce(&mut Builder)) {
+        let then = self.body(then);
+        let otherwise = self.body(otherwise);
+        self.emit(Stmt::If(p, then, otherwise));
     }
 
     /// What lanes do where `p` holds.

@@ -1,6 +1,6 @@
 //! Takes out what nothing uses: values that are computed, and never read.
 
-use super::{Kernel, Reg, Stmt, Val};
+use super::{GroupLeft, Kernel, Reg, Stmt, Val};
 use std::collections::HashSet;
 
 /// Removes definitions that nothing uses. Loads stay: they may be why a copy was waited for.
@@ -35,7 +35,7 @@ fn sweep(body: &mut Vec<Stmt>, used: &mut HashSet<Reg>) {
 
 /// The operands of a statement, without those of statements inside it. A variable that is assigned counts, so that it is
 /// defined. What a loop's next round reads of this one are variables.
-fn uses(stmt: &Stmt, f: &mut impl FnMut(Val)) {
+pub(in crate::cuda) fn uses(stmt: &Stmt, f: &mut impl FnMut(Val)) {
     match stmt {
         Stmt::Let(_, expr) => expr.operands().for_each(f),
         Stmt::Set(to, v) => {
@@ -53,6 +53,20 @@ fn uses(stmt: &Stmt, f: &mut impl FnMut(Val)) {
         Stmt::Mma { acc, a, b, .. } => {
             acc.iter().for_each(|r| f((*r).into()));
             a.iter().chain(b).copied().for_each(f);
+        }
+        Stmt::BarInit { at, .. } | Stmt::BarExpect { at, .. } | Stmt::BarArrive { at } => f(at.base),
+        Stmt::BarWait { at, parity } => [at.base, *parity].into_iter().for_each(f),
+        Stmt::BulkCopy { to, at, barrier, .. } => [to.base, at.base, barrier.base].into_iter().for_each(f),
+        Stmt::GroupMma { acc, a, b, .. } => {
+            acc.iter().for_each(|r| f((*r).into()));
+            match a {
+                GroupLeft::Shared(at) => f(at.base),
+                GroupLeft::Regs(a) => a.iter().copied().for_each(&mut *f),
+            }
+            f(b.base);
+        }
+        Stmt::GroupWait { acc, .. } => acc.iter().for_each(|r| f((*r).into())),
+        Stmt::BarFence | Stmt::ProxyFence | Stmt::Registers { .. } | Stmt::GroupFence | Stmt::GroupCommit => {
         }
         Stmt::If(p, ..) => f(*p),
         Stmt::For { from, to, step, .. } => [*from, *to, *step].into_iter().for_each(f),
