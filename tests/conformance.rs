@@ -7,8 +7,8 @@
 
 mod common;
 
-use quantc_codegen::backend;
 use common::device::Interpreter;
+use quantc_codegen::backend;
 use quantc_codegen::engine::{self, Request};
 use quantc_codegen::targets;
 use quantc_ir::entity::ValueId;
@@ -558,7 +558,9 @@ fn a_gpu_computes_rows() {
 fn a_gpu_attends() {
     let module = attention(&[(4, 2, 16), (3, 3, 24), (6, 1, 5)]);
     let products = "layers(cast-weights{to=bf16}, cast-activations{to=bf16})";
-    for cache in ["cast-cache{to=bf16}", "quantize-cache{format=int8}", "quantize-cache{format=e4m3, scale=static}"] {
+    for cache in
+        ["cast-cache{to=bf16}", "quantize-cache{format=int8}", "quantize-cache{format=e4m3, scale=static}"]
+    {
         conforms_on_gpu(&module, &format!("{cache}, {products}, pack-weights"), &[9], 2e-2);
     }
     // Plain kernels round nothing.

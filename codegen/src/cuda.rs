@@ -11,12 +11,15 @@
 //! |---|---|
 //! | [`row`] | kernels over rows: norms, softmax, quantization, elementwise arithmetic |
 //! | [`rope`] | tables of rotations, and the rotation of heads |
+//! | [`gather`] | rows of tables for tokens |
+//! | [`cache`] | rows into paged caches of bf16, int8 or fp8, perhaps rotated on the way |
+//! | [`attention`] | over such caches or over the rows of the call: of single tokens, with keys split among blocks, and of many |
+//! | [`sample`] | tokens from logits: the largest, or drawn with temperature, top-k and top-p |
 //! | [`skinny`] | products of up to 64 tokens: int4, int8, fp8, e2m1 and bf16 weights with bf16 rows, int4 and int8 weights with int8 rows |
 //! | [`wide`] | products of many tokens, of the same formats from the same packed weights |
-//! | [`gather`] | rows of tables |
-//! | [`cache`] | rows into paged caches, perhaps rotated |
-//! | [`attention`] | over paged caches or the rows of the call: few tokens with keys split among blocks, and many tokens |
-//! | [`sample`] | tokens chosen from logits |
+//! | [`mixed`] | the same by groups of warps, on sm_90a |
+//! | [`group`] | products of many tokens by groups of warps, on sm_90a: bf16, int8 and fp8 with scales of rows or of blocks |
+//! | [`tiles`] | rows of activations as the tiles that groups of warps multiply, quantized where that is asked |
 //! | [`plain`] | appends and attention for caches that the others do not have: f32, f16, and heads of odd widths |
 //!
 //! [`plan`] chooses the template for each launch of a lowered module.
@@ -32,6 +35,7 @@ pub mod gather;
 pub mod group;
 pub mod interp;
 pub mod layout;
+pub mod mixed;
 #[cfg(feature = "cuda")]
 pub mod nvrtc;
 pub mod plain;

@@ -577,7 +577,7 @@ impl Blocks {
 
 impl Blocks {
     /// As `manifest.txt` writes it.
-    fn to_text(&self) -> String {
+    fn text(self) -> String {
         let sym = match Sym::try_from(self.sym) {
             Ok(Sym::One) => return self.count(1, 1).unwrap_or(0).to_string(),
             Ok(Sym::T) => "t",
@@ -1112,7 +1112,7 @@ impl Manifest {
         if let Some(gpu) = &self.gpu {
             writeln!(out, "\nkernels")?;
             for kernel in &gpu.kernels {
-                let grid: Vec<String> = kernel.grid.iter().map(Blocks::to_text).collect();
+                let grid: Vec<String> = kernel.grid.iter().map(|blocks| blocks.text()).collect();
                 write!(out, "  {} grid {} threads {}", kernel.symbol, grid.join(" x "), kernel.threads)?;
                 write!(out, " shared {} registers {}", kernel.shared, kernel.registers)?;
                 if kernel.scratch_each + kernel.counters_each > 0 {

@@ -229,8 +229,9 @@ impl Writer<'_> {
             Stmt::GroupCommit => self.call("group_commit", "()"),
             Stmt::GroupWait { left, acc } => {
                 self.call("group_wait", &format!("<{left}>()"));
-                if !acc.is_empty() {
-                    let keep = self.helper("keep");
+                if let Some(&first) = acc.first() {
+                    let float = self.kernel.ty(first.into()) == Ty::F32;
+                    let keep = self.helper(if float { "keep" } else { "keep_word" });
                     let keep: Vec<_> = acc.iter().map(|r| format!("{keep}({r});")).collect();
                     self.line(&keep.join(" "));
                 }

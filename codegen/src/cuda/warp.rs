@@ -117,7 +117,8 @@ impl WarpTile<'_> {
         self.zeros(b, self.stays_integer())
     }
 
-    fn zeros(&self, b: &mut Builder, integer: bool) -> Vec<Acc> {
+    /// Sums of nothing, as integers or floats.
+    pub fn zeros(&self, b: &mut Builder, integer: bool) -> Vec<Acc> {
         let tile = |b: &mut Builder| [(); 4].map(|()| if integer { b.var(0) } else { b.var(0.0) });
         (0..self.row_tiles() * self.tokens).map(|_| tile(b)).collect()
     }
@@ -174,13 +175,7 @@ impl WarpTile<'_> {
             }
             for (i, words) in codes.iter().enumerate() {
                 let offsets = group.offsets.get(i).unwrap_or(&fixed[i]);
-                let left = [(0, 0), (1, 0), (0, 1), (1, 1)].map(|(row, part)| {
-                    let words = [words[2 * row], words[2 * row + 1]];
-                    match layout.meets {
-                        Meets::Bf16 => dequant::bf16_pair(b, layout, words, 2 * step + part, offsets[row]),
-                        Meets::Bytes => dequant::byte_word(b, layout, words, 2 * step + part),
-                    }
-                });
+                let left = self.left(b, words, step, offsets);
                 for (j, words) in tokens.iter().enumerate() {
                     let to = i * self.tokens as usize + j;
                     let to = if layout.per_row() { acc[to] } else { sub[to] };
@@ -194,11 +189,31 @@ impl WarpTile<'_> {
         }
     }
 
+    /// The left side of a matrix product: a step of a chunk's codes.
+    pub fn left(&self, b: &mut Builder, words: &[Val], step: u32, offsets: &[Option<Offset>; 2]) -> [Val; 4] {
+        [(0, 0), (1, 0), (0, 1), (1, 1)].map(|(row, part)| {
+            let words = [words[2 * row], words[2 * row + 1]];
+            match self.layout.meets {
+                Meets::Bf16 => dequant::bf16_pair(b, &self.layout, words, 2 * step + part, offsets[row]),
+                Meets::Bytes => dequant::byte_word(b, &self.layout, words, 2 * step + part),
+            }
+        })
+    }
+
     /// What is known of a scale group.
     fn group(&self, b: &mut Builder, from: &dyn Fragments, index: u32) -> Group {
+        let records = (0..self.row_tiles()).map(|i| from.record(b, i, index)).collect();
+        let mut group = self.group_of(b, records);
+        if self.needs_sums() {
+            group.sums = (0..self.tokens).map(|i| from.sums(b, i, index)).collect();
+        }
+        group
+    }
+
+    /// What records, of each tile of output columns, tell of a scale group.
+    pub fn group_of(&self, b: &mut Builder, records: Vec<Vec<Val>>) -> Group {
         let mut group = Group::default();
-        for i in 0..self.row_tiles() {
-            let record = from.record(b, i, index);
+        for record in records {
             group.scales.push(self.scales_of(b, &record));
             if self.layout.w.zero == Zero::Asym {
                 let zeros = self.zeros_of(b, &record);
@@ -210,14 +225,11 @@ impl WarpTile<'_> {
                 }
             }
         }
-        if self.needs_sums() {
-            group.sums = (0..self.tokens).map(|i| from.sums(b, i, index)).collect();
-        }
         group
     }
 
     /// Adds the sums of a group, scaled.
-    fn end_group(&self, b: &mut Builder, group: &Group, sub: &[Acc], acc: &[Acc]) {
+    pub fn end_group(&self, b: &mut Builder, group: &Group, sub: &[Acc], acc: &[Acc]) {
         for (i, (sub, acc)) in sub.iter().zip(acc).enumerate() {
             let (tile, tokens) = (i / self.tokens as usize, i % self.tokens as usize);
             for (j, (&sub, &acc)) in sub.iter().zip(acc).enumerate() {
@@ -277,9 +289,9 @@ impl WarpTile<'_> {
 
 /// What is known of a scale group: for each tile of output columns, of rows g and g + 8.
 #[derive(Default)]
-struct Group {
+pub(super) struct Group {
     scales: Vec<[Val; 2]>,
-    offsets: Vec<[Option<Offset>; 2]>,
+    pub offsets: Vec<[Option<Offset>; 2]>,
     zeros: Vec<[Val; 2]>,
     /// For each tile of tokens the sums of the bytes of this lane's two tokens.
     sums: Vec<[Val; 2]>,

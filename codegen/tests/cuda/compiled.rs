@@ -12,6 +12,7 @@ use quantc_codegen::cuda::attention::prefill::{self, PrefillTile};
 use quantc_codegen::cuda::cache::{self, AppendSpec, Rotation};
 use quantc_codegen::cuda::gather;
 use quantc_codegen::cuda::group::{self, GroupTile, Scales};
+use quantc_codegen::cuda::mixed::{self, MixedTile};
 use quantc_codegen::cuda::row::{self, RowTile};
 use quantc_codegen::cuda::sample::{self, SampleSpec};
 use quantc_codegen::cuda::skinny::{self, SkinnyTile};
@@ -134,7 +135,8 @@ fn group_products() {
             let tile = GroupTile::of(&spec, m, &target.gpu).unwrap();
             let mut cuts = vec![tile];
             if machine::everything() {
-                cuts.extend([64, 128].map(|columns| GroupTile { columns, stages: 3, ..tile }));
+                let most = if gated && tile.apart { 64 } else { 128 };
+                cuts.extend([64, most].map(|columns| GroupTile { columns, stages: 3, ..tile }));
             }
             if i < 5 || machine::everything() {
                 jobs.extend(
@@ -145,12 +147,29 @@ fn group_products() {
     }
     check("group_products", &jobs);
     let mut jobs = vec![];
+    for a in [AFmt::Bf16, AFmt::I8Token] {
+        let list = products::formats(a, 4096);
+        for (i, w) in list.into_iter().enumerate().filter(|(i, _)| machine::everything() || i % 3 == 0) {
+            let spec = products::spec(4096, 4096, w, a, false);
+            let tile = MixedTile::of(&spec, if i % 2 == 0 { 4096 } else { 64 }, &target.gpu).unwrap();
+            // Zero points for groups of columns have no such kernel.
+            let Ok(kernel) = mixed::build("mixed", &spec, tile) else { continue };
+            jobs.push((kernel, *target));
+            if i % 6 == 0 {
+                let spec = products::spec(14336, 4096, w, a, true);
+                let tile = MixedTile::of(&spec, 4096, &target.gpu).unwrap();
+                jobs.push((mixed::build("mixed_gated", &spec, tile).unwrap(), *target));
+            }
+        }
+    }
+    check("group_products", &jobs);
+    let mut jobs = vec![];
     for (i, kind) in [GroupKind::Bf16, GroupKind::S8, GroupKind::E4m3].into_iter().enumerate() {
         let scales = [Scales::None, Scales::Rows, Scales::Blocks][i];
         let from = From::Floats { ty: MemTy::F32, stride: 4096, scales, sums: i == 1 };
         let same = From::Same { stride: if i == 0 { 8256 } else { 4160 } };
         for from in [from, same] {
-            let spec = RowTilesSpec { k: 4096, rows: Rows::T, kind, from };
+            let spec = RowTilesSpec { k: 4096, rows: Rows::T, kind, from, span: 0 };
             jobs.push((tile_rows::build("tiles", &spec).unwrap(), *target));
         }
     }

@@ -6,6 +6,8 @@ use crate::support::{Near, compare, count, encode, numbers, run};
 use half::bf16;
 use quantc_codegen::cuda::group::{self, GroupSpec, GroupTile, Scales};
 use quantc_codegen::cuda::interp::{self, Counts, Schedule};
+use quantc_codegen::cuda::layout::FragmentLayout;
+use quantc_codegen::cuda::mixed::{self, MixedTile};
 use quantc_codegen::cuda::tile::{Addr, GroupKind, GroupLeft, Kernel, Stmt, Val};
 use quantc_codegen::cuda::tiles::rows::{self, From, RowTilesSpec};
 use quantc_codegen::cuda::tiles::{ROWS, Tiled};
@@ -242,7 +244,10 @@ fn products_of_other_templates_find_theirs() {
 fn check_tiles(spec: RowTilesSpec, m: u32, rng: &mut ChaCha8Rng) {
     let what = format!("{spec:?} m {m}");
     let kernel = rows::build("tiles", &spec).unwrap_or_else(|e| panic!("{what}: {e}"));
-    let tiled = Tiled { kind: spec.kind, rows: m, columns: spec.k };
+    let tiled = Tiled { kind: spec.kind, rows: m, columns: spec.columns() };
+    // Where the columns of a row go.
+    let mut places = vec![0; tiled.columns as usize];
+    (0..tiled.columns).for_each(|at| places[spec.column(at) as usize] = at);
     let mut want = vec![0u8; tiled.bytes() as usize];
     let (mut scales, mut row_sums, mut buffers) = (vec![], vec![], vec![]);
     match spec.from {
@@ -251,7 +256,7 @@ fn check_tiles(spec: RowTilesSpec, m: u32, rng: &mut ChaCha8Rng) {
             let bytes = 128 / spec.kind.columns();
             for (row, column) in (0..m).flat_map(|r| (0..spec.k).map(move |c| (r, c))) {
                 let from = (row * stride + column * bytes) as usize;
-                let to = tiled.at(row, column) as usize;
+                let to = tiled.at(row, places[column as usize]) as usize;
                 let bytes = bytes as usize;
                 want[to..to + bytes].copy_from_slice(&x[from..from + bytes]);
             }
@@ -274,7 +279,7 @@ fn check_tiles(spec: RowTilesSpec, m: u32, rng: &mut ChaCha8Rng) {
                             GroupKind::E4m3 => vec![quantize_one(x, scale, 0, &formats::E4M3) as u8],
                         };
                         sum += i32::from(code[0] as i8);
-                        let at = tiled.at(row, (i * block + j) as u32) as usize;
+                        let at = tiled.at(row, places[i * block + j]) as usize;
                         want[at..at + code.len()].copy_from_slice(&code);
                     }
                 }
@@ -313,14 +318,19 @@ fn rows_become_tiles() {
                 GroupKind::Bf16 => bf16_row_stride(k) * 2,
                 _ => i8_row_stride(k),
             };
-            let tiles = |from| RowTilesSpec { k, rows: Rows::T, kind, from };
+            let tiles = |from| RowTilesSpec { k, rows: Rows::T, kind, from, span: 0 };
             check_tiles(tiles(From::Same { stride: same }), m, &mut rng);
+            for span in [32, 64] {
+                check_tiles(RowTilesSpec { span, ..tiles(From::Same { stride: same }) }, m, &mut rng);
+            }
             let list: &[Scales] =
                 if kind == GroupKind::Bf16 { &[Scales::None] } else { &[Scales::Rows, Scales::Blocks] };
             for &scales in list {
                 for (ty, stride) in [(MemTy::F32, k), (MemTy::Bf16, k + 3)] {
                     let sums = kind == GroupKind::S8 && scales == Scales::Rows;
-                    check_tiles(tiles(From::Floats { ty, stride, scales, sums }), m, &mut rng);
+                    let from = tiles(From::Floats { ty, stride, scales, sums });
+                    check_tiles(from, m, &mut rng);
+                    check_tiles(RowTilesSpec { span: 64, ..from }, m, &mut rng);
                 }
             }
         }
@@ -506,4 +516,47 @@ fn every_product_is_counted_once() {
     assert_eq!(check(&spec, tile, ROWS, &mut rng).products, 32);
     let kernel = group::build("kernel", &spec, tile).unwrap();
     assert_eq!(count(&kernel.body, &|s| matches!(s, Stmt::GroupMma { .. })), 4);
+}
+
+#[test]
+fn pipelines_of_codes_in_registers() {
+    let mut rng = ChaCha8Rng::seed_from_u64(76);
+    let w = WFmt { code: Code::U4, group: 64, zero: Zero::Sym(8), scale: ScaleTy::Bf16 };
+    let spec = crate::products::spec(64, 400, w, AFmt::Bf16, false);
+    let kernel = mixed::build("kernel", &spec, MixedTile { groups: 1, tokens: 64, stages: 2 }).unwrap();
+    let layout = FragmentLayout::of(&spec).unwrap();
+    let x = numbers(MemTy::Bf16, 9 * bf16_row_stride(400) as usize, &mut rng).0;
+    let mut blob: Vec<u8> = (0..layout.bytes()).map(|i| (i * 7 % 251) as u8).collect();
+    for (n, group) in (0..64).flat_map(|n| (0..7).map(move |g| (n, g))) {
+        blob[layout.scale(n, group) as usize..][..2].copy_from_slice(&bf16::ONE.to_le_bytes());
+    }
+    let buffers = vec![crate::products::tokens(&spec, x, 9), blob, vec![0; 9 * 67 * 4]];
+    let why = [
+        "a race",
+        "under way",
+        "may read it",
+        "nobody wrote",
+        "never ends",
+        "never waited for",
+        "than it counts",
+        "without a fence",
+        "while a product",
+        "set up",
+        "no barrier",
+        "do not know",
+    ];
+    each_is_found(&kernel, &buffers, &why, &|s| {
+        matches!(
+            s,
+            Stmt::BarWait { .. }
+                | Stmt::BarArrive { .. }
+                | Stmt::BarExpect { .. }
+                | Stmt::BarInit { .. }
+                | Stmt::BarFence
+                | Stmt::Barrier
+                | Stmt::BulkCopy { .. }
+                | Stmt::GroupWait { left: 0, .. }
+                | Stmt::GroupFence
+        ) && gone(s)
+    });
 }

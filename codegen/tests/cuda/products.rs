@@ -3,10 +3,12 @@
 use crate::codes::{random_code, value};
 use crate::support::{Near, compare, numbers, run};
 use half::bf16;
-use quantc_codegen::cuda::interp::Counts;
+use quantc_codegen::cuda::interp::{self, Counts, Schedule};
 use quantc_codegen::cuda::layout::FragmentLayout;
+use quantc_codegen::cuda::mixed::{self, MixedTile};
 use quantc_codegen::cuda::skinny::{self, SkinnyTile};
 use quantc_codegen::cuda::tile::Kernel;
+use quantc_codegen::cuda::tiles::{self, Tiled};
 use quantc_codegen::cuda::wide::{self, WideTile};
 use quantc_codegen::eexpr::{EExpr, MemTy, UnaryOp};
 use quantc_codegen::layout::Unpacked;
@@ -155,12 +157,41 @@ fn check_wide(spec: &MatmulSpec, tile: WideTile, m: u32, rng: &mut ChaCha8Rng) -
     check_kernel(spec, &format!("{tile:?}"), &kernel, m, rng)
 }
 
+/// Runs a product of groups of warps and compares all it writes.
+fn check_mixed(spec: &MatmulSpec, tile: MixedTile, m: u32, rng: &mut ChaCha8Rng) -> Counts {
+    let kernel = mixed::build("kernel", spec, tile).unwrap_or_else(|e| panic!("{spec:?}: {e}"));
+    check_of(spec, &format!("{tile:?}"), &kernel, m, rng, &|rows| tokens(spec, rows, m))
+}
+
+/// Rows of activations as tiles of tokens, by the kernel that makes them.
+pub fn tokens(spec: &MatmulSpec, rows: Vec<u8>, m: u32) -> Vec<u8> {
+    let tiles = MixedTile::tokens_spec(spec).unwrap();
+    let tiled = Tiled { kind: tiles.kind, rows: m, columns: tiles.columns() };
+    let kernel = tiles::rows::build("tiles", &tiles).unwrap();
+    let out = vec![0; tiled.bytes() as usize];
+    let got = interp::run(&kernel, &[rows, out], &[m, 1], Schedule::Turns).unwrap();
+    got.buffers[1].data.clone()
+}
+
 /// Runs a product and compares all it writes.
 fn check_kernel(spec: &MatmulSpec, tile: &str, kernel: &Kernel, m: u32, rng: &mut ChaCha8Rng) -> Counts {
+    check_of(spec, tile, kernel, m, rng, &|rows| rows)
+}
+
+/// Runs a product, of rows that are made into something first, and compares all it writes.
+fn check_of(
+    spec: &MatmulSpec,
+    tile: &str,
+    kernel: &Kernel,
+    m: u32,
+    rng: &mut ChaCha8Rng,
+    rows: &dyn Fn(Vec<u8>) -> Vec<u8>,
+) -> Counts {
     let what = format!("{:?} {:?} n {} k {} m {m} {tile}", spec.w, spec.a, spec.n, spec.k);
     let (n, k) = (spec.n, spec.k);
     let layout = FragmentLayout::of(spec).unwrap();
     let (mut buffers, x, x_scale) = activations(spec.a, m, k, spec.w.group, rng);
+    buffers[0] = rows(std::mem::take(&mut buffers[0]));
     let mut accs = vec![];
     // The largest sums of sizes, for what rounding each step may cost.
     let mut size = 0f64;
@@ -316,5 +347,37 @@ fn swizzled_rows_meet_all_banks() {
             let long = check_wide(&spec(16, 512, w(512), a, false), tile, 8, &mut rng);
             assert_eq!(short.bank_conflicts, long.bank_conflicts, "{:?}", w(256));
         }
+    }
+}
+
+#[test]
+fn groups_of_warps_take_the_same_weights() {
+    let mut rng = ChaCha8Rng::seed_from_u64(38);
+    for a in [AFmt::Bf16, AFmt::I8Token] {
+        for (i, w) in formats(a, 200).into_iter().enumerate() {
+            let spec = spec(70, 200, w, a, false);
+            let tile = MixedTile { groups: 1 + i as u32 % 2, tokens: 64, stages: 2 };
+            let sums =
+                a == AFmt::I8Token && w.group < 200 && (w.zero == Zero::Asym || w.zero == Zero::Sym(4));
+            if sums {
+                let refusal = mixed::build("kernel", &spec, tile).unwrap_err().to_string();
+                assert!(refusal.contains("zero points for groups"), "{refusal}");
+                continue;
+            }
+            check_mixed(&spec, tile, 19, &mut rng);
+        }
+    }
+}
+
+#[test]
+fn groups_of_warps_in_all_tiles() {
+    let mut rng = ChaCha8Rng::seed_from_u64(39);
+    let w = |group| WFmt { code: Code::U4, group, zero: Zero::Sym(8), scale: ScaleTy::Bf16 };
+    for (groups, tokens, stages, m) in [(2, 128, 3, 130), (1, 64, 4, 64), (1, 128, 2, 1)] {
+        let tile = MixedTile { groups, tokens, stages };
+        check_mixed(&spec(70, 640, w(128), AFmt::Bf16, false), tile, m, &mut rng);
+        check_mixed(&spec(33, 300, w(300), AFmt::I8Token, true), tile, m, &mut rng);
+        let tile = MixedTile { tokens: 64, ..tile };
+        check_mixed(&spec(24, 640, w(256), AFmt::Bf16, true), tile, m, &mut rng);
     }
 }

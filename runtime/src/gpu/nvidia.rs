@@ -158,10 +158,8 @@ impl Nvidia {
     fn attribute(&self, which: sys::CUdevice_attribute) -> Result<u32> {
         let mut value = 0;
         // SAFETY: the place is valid for writing.
-        check(
-            unsafe { sys::cuDeviceGetAttribute(&raw mut value, which, self.device) },
-            "describe the device",
-        )?;
+        let asked = unsafe { sys::cuDeviceGetAttribute(&raw mut value, which, self.device) };
+        check(asked, "describe the device")?;
         Ok(u32::try_from(value).unwrap_or(0))
     }
 
@@ -238,11 +236,10 @@ impl Driver for Nvidia {
         self.enter()?;
         let mut name = [0; 128];
         let (mut cuda, mut free, mut total) = (0, 0, 0);
-        // SAFETY: the buffer has the length said.
-        check(
-            unsafe { sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as i32 - 1, self.device) },
-            "name the device",
-        )?;
+        let length = name.len() as i32 - 1;
+        // SAFETY: the buffer has the length said, and a zero behind it.
+        let asked = unsafe { sys::cuDeviceGetName(name.as_mut_ptr(), length, self.device) };
+        check(asked, "name the device")?;
         // SAFETY: the place is valid for writing.
         check(unsafe { sys::cuDriverGetVersion(&raw mut cuda) }, "tell its version")?;
         // SAFETY: the places are valid for writing.

@@ -26,6 +26,9 @@ pub(super) struct Group {
     sums: HashMap<Reg, usize>,
     /// Registers that were used since the last fence.
     touched: HashSet<Reg>,
+    /// Registers that products under way read, and one that was written meanwhile.
+    left: HashSet<Reg>,
+    overwritten: Option<Reg>,
 }
 
 impl Group {
@@ -43,6 +46,9 @@ impl Group {
     pub fn touched(&mut self, reg: Reg) {
         if self.used {
             self.touched.insert(reg);
+            if self.left.contains(&reg) {
+                self.overwritten = Some(reg);
+            }
         }
     }
 
@@ -57,6 +63,9 @@ impl Group {
 
     /// Refuses to use sums that nobody has waited for.
     pub fn check(&self, stmt: &Stmt) -> Result<(), String> {
+        if let Some(r) = self.overwritten {
+            return Err(format!("{r} was written while a product reads it"));
+        }
         if self.sums.is_empty() || matches!(stmt, Stmt::GroupMma { .. } | Stmt::GroupWait { .. }) {
             return Ok(());
         }
@@ -170,6 +179,11 @@ impl Block<'_> {
                 warp.regs[to.0 as usize][lane as usize] = new.into();
             }
         }
+        if let GroupLeft::Regs(a) = a {
+            warp.group
+                .left
+                .extend(a.iter().filter_map(|v| if let Val::Reg(r) = v { Some(*r) } else { None }));
+        }
         let next = warp.group.ended;
         warp.group.sums.extend(acc.iter().map(|&r| (r, next)));
         Ok(())
@@ -186,6 +200,9 @@ impl Block<'_> {
         }
         let group = &mut self.warps[index].group;
         let over = group.ended - group.groups.len();
+        if !group.under_way() {
+            group.left.clear();
+        }
         for &reg in acc {
             if group.sums.get(&reg).is_some_and(|&last| last >= over) {
                 return Err(format!("{reg} is used while a product adds to it"));

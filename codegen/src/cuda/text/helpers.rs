@@ -155,10 +155,8 @@ pub(super) const HELPERS: &[(&str, &str)] = &[
         "group_wait",
         "template <int N> DEVICE void group_wait() { asm volatile(\"wgmma.wait_group.sync.aligned %0;\" :: \"n\"(N) : \"memory\"); }",
     ),
-    (
-        "keep",
-        "DEVICE void keep(f32& x) { asm volatile(\"\" : \"+f\"(x) :: \"memory\"); }\nDEVICE void keep(u32& x) { asm volatile(\"\" : \"+r\"(x) :: \"memory\"); }",
-    ),
+    ("keep", "DEVICE void keep(f32& x) { asm volatile(\"\" : \"+f\"(x) :: \"memory\"); }"),
+    ("keep_word", "DEVICE void keep_word(u32& x) { asm volatile(\"\" : \"+r\"(x) :: \"memory\"); }"),
     (
         // Rows of 128 bytes in groups of eight, 1024 bytes apart, swizzled by the row's number.
         "descriptor",

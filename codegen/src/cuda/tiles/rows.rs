@@ -4,6 +4,7 @@ use super::{ROW_BYTES, ROWS, TILE_BYTES, Tiled};
 use crate::cpu::math::Lanes;
 use crate::cuda::expr::{alignment, load, wide, write};
 use crate::cuda::group::{BLOCK, Scales};
+use crate::cuda::layout::UNIT;
 use crate::cuda::tile::{Access, Binary, Builder, Extent, GroupKind, Kernel, Mem, Unary, Val, WARP};
 use crate::eexpr::MemTy;
 use crate::spec::Rows;
@@ -43,12 +44,31 @@ pub struct RowTilesSpec {
     pub kind: GroupKind,
     /// What rows hold.
     pub from: From,
+    /// The order of columns: 0 as they are, else of each so many the first words of four quarters, then the second ones, as
+    /// lanes find them in codes ([`crate::cuda::layout`]); rows are then padded to whole units.
+    pub span: u32,
 }
 
 /// Warps of a block, which has a tile's rows.
 const WARPS: u32 = 8;
 
 impl RowTilesSpec {
+    /// Columns of the tiles.
+    pub fn columns(&self) -> u32 {
+        if self.span == 0 { self.k } else { self.k.next_multiple_of(UNIT) }
+    }
+
+    /// The column of a row that is column `at` of its tiles.
+    pub fn column(&self, at: u32) -> u32 {
+        if self.span == 0 {
+            return at;
+        }
+        let word = 4 * self.kind.columns() / ROW_BYTES;
+        let (span, at) = (at / self.span, at % self.span);
+        let (quarter, within) = (at / word % 4, at / word / 4 * word + at % word);
+        span * self.span + quarter * (self.span / 4) + within
+    }
+
     fn check(&self) -> Result<()> {
         let good = match self.from {
             From::Same { stride } => {
@@ -61,7 +81,12 @@ impl RowTilesSpec {
                     && (!sums || (self.kind, scales) == (GroupKind::S8, Scales::Rows))
             }
         };
-        match good && self.k > 0 {
+        // A word of a quarter has whole numbers, and a tile whole spans.
+        let spans = self.span == 0
+            || (self.span.is_power_of_two()
+                && self.span * ROW_BYTES >= 16 * self.kind.columns()
+                && self.span <= self.kind.columns());
+        match good && spans && self.k > 0 {
             true => Ok(()),
             false => Err(Diag::bug(format!("no such tiles of rows: {self:?}"))),
         }
@@ -89,7 +114,7 @@ pub fn build(name: &str, spec: &RowTilesSpec) -> Result<Kernel> {
     let m = b.scalar_value(spec.rows.dim());
     let (block, thread) = (b.block_x(), b.thread());
     let (warp, lane) = (b.div(thread, WARP), b.rem(thread, WARP));
-    let tiled = Tiled { kind: spec.kind, rows: 1, columns: spec.k };
+    let tiled = Tiled { kind: spec.kind, rows: 1, columns: spec.columns() };
     let cx = Move { spec, tiled, x, lane };
     b.repeat(warp, ROWS, WARPS, |b, in_tile| {
         let row = b.mad(block, ROWS, in_tile);
@@ -173,40 +198,50 @@ impl Move<'_> {
         self.spec.kind.columns() / (ROW_BYTES / 16)
     }
 
+    /// The first column of word `i` of a segment.
+    fn word(&self, b: &mut Builder, segment: Val, i: u32) -> Val {
+        let (per, span) = (self.per_segment(), self.spec.span);
+        if span == 0 {
+            return b.mad(segment, per, i * per / 4);
+        }
+        let segments = span / per;
+        let (number, within) = (b.div(segment, segments), b.rem(segment, segments));
+        let first = b.mad(number, span, i * span / 4);
+        b.mad(within, per / 4, first)
+    }
+
     fn segment(&self, b: &mut Builder, row: Val, segment: Val) -> Segment {
         let per = self.per_segment();
-        let first = b.mul(segment, per);
         match self.spec.from {
             From::Same { stride } => {
                 let bytes = 16 / per;
-                let in_row = b.mul(segment, 16);
                 let end = self.spec.k * bytes;
-                let at = b.binary(Binary::Min, in_row, stride - 16);
-                let from = wide(b, row, stride, at);
-                let words = b.load(self.x, from, 16);
-                let keep = |b: &mut Builder, i: u32, word: Val| {
-                    // Bytes of this word that are before the end of the row: all bits below that, of more than 31 all.
-                    let at = b.add(in_row, 4 * i);
-                    let inside = b.lt(at, end);
-                    let left = b.binary(Binary::Sub, end, at);
-                    let whole = b.lt(3, left);
-                    let left = b.and(left, 3);
-                    let bits = b.mul(left, 8);
-                    let mask = b.binary(Binary::Shl, 1, bits);
-                    let mask = b.binary(Binary::Sub, mask, 1);
-                    let mask = b.select(whole, u32::MAX, mask);
-                    let mask = b.select(inside, mask, 0);
-                    b.and(word, mask)
-                };
-                let words = (0..).zip(words).map(|(i, word)| keep(b, i, word)).collect();
+                let whole = self.spec.span == 0;
+                let mut words = vec![];
+                for i in 0..4 {
+                    let column = self.word(b, segment, i);
+                    let at = b.mul(column, bytes);
+                    if i == 0 && whole {
+                        let inside = b.binary(Binary::Min, at, stride - 16);
+                        let from = wide(b, row, stride, inside);
+                        words = b.load(self.x, from, 16);
+                    } else if !whole {
+                        let inside = b.binary(Binary::Min, at, stride - 4);
+                        let from = wide(b, row, stride, inside);
+                        words.extend(b.load(self.x, from, 4));
+                    }
+                    words[i as usize] = before(b, words[i as usize], at, end);
+                }
                 Segment::Words(words)
             }
             From::Floats { ty, stride, .. } => {
                 let bytes = ty.bytes() as u32;
-                let step = alignment(&[self.spec.k, stride, 16 / bytes]);
+                let together = if self.spec.span == 0 { 16 / bytes } else { per / 4 };
+                let step = alignment(&[self.spec.k, stride, together]).min(per);
                 let mut values = vec![];
                 for i in (0..per).step_by(step as usize) {
-                    let column = b.add(first, i);
+                    let word = self.word(b, segment, i / (per / 4));
+                    let column = b.add(word, i % (per / 4));
                     let inside = b.lt(column, self.spec.k);
                     let column = b.binary(Binary::Min, column, self.spec.k - step);
                     let in_row = b.mul(column, bytes);
@@ -303,4 +338,18 @@ impl Move<'_> {
         };
         (words.into_iter().map(|w| b.select(there, w, 0)).collect(), sum)
     }
+}
+
+/// The bytes of a word at byte `at` of a row that are before byte `end`, and zeros.
+fn before(b: &mut Builder, word: Val, at: Val, end: u32) -> Val {
+    let inside = b.lt(at, end);
+    let left = b.binary(Binary::Sub, end, at);
+    let whole = b.lt(3, left);
+    let left = b.and(left, 3);
+    let bits = b.mul(left, 8);
+    let mask = b.binary(Binary::Shl, 1, bits);
+    let mask = b.binary(Binary::Sub, mask, 1);
+    let mask = b.select(whole, u32::MAX, mask);
+    let mask = b.select(inside, mask, 0);
+    b.and(word, mask)
 }
