@@ -3,7 +3,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 OUT ?= target/demo
 
-.PHONY: demo test lint deps nvrtc bench clean-demo onnx-nodes
+.PHONY: demo test lint deps nvrtc bench clean-demo onnx-nodes gpu-check
 
 # LLVM 19 from Debian's packages, unless it is there.
 deps:
@@ -35,6 +35,15 @@ onnx-nodes:
 	python3 -m venv target/onnx-venv
 	target/onnx-venv/bin/pip install --quiet onnx==1.23.2
 	target/onnx-venv/bin/python frontends/tests/onnx_nodes/make_cases.py target/onnx-nodes
+
+# What a machine with a GPU is asked, packed into one file: docs/gpu.md. Needs no GPU, and makes machine code with NVRTC.
+GPU ?= cuda-sm90
+LEAN := target/gpu-check/build
+gpu-check: deps nvrtc
+	$(CARGO) build --release --quiet
+	$(CARGO) build --release --quiet --no-default-features --features cuda --target-dir $(LEAN)
+	QUANTC_NVRTC=$${QUANTC_NVRTC:-$(NVRTC)/nvidia/cu13/lib} \
+	  tests/gpu-check.sh target/release/quantc $(LEAN)/release target/gpu-check/out $(GPU)
 
 bench: deps
 	$(CARGO) bench --bench models

@@ -14,6 +14,10 @@
 //!   with the float twin, which computes what its model does.
 //! - A row that fails says why, and the others go on.
 //!
+//! Every row is kept in the store, under a digest of the tool, of the model, of its texts and of how it is compiled: what was measured
+//! is not measured again, so that a run that was ended goes on where it was, models can be measured one at a time with
+//! `--only`, and a run over all of them then puts their tables together.
+//!
 //! An outlier twin of M is `--twins DIR/M`; one that is not there is made by the models folder's `make_outliers.py`,
 //! with `--python`, or with the `python3` of the path where that has NumPy and safetensors. `--reference FILE` reads
 //! tables of what a textbook's methods cost on these models, and compiles the same methods.
@@ -23,6 +27,7 @@ mod inputs;
 
 use inputs::{Bits, Options, Reference, Textbook};
 use quantc::passes::presets::{self, Preset};
+use quantc_ir::weights::Digest;
 use quantc_runtime::session::{Session, SessionOptions};
 use quantc_runtime::{Engine, OpenOptions, sample};
 use serde_json::Value;
@@ -66,6 +71,14 @@ enum Kind {
 /// The option of the preset that searches for strengths, and what it is compared with.
 const SEARCHED: &str = "smoothquant{alpha=search}";
 const FIXED: &str = "smoothquant{alpha=0.5}";
+
+/// What decides the figures of a folder.
+struct Place<'a> {
+    /// The folder.
+    model: &'a Path,
+    /// A digest of the tool, of the folder's files and of the texts.
+    digest: Digest,
+}
 
 /// One row of a model's table.
 struct Way {
@@ -120,6 +133,8 @@ struct Bench<'a> {
     /// Folders as results name them.
     known: Vec<(String, &'static str)>,
     presets: Vec<&'static Preset>,
+    /// A digest of the tool.
+    tool: Digest,
 }
 
 fn run(o: &Options) -> Result<(), String> {
@@ -137,7 +152,8 @@ fn run(o: &Options) -> Result<(), String> {
     let mut known = vec![(shown(folder.path()), "WORK"), (shown(&store), "STORE")];
     known.extend(models.iter().map(|m| (shown(m), "MODELS")));
     known.push((shown(&bundled()), "tests/models"));
-    let bench = Bench { options: o, models, work: folder.path().into(), store, known, presets };
+    let tool = digest(Path::new(env!("CARGO_BIN_EXE_quantc")))?;
+    let bench = Bench { options: o, models, work: folder.path().into(), store, known, presets, tool };
     let text = bench.report()?;
     println!("{text}");
     eprintln!("{:.0} s", start.elapsed().as_secs_f64());
@@ -158,6 +174,11 @@ fn read(path: &Path) -> Result<String, String> {
 
 fn write(path: &Path, text: &str) -> Result<(), String> {
     std::fs::write(path, text).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+fn digest(path: &Path) -> Result<Digest, String> {
+    let bytes = std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    Ok(Digest::of(&bytes))
 }
 
 fn json(text: &str) -> Result<Value, String> {
@@ -393,8 +414,43 @@ the embedding counts as a matrix of its own); neither counts padding. `MB` is th
         Ok(out)
     }
 
+    /// What was measured before under the name that `what` is for `place`, or what is measured now. Failures are not kept.
+    fn kept(
+        &self,
+        place: &Place<'_>,
+        what: &[&str],
+        measure: impl FnOnce() -> Result<Value, String>,
+    ) -> Result<Value, String> {
+        let name = Digest::of(format!("{} {} {what:?}", place.digest, self.options.max_tokens).as_bytes());
+        let path = self.store.join("quality").join(format!("{name}.json"));
+        if let Some(found) = std::fs::read_to_string(&path).ok().and_then(|text| json(&text).ok()) {
+            return Ok(found);
+        }
+        let found = measure()?;
+        std::fs::create_dir_all(self.store.join("quality")).map_err(|e| e.to_string())?;
+        // Whole or not at all: a run may be ended here.
+        let part = path.with_extension(format!("{}.part", std::process::id()));
+        write(&part, &found.to_string())?;
+        std::fs::rename(&part, &path).map_err(|e| format!("{}: {e}", path.display()))?;
+        Ok(found)
+    }
+
+    /// A folder to measure, with a name for it and for what it is measured by.
+    fn place<'m>(&self, subject: &Subject, model: &'m Path) -> Result<Place<'m>, String> {
+        let mut all = self.tool.to_string();
+        let entries = std::fs::read_dir(model).map_err(|e| format!("{}: {e}", model.display()))?;
+        let mut files: Vec<PathBuf> = entries.flatten().map(|e| e.path()).collect();
+        files.retain(|p| p.extension().is_some_and(|e| e == "safetensors" || e == "json"));
+        files.sort();
+        files.extend([subject.calibration.clone(), subject.evaluation.clone()]);
+        for file in files {
+            let _ = write!(all, " {}", digest(&file)?);
+        }
+        Ok(Place { model, digest: Digest::of(all.as_bytes()) })
+    }
+
     /// Scores an engine against another.
-    fn score(&self, engine: &Path, base: &Path, text: &Path) -> Result<Scores, String> {
+    fn score(&self, engine: &Path, base: &Path, text: &Path) -> Result<Value, String> {
         let tokens = self.options.max_tokens.to_string();
         let mut args =
             vec![OsStr::new("eval"), engine.as_os_str(), OsStr::new("--against"), base.as_os_str()];
@@ -404,16 +460,7 @@ the embedding counts as a matrix of its own); neither counts padding. `MB` is th
             OsStr::new("--max-tokens"),
             OsStr::new(&tokens),
         ]);
-        let found = self.quantc(args)?;
-        let number = |key: &str| found[key].as_f64().ok_or_else(|| format!("no `{key}` in what eval says"));
-        Ok(Scores {
-            perplexity: number("perplexity")?,
-            base: number("perplexity_base")?,
-            mean: number("kl_mean")?,
-            p99: number("kl_p99")?,
-            top1: number("top1_agreement")?,
-            tokens: number("tokens_scored")? as u64,
-        })
+        self.quantc(args)
     }
 
     /// Vectors of the lines of a file.
@@ -425,25 +472,42 @@ the embedding counts as a matrix of its own); neither counts padding. `MB` is th
     fn measure(
         &self,
         subject: &Subject,
-        model: (&Path, &Value),
+        (place, weights): (&Place<'_>, &Value),
         base: &Path,
         vectors: &Value,
         how: &Way,
     ) -> Result<Row, String> {
         let args: Vec<&str> = how.args.iter().map(String::as_str).collect();
-        let calibration = how.data.then_some(subject.calibration.as_path());
-        let engine = self.compile(model.0, calibration, &args, "engine")?;
-        let report = json(&read(&engine.join("report.json"))?)?;
-        let bytes = self.inspect(&engine)?["weight_bytes"].as_f64().ok_or("an engine without a size")?;
-        let figures = if subject.kind == Kind::Encoder {
-            let (mean, least) = inputs::cosines(&self.embed(&engine, &subject.evaluation)?, vectors)?;
-            Figures::Vectors { mean, least }
-        } else {
-            let scores = self.score(&engine, base, &subject.evaluation)?;
-            let sorts = (subject.kind == Kind::Sorter).then(|| sorted(&engine, model.0)).transpose();
-            Figures::Text { scores, sorted: sorts.map_err(|e| inputs::reason(&e, &self.known))? }
+        let what = [&["row", if how.data { "calibrated" } else { "" }][..], &args].concat();
+        let row = self.kept(place, &what, || {
+            let calibration = how.data.then_some(subject.calibration.as_path());
+            let engine = self.compile(place.model, calibration, &args, "engine")?;
+            let report = json(&read(&engine.join("report.json"))?)?;
+            let bytes = self.inspect(&engine)?["weight_bytes"].as_f64().ok_or("an engine without a size")?;
+            let Bits { quantized, all } = inputs::bits(weights, &report)?;
+            let mut row = serde_json::json!({ "quantized": quantized, "all": all, "bytes": bytes });
+            if subject.kind == Kind::Encoder {
+                let (mean, least) = inputs::cosines(&self.embed(&engine, &subject.evaluation)?, vectors)?;
+                row["cosines"] = serde_json::json!([mean, least]);
+            } else {
+                row["scores"] = self.score(&engine, base, &subject.evaluation)?;
+            }
+            if subject.kind == Kind::Sorter {
+                let right = sorted(&engine, place.model).map_err(|e| inputs::reason(&e, &self.known))?;
+                row["sorted"] = right.into();
+            }
+            Ok(row)
+        })?;
+        let number = |value: &Value| value.as_f64().ok_or("a row of the store is damaged");
+        let figures = match &row["cosines"] {
+            Value::Null => {
+                let sorted = row["sorted"].as_u64().map(|n| n as usize);
+                Figures::Text { scores: Scores::of(&row["scores"])?, sorted }
+            }
+            cosines => Figures::Vectors { mean: number(&cosines[0])?, least: number(&cosines[1])? },
         };
-        Ok(Row { bits: inputs::bits(model.1, &report)?, megabytes: bytes / 1e6, figures })
+        let bits = Bits { quantized: row["quantized"].as_f64(), all: number(&row["all"])? };
+        Ok(Row { bits, megabytes: number(&row["bytes"])? / 1e6, figures })
     }
 
     /// What is measured: the presets, and beside them what their defaults are to be judged by.
@@ -481,16 +545,17 @@ the embedding counts as a matrix of its own); neither counts padding. `MB` is th
         };
         let titles = [&["preset", "bits, quantized", "bits, all", "MB"], titles].concat();
         let mut short = vec![];
-        let begun = || -> Result<(Value, PathBuf, Value), String> {
+        let begun = || -> Result<(Place<'_>, Value, PathBuf, Value), String> {
+            let place = self.place(subject, model)?;
             let weights = self.inspect(model)?;
             let base = self.compile(model, None, &["--preset", "f32"], "base")?;
             let vectors = match subject.kind {
                 Kind::Encoder => self.embed(&base, &subject.evaluation)?,
                 _ => Value::Null,
             };
-            Ok((weights, base, vectors))
+            Ok((place, weights, base, vectors))
         };
-        let (weights, base, vectors) = match begun() {
+        let (place, weights, base, vectors) = match begun() {
             Ok(found) => found,
             Err(why) => {
                 eprintln!("{name}: {why}");
@@ -503,7 +568,7 @@ the embedding counts as a matrix of its own); neither counts padding. `MB` is th
         for (n, how) in self.ways(subject).iter().enumerate() {
             let preset = &how.label;
             let start = Instant::now();
-            let row = self.measure(subject, (model, &weights), &base, &vectors, how);
+            let row = self.measure(subject, (&place, &weights), &base, &vectors, how);
             let cost = match &row {
                 Ok(row) => row.cost(),
                 Err(_) => "-".into(),
@@ -643,16 +708,40 @@ layer on what the quantized layers before it make. `scales` is the type of ours;
         seen: &mut Vec<String>,
     ) -> Result<Option<Scores>, String> {
         let pipeline = row.pipeline(scale)?;
-        let engine =
-            self.compile(&subject.folder, Some(&subject.calibration), &["--pipeline", &pipeline], "engine")?;
-        let report = json(&read(&engine.join("report.json"))?)?;
-        let found = inputs::scale_type(&report).ok_or("nothing is stored as codes")?;
+        let place = self.place(subject, &subject.folder)?;
+        let what = ["textbook", &pipeline];
+        let made = std::cell::OnceCell::new();
+        let engine = || {
+            let how = ["--pipeline", &pipeline];
+            made.get_or_init(|| self.compile(&subject.folder, Some(&subject.calibration), &how, "engine"))
+                .clone()
+        };
+        let found = self.kept(&place, &[&what[..], &["scales"]].concat(), || {
+            let report = json(&read(&engine()?.join("report.json"))?)?;
+            Ok(inputs::scale_type(&report).ok_or("nothing is stored as codes")?.into())
+        })?;
+        let found = found.as_str().ok_or("a row of the store is damaged")?.to_string();
         if seen.contains(&found) {
             return Ok(None);
         }
-        let scores = self.score(&engine, base, &subject.evaluation)?;
+        let scores = self.kept(&place, &what, || self.score(&engine()?, base, &subject.evaluation))?;
         seen.push(found);
-        Ok(Some(scores))
+        Scores::of(&scores).map(Some)
+    }
+}
+
+impl Scores {
+    /// Of what `quantc eval --json` says.
+    fn of(found: &Value) -> Result<Scores, String> {
+        let number = |key: &str| found[key].as_f64().ok_or_else(|| format!("no `{key}` in what eval says"));
+        Ok(Scores {
+            perplexity: number("perplexity")?,
+            base: number("perplexity_base")?,
+            mean: number("kl_mean")?,
+            p99: number("kl_p99")?,
+            top1: number("top1_agreement")?,
+            tokens: number("tokens_scored")? as u64,
+        })
     }
 }
 

@@ -1,11 +1,14 @@
-//! Every op with a kernel, every weight format and every class of shapes, on every CPU target of this machine, against
-//! the reference evaluator.
+//! Every op with a kernel, every weight format and every class of shapes, on every CPU target of this machine, and on a
+//! GPU by the interpreter of its kernels, against the reference evaluator.
 //!
 //! One module holds one layer for each case; the engine's value of each layer is compared with the evaluator's. Inputs
 //! are random, shapes are odd, and memory holds NaN before each run, so that a value nobody wrote shows.
 #![cfg(feature = "llvm")]
 
-use quantc_codegen::backend::CpuBackend;
+mod common;
+
+use quantc_codegen::backend;
+use common::device::Interpreter;
 use quantc_codegen::engine::{self, Request};
 use quantc_codegen::targets;
 use quantc_ir::entity::ValueId;
@@ -131,13 +134,13 @@ fn compare(
     tokens: &[usize],
 ) -> BTreeMap<String, f64> {
     let store = Store::in_memory();
-    let backend = CpuBackend::new(target);
+    let backend = &*backend::of(target);
     let (mut module, cases) = (module.clone(), module.layers.len());
     let parsed = pipeline::parse(text).expect("the pipeline parses");
     let registry = Registry::builtin();
-    let checked = pipeline::check(&parsed, &registry, &module, Some(target), Some(&backend));
+    let checked = pipeline::check(&parsed, &registry, &module, Some(target), Some(backend));
     let checked = checked.unwrap_or_else(|e| panic!("{e}"));
-    let env = Env::new(&store).with_backend(&backend);
+    let env = Env::new(&store).with_backend(backend);
     manager::run(&mut module, &checked, env, Default::default(), &mut []).unwrap_or_else(|e| panic!("{e}"));
     let folder = tempfile::tempdir().expect("a folder for the engine");
     let out = folder.path().join("engine");
@@ -155,6 +158,9 @@ fn compare(
     };
     engine::write(request, &out).unwrap_or_else(|e| panic!("{}: {e}", target.name));
     let engine = Arc::new(Engine::open(&out, &OpenOptions::default()).expect("the engine opens"));
+    // Kernels for GPUs are interpreted, with all checks.
+    let gpu = target.gpu.map(|gpu| engine.load_with(Box::new(Interpreter::new(gpu.arch))));
+    let _loaded = gpu.transpose().unwrap_or_else(|e| panic!("{}: {e}", target.name));
     let options = SessionOptions { threads: 2, poison: true, ..SessionOptions::default() };
 
     let mut errors: BTreeMap<String, f64> = BTreeMap::new();
@@ -192,6 +198,14 @@ fn compare(
         assert_eq!(seen, cases, "every case is compared");
     }
     errors
+}
+
+/// Compares on a GPU, for calls of these numbers of tokens.
+fn conforms_on_gpu(module: &Module, text: &str, tokens: &[usize], limit: f64) {
+    let target = targets::lookup("cuda-sm90").expect("a known target");
+    let errors = compare(module, text, target, tokens);
+    let wrong: Vec<_> = errors.iter().filter(|(_, e)| **e > limit).collect();
+    assert!(wrong.is_empty(), "{wrong:?}");
 }
 
 /// Compares on every target that this machine runs, for every class of tokens.
@@ -395,6 +409,11 @@ fn epilogues() {
 
 #[test]
 fn elementwise_and_norms() {
+    conforms(&elementwise(), "", 3e-6);
+}
+
+/// Functions of single numbers, and norms, over rows of odd widths.
+fn elementwise() -> Module {
     let mut cases = Cases::new(9);
     for width in [1, 17, 64, 100] {
         let unary: [(&str, Op); 5] = [
@@ -436,7 +455,7 @@ fn elementwise_and_norms() {
             g.append(ops::Cast { to: Float::F32.into(), ..Default::default() }, &[half], None)
         });
     }
-    conforms(&cases.finish(), "", 3e-6);
+    cases.finish()
 }
 
 /// Attention with rotations, over states and over the rows of the call, for query heads, key heads and widths.
@@ -512,4 +531,36 @@ fn attention_over_caches_of_codes() {
             conforms(&module, &text, 5e-3);
         }
     }
+}
+
+#[test]
+fn a_gpu_multiplies_all_formats() {
+    // Weights of 2 and 3 bits are stored as those of 4.
+    let formats: Vec<_> = FORMATS.iter().chain(FLOAT_FORMATS).copied().collect();
+    for (&shape, tokens) in SHAPES[1..].iter().step_by(2).zip([&[1, 9][..], &[33]]) {
+        let (module, text) = quantized("cast-activations{to=bf16}, ", &formats, shape);
+        conforms_on_gpu(&module, &text, tokens, 2e-6);
+        let (module, text) = quantized("quantize-activations{format=int8}, ", FORMATS, shape);
+        conforms_on_gpu(&module, &text, tokens, 2e-6);
+    }
+    let mut cases = Cases::new(7);
+    cases.matmul("bf16", Float::Bf16, 65, 100);
+    conforms_on_gpu(&cases.finish(), "layers(cast-activations{to=bf16}), pack-weights", &[7], 2e-6);
+}
+
+#[test]
+fn a_gpu_computes_rows() {
+    conforms_on_gpu(&elementwise(), "", &[1, 7], 3e-6);
+}
+
+/// Queries, weights of keys and rows of the call are rounded to bf16, 2^-9 off.
+#[test]
+fn a_gpu_attends() {
+    let module = attention(&[(4, 2, 16), (3, 3, 24), (6, 1, 5)]);
+    let products = "layers(cast-weights{to=bf16}, cast-activations{to=bf16})";
+    for cache in ["cast-cache{to=bf16}", "quantize-cache{format=int8}", "quantize-cache{format=e4m3, scale=static}"] {
+        conforms_on_gpu(&module, &format!("{cache}, {products}, pack-weights"), &[9], 2e-2);
+    }
+    // Plain kernels round nothing.
+    conforms_on_gpu(&module, &format!("cast-cache{{to=f16}}, {products}, pack-weights"), &[7], 2e-2);
 }

@@ -49,7 +49,7 @@ fn outside_packages_stay_where_they_belong() {
         ("egg", &["quantc-passes"][..]),
         ("petgraph", &["quantc-ir"]),
         ("inkwell", &["quantc-codegen"]),
-        ("cudarc", &["quantc-codegen"]),
+        ("cudarc", &["quantc-codegen", "quantc-runtime"]),
         ("prost", &["quantc-frontends", "quantc-runtime"]),
         ("object", &["quantc-runtime"]),
         ("tokenizers", &["quantc-frontends"]),

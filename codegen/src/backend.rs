@@ -1,8 +1,9 @@
-//! The CPU code generator as passes see it: which products have kernels, what ops cost, and packing.
+//! The code generators as passes see them: which products have kernels, what ops cost, and packing.
 //!
 //! How a weight of the IR becomes a packed weight is decided by [`weight_format`] and nowhere else: the coverage
 //! check, the cost model, the packer and the lowering all ask it.
 
+use crate::cuda::layout::FragmentLayout;
 use crate::layout::{Layout, WeightRows};
 use crate::spec::{AFmt, Code, ScaleTy, WFmt, Zero};
 use quantc_ir::diag::{Diag, Result};
@@ -136,7 +137,73 @@ impl Backend for CpuBackend {
     fn pack(&self, job: &PackJob<'_>) -> Result<Option<Packed>> {
         let node = job.graph.node(job.op);
         let Some(weight) = MatmulWeight::of(job.module, job.graph, node)? else { return Ok(None) };
-        weight.pack(job.module, job.store).map(Some)
+        weight.pack(Order::Panels, job.module, job.store).map(Some)
+    }
+}
+
+/// The code generator for `target`, whatever runs its kernels.
+pub fn of(target: &'static TargetDesc) -> Box<dyn Backend> {
+    match target.gpu {
+        Some(gpu) => Box::new(crate::cuda::backend::CudaBackend::new(target, gpu)),
+        None => Box::new(CpuBackend::new(target)),
+    }
+}
+
+/// The order in which a kind of machine wants packed weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Panels of columns, for processors.
+    Panels,
+    /// Fragments of lanes, for GPUs.
+    Fragments,
+}
+
+impl Order {
+    /// The order of a target.
+    pub fn of(target: &TargetDesc) -> Order {
+        if target.gpu.is_some() { Order::Fragments } else { Order::Panels }
+    }
+}
+
+/// Where the codes of one matrix lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Packing {
+    /// In panels.
+    Panels(Layout),
+    /// In fragments.
+    Fragments(FragmentLayout),
+}
+
+impl Packing {
+    /// A short readable name, without the sizes.
+    pub fn name(&self) -> String {
+        match self {
+            Packing::Panels(layout) => layout.name(),
+            Packing::Fragments(layout) => layout.name(),
+        }
+    }
+
+    /// Bytes of the blob.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Packing::Panels(layout) => layout.bytes(),
+            Packing::Fragments(layout) => layout.bytes(),
+        }
+    }
+
+    /// The digest of everything that decides positions.
+    fn hash(&self) -> blake3::Hash {
+        match self {
+            Packing::Panels(layout) => layout.hash(),
+            Packing::Fragments(layout) => layout.hash(),
+        }
+    }
+
+    fn pack(&self, rows: &mut dyn WeightRows, out: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        match self {
+            Packing::Panels(layout) => layout.pack(rows, out),
+            Packing::Fragments(layout) => layout.pack(rows, out),
+        }
     }
 }
 
@@ -146,8 +213,10 @@ pub struct MatmulWeight {
     w: WeightId,
     scale: Option<WeightId>,
     zero: Option<WeightId>,
-    /// Where the codes lie.
+    /// Where the codes lie for processors; extents and format are the same for all.
     pub layout: Layout,
+    /// What the weight meets.
+    a: AFmt,
 }
 
 impl MatmulWeight {
@@ -173,7 +242,7 @@ impl MatmulWeight {
         let (Some(n), Some(k)) = (extent(0), extent(1)) else {
             return Err(Diag::target(format!("a weight of type {ty} is too large for a kernel")));
         };
-        // How codes lie depends on what they meet, and is the same on all targets.
+        // How codes lie depends on what they meet, and is the same on all targets of a kind.
         let a = match graph.ty(node.args[0]).elem {
             ElemTy::Bf16 => AFmt::Bf16,
             ElemTy::Q(_) => AFmt::I8Token,
@@ -182,7 +251,7 @@ impl MatmulWeight {
         let layout = Layout::new(n, k, weight_format(ty.elem, k)?, a);
         let scale = optional(2, "scale")?;
         let zero = optional(3, "zero point")?;
-        Ok(Some(MatmulWeight { w, scale, zero, layout }))
+        Ok(Some(MatmulWeight { w, scale, zero, layout, a }))
     }
 
     /// The weight that holds the codes.
@@ -190,18 +259,28 @@ impl MatmulWeight {
         self.w
     }
 
+    /// Where the codes lie in this order, or what about them has no kernel.
+    pub fn packing(&self, order: Order) -> Result<Packing> {
+        let Layout { n, k, w, .. } = self.layout;
+        match order {
+            Order::Panels => Ok(Packing::Panels(self.layout)),
+            Order::Fragments => FragmentLayout::new(n, k, w, self.a).map(Packing::Fragments),
+        }
+    }
+
     /// Packs the weight through the store.
-    pub fn pack(&self, module: &Module, store: &Store) -> Result<Packed> {
+    pub fn pack(&self, order: Order, module: &Module, store: &Store) -> Result<Packed> {
+        let packing = self.packing(order)?;
         let ids = [Some(self.w), self.scale, self.zero];
         let inputs =
             ids.into_iter().flatten().map(|id| store.digest(&module.weights, id)).collect::<Result<_>>()?;
-        let layout = self.layout.name();
-        let options = format!("{layout} {}", self.layout.hash().to_hex());
+        let layout = packing.name();
+        let options = format!("{layout} {}", packing.hash().to_hex());
         let recipe = Recipe { step: "pack", version: PACK_VERSION, options, inputs };
         let mut rows = QuantizedRows::new(self, module, store)?;
         let digests = store.derive(&recipe, 1, &mut |out| {
             let out = &mut out[0];
-            self.layout.pack(&mut rows, &mut |panel| out.write(panel))
+            packing.pack(&mut rows, &mut |panel| out.write(panel))
         })?;
         Ok(Packed { layout, blob: digests[0] })
     }

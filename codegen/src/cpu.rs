@@ -2,11 +2,15 @@
 
 pub mod attention;
 pub mod cache;
+#[cfg(feature = "llvm")]
+pub mod conv;
 pub mod gather;
 #[cfg(feature = "llvm")]
 pub mod llvm;
 pub mod math;
 pub mod matmul;
+#[cfg(feature = "llvm")]
+pub mod nest;
 pub mod rope;
 pub mod row;
 #[cfg(all(test, feature = "llvm"))]

@@ -3,9 +3,12 @@
 //! The folder is made under a temporary name beside its place and renamed when it is whole, so an interrupted
 //! compilation leaves no half an engine. Its bytes depend on the module, the target and the limits only.
 
+use crate::arrays;
+use crate::backend::Order;
+use crate::cuda::plan;
 use crate::kernels::{self, KernelReport, Objects};
 use crate::lower::{self, BlobSource, EngineBlob, Limits, Lowered};
-use crate::spec::KernelSpec;
+use crate::spec::{KernelSpec, Rows};
 use crate::tune::Tuning;
 use quantc_ir::diag::{Diag, Result};
 use quantc_ir::module::Module;
@@ -26,8 +29,9 @@ const CHUNK: usize = 1 << 20;
 const BLOCK: usize = 8 << 20;
 /// Bytes that the rows of results of one call may take.
 const RESULT_BYTES: u64 = 32 << 20;
-/// Most tokens of one call unless asked otherwise.
-const MAX_TOKENS: u32 = 512;
+/// Most tokens of one call unless asked otherwise: enough rows for products to run at full speed, few enough that what lies
+/// between two launches stays in the last cache.
+const MAX_TOKENS: u32 = 256;
 
 /// What an engine is made of.
 pub struct Request<'a> {
@@ -76,23 +80,14 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
         }
     };
     let limits = Limits { always_full: request.always_full, ..limits(module, request.max_tokens, encoder)? };
-    let lowered = lower::lower(module, request.store, limits)?;
-    let specs = specs(&lowered);
-    let (object, mut reports) = match (request.objects, request.tuning) {
-        (Some(objects), None) => objects.compile(&specs, request.target)?,
-        (_, tuning) => kernels::compile(&specs, request.target, tuning)?,
-    };
+    let lowered = lower::lower_for(Order::of(request.target), module, request.store, limits)?;
+    let Made { kernels_file, bytes: object, mut reports, gpu } = make(&request, &lowered)?;
     name_launches(&mut reports, &lowered);
 
     let folder = Folder::create(out)?;
     let (blobs, weights_file) = write_weights(&folder, module, request.store, &lowered.blobs)?;
-    let mut report = request.report;
-    let kernels = serde_json::to_value(&reports)
-        .map_err(|e| Diag::bug(format!("the report does not serialize: {e}")))?;
-    report.insert("kernels".into(), kernels);
-    let report =
-        serde_json::to_string_pretty(&report).map_err(|e| Diag::bug(format!("the report: {e}")))? + "\n";
-    let mut files = vec![weights_file, folder.write(format::KERNELS_FILE, &object)?];
+    let report = report_text(request.report, &reports)?;
+    let mut files = vec![weights_file, folder.write(kernels_file, &object)?];
     files.push(folder.write("report.json", report.as_bytes())?);
     let pipeline = module.pipeline.clone().unwrap_or_default();
     files.push(folder.write("pipeline.txt", format!("{pipeline}\n").as_bytes())?);
@@ -117,11 +112,7 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
         quantc_version: env!("CARGO_PKG_VERSION").into(),
         model: module.name.clone(),
         kind: if encoder { Kind::Encoder } else { Kind::Decoder } as i32,
-        target: format::Target {
-            name: request.target.name.into(),
-            arch: "x86_64".into(),
-            features: request.target.cpu.features.iter().map(|f| f.to_string()).collect(),
-        },
+        target: target_of(request.target),
         context: limits.context,
         max_tokens: limits.max_tokens,
         max_rows: limits.max_rows,
@@ -141,10 +132,13 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
         output: lowered.output,
         row_inputs: taps(&lowered.row_inputs),
         row_outputs: taps(&lowered.row_outputs),
+        array_inputs: vec![],
+        array_outputs: vec![],
         generation: Some(Generation { bos: numbers("bos")?.first().copied(), eos: numbers("eos")? }),
         files,
         pipeline,
         facts,
+        gpu,
     };
     manifest.validate().map_err(|e| Diag::bug(format!("the engine's manifest is not valid: {e}")))?;
     folder.write(format::MANIFEST_TEXT_FILE, manifest.to_text().as_bytes())?;
@@ -152,10 +146,165 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
     let written = Written {
         weight_bytes: manifest.weight_bytes,
         decode_bytes_per_token: streamed,
-        kernels: specs.len(),
+        kernels: reports.len(),
     };
     folder.publish(out)?;
     Ok(written)
+}
+
+/// Kernels, compiled.
+struct Made {
+    kernels_file: &'static str,
+    bytes: Vec<u8>,
+    reports: Vec<KernelReport>,
+    gpu: Option<format::Gpu>,
+}
+
+fn make(request: &Request<'_>, lowered: &Lowered) -> Result<Made> {
+    let Some(gpu) = request.target.gpu else {
+        let specs = &specs(lowered);
+        let (bytes, reports) = match (request.objects, request.tuning) {
+            (Some(objects), None) => objects.compile(specs, request.target)?,
+            (_, tuning) => kernels::compile(specs, request.target, tuning)?,
+        };
+        return Ok(Made { kernels_file: format::KERNELS_FILE, bytes, reports, gpu: None });
+    };
+    if request.tuning.is_some() {
+        return Err(Diag::target(format!("there are no tuning tables for {}", request.target.name))
+            .help("the target's cost model chooses"));
+    }
+    let programs = lowered.programs.iter();
+    let wanted = programs.flat_map(|(tokens, launches)| {
+        let want =
+            |l: &lower::Launch| (l.symbol.clone(), plan::Want { spec: l.spec.clone(), tokens: *tokens });
+        launches.iter().map(want)
+    });
+    let wanted: BTreeMap<String, plan::Want> = wanted.collect();
+    let code = plan::compile(&wanted, gpu, request.store)?;
+    let report = |kernel: &plan::Compiled| KernelReport {
+        symbol: kernel.launch.symbol.clone(),
+        template: kernel.template,
+        choice: kernel.choice.clone(),
+        refused: vec![],
+        launches: vec![],
+        work: wanted.get(&kernel.launch.symbol).and_then(|want| kernels::Work::of(&want.spec)),
+        product: None,
+        gpu: Some(kernel.report.clone()),
+    };
+    let reports = code.kernels.iter().map(report).collect();
+    let (launches, entries) = code.kernels.into_iter().map(|k| (k.launch, k.entry)).unzip();
+    let (major, minor) = code.nvrtc;
+    let gpu = format::Gpu {
+        arch: gpu.arch.into(),
+        page_rows: plan::PAGE,
+        cuda: (major * 1000 + minor * 10) as u32,
+        kernels: launches,
+    };
+    let bytes = format::GpuCode { kernels: entries }.encode_file();
+    Ok(Made { kernels_file: format::GPU_KERNELS_FILE, bytes, reports, gpu: Some(gpu) })
+}
+
+/// A graph over arrays to be compiled.
+pub struct GraphRequest<'a> {
+    /// The graph after its passes.
+    pub module: &'a Module,
+    /// Where its weights lie.
+    pub store: &'a Store,
+    /// The machine to compile for.
+    pub target: &'static TargetDesc,
+    /// Names of the parameters of `main`.
+    pub inputs: &'a [String],
+    /// Names of its results.
+    pub outputs: &'a [String],
+    /// Further facts for the manifest.
+    pub facts: Vec<(String, String)>,
+    /// The report; kernels are added to it.
+    pub report: serde_json::Map<String, serde_json::Value>,
+}
+
+/// Compiles a graph over arrays and writes the engine to `out`. An engine that lies there is replaced; anything else is
+/// refused.
+pub fn write_graph(request: GraphRequest<'_>, out: &Path) -> Result<Written> {
+    check_place(out)?;
+    let module = request.module;
+    let lowered = arrays::lower(module, request.store, request.target, request.inputs, request.outputs)?;
+    let specs: BTreeMap<String, KernelSpec> =
+        lowered.launches.iter().map(|l| (l.spec.key(), l.spec.clone())).collect();
+    let (object, mut reports) = kernels::compile(&specs, request.target, None)?;
+    for report in &mut reports {
+        let of = lowered.launches.iter().filter(|l| l.spec.key() == report.symbol);
+        for launch in of {
+            if !report.launches.contains(&launch.name) {
+                report.launches.push(launch.name.clone());
+            }
+        }
+    }
+    let folder = Folder::create(out)?;
+    let (blobs, weights_file) = write_weights(&folder, module, request.store, &lowered.blobs)?;
+    let mut files = vec![weights_file, folder.write(format::KERNELS_FILE, &object)?];
+    files.push(folder.write("report.json", report_text(request.report, &reports)?.as_bytes())?);
+    let pipeline = module.pipeline.clone().unwrap_or_default();
+    files.push(folder.write("pipeline.txt", format!("{pipeline}\n").as_bytes())?);
+    files.sort_by(|a, b| a.name.cmp(&b.name));
+    let launches = lowered.launches.iter().map(|l| Launch {
+        symbol: l.spec.key(),
+        name: l.name.clone(),
+        args: l.args.clone(),
+        items: l.items,
+        tap: None,
+        flags: if l.overlaps_next { NO_BARRIER_AFTER } else { 0 },
+    });
+    let mut facts: Vec<Fact> =
+        module.facts.iter().map(|(k, v)| Fact { key: k.clone(), value: v.clone() }).collect();
+    facts.extend(request.facts.into_iter().map(|(key, value)| Fact { key, value }));
+    let weight_bytes = blobs.iter().map(|b| b.len).sum();
+    let manifest = Manifest {
+        quantc_version: env!("CARGO_PKG_VERSION").into(),
+        model: module.name.clone(),
+        kind: Kind::Graph as i32,
+        target: target_of(request.target),
+        context: 1,
+        max_tokens: 1,
+        max_rows: 1,
+        vocab: 1,
+        arena_bytes: lowered.arena_bytes,
+        weight_bytes,
+        decode_bytes_per_token: weight_bytes,
+        weights: blobs,
+        programs: vec![Program { min_t: 1, max_t: 1, launches: launches.collect() }],
+        output: format::Ref::arena(0),
+        array_inputs: lowered.inputs,
+        array_outputs: lowered.outputs,
+        files,
+        pipeline,
+        facts,
+        ..Manifest::empty()
+    };
+    manifest.validate().map_err(|e| Diag::bug(format!("the engine's manifest is not valid: {e}")))?;
+    folder.write(format::MANIFEST_TEXT_FILE, manifest.to_text().as_bytes())?;
+    folder.write(format::MANIFEST_FILE, &manifest.encode_file())?;
+    folder.publish(out)?;
+    Ok(Written { weight_bytes, decode_bytes_per_token: weight_bytes, kernels: specs.len() })
+}
+
+/// The report with its kernels, as text.
+fn report_text(
+    mut report: serde_json::Map<String, serde_json::Value>,
+    kernels: &[KernelReport],
+) -> Result<String> {
+    let kernels =
+        serde_json::to_value(kernels).map_err(|e| Diag::bug(format!("the report does not serialize: {e}")))?;
+    report.insert("kernels".into(), kernels);
+    Ok(serde_json::to_string_pretty(&report).map_err(|e| Diag::bug(format!("the report: {e}")))? + "\n")
+}
+
+/// A target as the manifest names it.
+fn target_of(target: &TargetDesc) -> format::Target {
+    format::Target {
+        name: target.name.into(),
+        arch: "x86_64".into(),
+        features: target.cpu.features.iter().map(|f| f.to_string()).collect(),
+    }
 }
 
 /// Sizes that follow from the module.
@@ -179,13 +328,13 @@ fn limits(module: &Module, max_tokens: u32, encoder: bool) -> Result<Limits> {
 /// Every kernel of a lowered module by its symbol.
 fn specs(lowered: &Lowered) -> BTreeMap<String, KernelSpec> {
     let launches = lowered.programs.iter().flat_map(|(_, launches)| launches);
-    launches.map(|l| (l.spec.key(), l.spec.clone())).collect()
+    launches.map(|l| (l.symbol.clone(), l.spec.clone())).collect()
 }
 
 fn name_launches(reports: &mut [KernelReport], lowered: &Lowered) {
     let mut names: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for launch in lowered.programs.iter().flat_map(|(_, launches)| launches) {
-        let users = names.entry(launch.spec.key()).or_default();
+        let users = names.entry(launch.symbol.clone()).or_default();
         if !users.contains(&launch.name) {
             users.push(launch.name.clone());
         }
@@ -197,11 +346,11 @@ fn name_launches(reports: &mut [KernelReport], lowered: &Lowered) {
 
 fn programs(lowered: &Lowered) -> Vec<Program> {
     let launch = |l: &lower::Launch| Launch {
-        symbol: l.spec.key(),
+        symbol: l.symbol.clone(),
         name: l.name.clone(),
         args: l.args.clone(),
         items: l.items,
-        tap: l.tap.as_ref().map(|(name, at, width)| Tap { name: name.clone(), at: *at, width: *width }),
+        tap: l.tap.as_ref().map(tap),
         flags: if l.overlaps_next { NO_BARRIER_AFTER } else { 0 } | if l.replicated { REPLICATED } else { 0 },
     };
     let mut from = 1;
@@ -213,7 +362,11 @@ fn programs(lowered: &Lowered) -> Vec<Program> {
 }
 
 fn taps(rows: &[lower::Rows32]) -> Vec<Tap> {
-    rows.iter().map(|r| Tap { name: r.name.clone(), at: r.at, width: r.width }).collect()
+    rows.iter().map(tap).collect()
+}
+
+fn tap(r: &lower::Rows32) -> Tap {
+    Tap { name: r.name.clone(), at: r.at, width: r.width, of_results: r.rows == Rows::R }
 }
 
 /// Writes `weights.bin`, blob by blob.

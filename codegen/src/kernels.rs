@@ -3,7 +3,8 @@
 use crate::cpu::llvm::Unit;
 use crate::cpu::matmul::MatmulSchedule;
 use crate::cpu::matmul::schedule::{Inner, schedule_from};
-use crate::cpu::{attention, cache, gather, matmul, rope, row};
+use crate::cpu::{attention, cache, conv, gather, matmul, nest, rope, row};
+use crate::cuda::plan::GpuReport;
 use crate::eexpr::{Node, UnaryOp};
 use crate::spec::{Code, KernelSpec, MatmulSpec, Rows};
 use crate::tune::{Product, Tuning};
@@ -31,6 +32,9 @@ pub struct KernelReport {
     pub work: Option<Work>,
     /// More about products.
     pub product: Option<Product>,
+    /// More about kernels of GPUs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<GpuReport>,
 }
 
 /// Multiply-adds of a call.
@@ -52,6 +56,8 @@ pub enum Per {
     R,
     /// Pairs of a token and a position that it sees.
     Pair,
+    /// Calls.
+    Call,
 }
 
 impl Work {
@@ -65,6 +71,7 @@ impl Work {
             KernelSpec::Attention(s) => {
                 Some(Work { macs: 2 * u64::from(s.heads) * u64::from(s.head_dim), per: Per::Pair })
             }
+            KernelSpec::Conv(s) => Some(Work { macs: s.macs(), per: Per::Call }),
             _ => None,
         }
     }
@@ -94,6 +101,7 @@ pub fn compile(
             launches: vec![],
             work: Work::of(spec),
             product: None,
+            gpu: None,
         };
         match spec {
             KernelSpec::Matmul(spec) => {
@@ -118,6 +126,12 @@ pub fn compile(
             KernelSpec::CacheAppend(spec) => cache::emit_append(&unit, spec, symbol)?,
             KernelSpec::Rope(spec) => rope::emit_rope(&unit, spec, symbol)?,
             KernelSpec::RopeTable(spec) => rope::emit_table(&unit, spec, symbol)?,
+            KernelSpec::Nest(spec) => nest::emit(&unit, spec, symbol)?,
+            KernelSpec::Conv(spec) => {
+                let tile = spec.tile(target);
+                report.choice = format!("{} windows by {} vectors of outputs", tile.windows, tile.vectors);
+                conv::emit(&unit, spec, symbol)?;
+            }
         }
         reports.push(report);
     }

@@ -1,6 +1,8 @@
 //! Targets, layouts, kernels and their emission, and the engine writer.
 
+pub mod arrays;
 pub mod backend;
+pub mod conv;
 pub mod cpu;
 pub mod cuda;
 pub mod eexpr;
@@ -10,6 +12,7 @@ pub mod engine;
 pub mod kernels;
 pub mod layout;
 pub mod lower;
+pub mod nest;
 pub mod schedule;
 pub mod spec;
 pub mod targets;

@@ -8,12 +8,13 @@
 //! Nothing here decides numerics: the order of operations is that of the graph, and an op that no kernel computes is
 //! an error that names it.
 
-use crate::backend::MatmulWeight;
+use crate::backend::{MatmulWeight, Order};
 use crate::cpu::attention::{AttentionSpec, KvSource};
 use crate::cpu::cache::{CODE_COLUMNS, CacheAppendSpec, CacheTy, Role};
 use crate::cpu::gather::GatherSpec;
 use crate::cpu::rope::{RopeSpec, RopeStyle, RopeTableSpec};
 use crate::cpu::row::{RowCount, RowSpec};
+use crate::cuda::plan;
 use crate::eexpr::{BinaryOp, EExpr, F32, MemTy, NodeId, OutputKind, UnaryOp};
 use crate::schedule::{self, Buffer};
 use crate::spec::{AFmt, KernelSpec, MRange, MatmulSpec, Rows, bf16_row_stride};
@@ -44,10 +45,18 @@ pub struct Limits {
 
 /// The token classes that kernels are compiled for: bounds of each, ascending.
 pub fn classes(max_tokens: u32) -> Vec<MRange> {
-    let bounds = [1, 4, 16, u32::MAX];
+    classes_of(Order::Panels, max_tokens)
+}
+
+fn classes_of(order: Order, max_tokens: u32) -> Vec<MRange> {
+    let bounds: &[u32] = match order {
+        Order::Panels => &[1, 4, 16, u32::MAX],
+        // Products of warps take 8 tokens at a time; beyond 64 they are bound by arithmetic.
+        Order::Fragments => &[1, 8, 16, 32, 64, u32::MAX],
+    };
     let mut from = 1;
     let mut classes = vec![];
-    for to in bounds {
+    for &to in bounds {
         if from <= max_tokens {
             classes.push(MRange { min: from, max: to.min(max_tokens) });
         }
@@ -110,7 +119,16 @@ struct Step {
     /// Arguments in the kernel's order.
     args: Vec<Place>,
     items: Items,
-    tap: Option<(String, usize, u32)>,
+    tap: Option<StepTap>,
+}
+
+/// A value worth comparing after a step: its name, buffer, rows and columns.
+#[derive(Clone, Debug)]
+struct StepTap {
+    name: String,
+    buffer: usize,
+    rows: Rows,
+    width: u32,
 }
 
 impl Step {
@@ -130,12 +148,14 @@ pub struct Launch {
     pub name: String,
     /// The kernel.
     pub spec: KernelSpec,
+    /// The kernel's symbol.
+    pub symbol: String,
     /// Arguments.
     pub args: Vec<Ref>,
     /// Number of work items.
     pub items: Items,
-    /// Name, place and width of a value worth comparing after it.
-    pub tap: Option<(String, Ref, u32)>,
+    /// A value worth comparing after it.
+    pub tap: Option<Rows32>,
     /// Whether the next launch may begin before all workers have finished this one.
     pub overlaps_next: bool,
     /// Whether every worker runs all items, for itself.
@@ -165,20 +185,31 @@ pub struct Lowered {
     pub scratch_bytes: u64,
 }
 
-/// Rows of f32, one for each token.
+/// Rows of f32.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rows32 {
     /// The value's name.
     pub name: String,
     /// Where they lie.
     pub at: Ref,
+    /// What counts them.
+    pub rows: Rows,
     /// Columns.
     pub width: u32,
 }
 
-/// Lowers `module`. Weights of matmuls are packed through the store unless `pack-weights` has done so.
+/// Lowers `module` for a processor. Weights of matmuls are packed through the store unless `pack-weights` has done so.
 pub fn lower(module: &Module, store: &Store, limits: Limits) -> Result<Lowered> {
+    lower_for(Order::Panels, module, store, limits)
+}
+
+/// Lowers `module` for machines that want weights in this order.
+///
+/// What differs for a GPU: launches follow each other, so none is run by every worker; caches lie in pages, which kernels
+/// find through a table; there is no scratch, and there are other classes of tokens.
+pub fn lower_for(order: Order, module: &Module, store: &Store, limits: Limits) -> Result<Lowered> {
     let mut cx = Lowering {
+        order,
         module,
         store,
         limits,
@@ -189,7 +220,7 @@ pub fn lower(module: &Module, store: &Store, limits: Limits) -> Result<Lowered> 
         states: module
             .states
             .iter()
-            .map(|(_, s)| Ok((s.name.clone(), state_row_bytes(&s.ty)?)))
+            .map(|(_, s)| Ok((s.name.clone(), state_row_bytes(order, &s.ty)?)))
             .collect::<Result<_>>()?,
         scratch_bytes: 0,
     };
@@ -242,9 +273,12 @@ fn named_rows(graph: &Graph, v: ValueId, val: &Val) -> Result<NamedRows> {
     Ok(NamedRows { name, buffer, width })
 }
 
-fn state_row_bytes(ty: &TensorTy) -> Result<u64> {
+fn state_row_bytes(order: Order, ty: &TensorTy) -> Result<u64> {
     let dims = ty.shape.dims().filter(|d| !d.is_empty());
     let mut dims = dims.ok_or_else(|| Diag::target(format!("a state of type {ty} has no fixed rows")))?;
+    if let (Order::Fragments, &[_, heads, columns]) = (order, &dims[..]) {
+        return Ok(plan::state_row_bytes(cache_ty(ty)?, small(heads, ty)?, small(columns, ty)?));
+    }
     if let (ElemTy::Q(_), [_, .., columns]) = (ty.elem, &mut dims[..]) {
         *columns = columns.next_multiple_of(u64::from(CODE_COLUMNS));
     }
@@ -270,6 +304,7 @@ impl Val {
 }
 
 struct Lowering<'a> {
+    order: Order,
     module: &'a Module,
     store: &'a Store,
     limits: Limits,
@@ -371,12 +406,13 @@ struct Operand<'a> {
 }
 
 impl Operand<'_> {
-    /// Refuses what is not rows of f32, one or some for each token of the call.
-    fn f32_of_tokens(&self, what: &str) -> Result<()> {
-        if self.ty.elem != ElemTy::F32 || extent(self.ty)?.rows != Rows::T {
-            let ty = self.ty;
+    /// Refuses what is not rows of f32, one or some for each token of the call, or for each result.
+    fn f32_rows(&self, what: &str, rows: Rows) -> Result<()> {
+        if self.ty.elem != ElemTy::F32 || extent(self.ty)?.rows != rows {
+            let each = if rows == Rows::T { "token" } else { "result" };
             return Err(Diag::target(format!(
-                "{what} of type {ty} have no kernel: they must be f32, for each token"
+                "{what} of type {} have no kernel: they must be f32, for each {each}",
+                self.ty
             )));
         }
         Ok(())
@@ -527,7 +563,10 @@ impl Lowering<'_> {
                 let args: Vec<Val> = operands.iter().flatten().cloned().collect();
                 let mut results = self.graph(&layer.graph, &layer.name, args)?;
                 let result = results.pop().ok_or_else(|| Diag::input("a layer without a result"))?;
-                self.tap(&layer.name, &result, out);
+                // What `main` gives is compared as its result.
+                if !graph.is_result(node.result) {
+                    self.tap(&layer.name, &result, out);
+                }
                 Ok(result)
             }
             Op::Embedding(e) => {
@@ -562,9 +601,9 @@ impl Lowering<'_> {
             }
             Op::Rope(rope) => {
                 let (x, table) = (get(0)?, get(1)?);
-                x.f32_of_tokens("rotated heads")?;
-                table.f32_of_tokens("angles")?;
                 let at = extent(x.ty)?;
+                x.f32_rows("rotated heads", at.rows)?;
+                table.f32_rows("angles", at.rows)?;
                 let spec = RopeSpec {
                     heads: at.per,
                     head_dim: at.cols,
@@ -577,7 +616,7 @@ impl Lowering<'_> {
                     },
                 };
                 let place = self.buffer(out)?;
-                let items = Items::per_token(1, 1);
+                let items = Extent { per: 1, ..at }.items();
                 self.launch(&name, KernelSpec::Rope(spec), &[x.val.place, table.val.place], &[place], items);
                 Ok(Val::plain(place))
             }
@@ -667,13 +706,13 @@ impl Lowering<'_> {
 
     /// Marks the value of a layer's result as worth comparing.
     fn tap(&mut self, layer: &str, result: &Val, ty: &TensorTy) {
-        let (Place::Buffer(buffer), Ok((Rows::T, width))) = (result.place, matrix(ty)) else { return };
+        let (Place::Buffer(buffer), Ok((rows, width))) = (result.place, matrix(ty)) else { return };
         if ty.elem != ElemTy::F32 {
             return;
         }
         let writer = self.steps.iter_mut().rev().find(|s| s.writes.contains(&result.place));
         if let Some(step) = writer {
-            step.tap = Some((layer.into(), buffer, width));
+            step.tap = Some(StepTap { name: layer.into(), buffer, rows, width });
         }
     }
 
@@ -689,8 +728,8 @@ impl Lowering<'_> {
         let &[_, Dim::Static(kv_heads), _] = &k.ty.shape.0[..] else {
             return Err(Diag::target(format!("keys of type {}", k.ty)));
         };
-        q.f32_of_tokens("queries")?;
         let cached = matches!(k.val.place, Place::State(_));
+        q.f32_rows("queries", if cached { at.rows } else { Rows::T })?;
         if cached != matches!(v.val.place, Place::State(_)) || k.ty.elem != v.ty.elem {
             return Err(Diag::target(format!(
                 "keys of type {} with values of type {} have no kernel",
@@ -699,8 +738,8 @@ impl Lowering<'_> {
             .help("both come from caches of one type, or both from this call"));
         }
         if !cached {
-            k.f32_of_tokens("keys")?;
-            v.f32_of_tokens("values")?;
+            k.f32_rows("keys", Rows::T)?;
+            v.f32_rows("values", Rows::T)?;
         }
         let fixed_scales = k.ty.elem.scheme().is_some_and(|s| s.group == Group::Axis(1));
         let in_states = scales.iter().all(|s| match s {
@@ -730,21 +769,33 @@ impl Lowering<'_> {
             softcap: None,
             source,
             q_stride: at.width(),
+            rows: at.rows,
         };
         spec.check().map_err(|why| Diag::target(format!("there is no such kernel: {why}")))?;
-        self.scratch_bytes = self.scratch_bytes.max(spec.scratch_bytes());
+        if self.order == Order::Panels {
+            self.scratch_bytes = self.scratch_bytes.max(spec.scratch_bytes());
+        }
         let place = self.buffer(out)?;
-        let items = Items::per_token(u64::from(spec.kv_heads), spec.block_rows());
+        let items = Items { div: spec.block_rows(), ..Extent { per: spec.kv_heads, ..at }.items() };
         let mut reads = vec![q.val.place, k.val.place, v.val.place];
         if cached {
-            reads.extend([Place::Input(Input::Positions), Place::Input(Input::Base)]);
+            reads.extend(self.rows_of_states());
             reads.extend(scales.into_iter().flatten());
         }
         let mut args = reads.clone();
-        args.extend([place, Place::Scratch]);
+        args.push(place);
+        if self.order == Order::Panels {
+            args.push(Place::Scratch);
+        }
         let spec = KernelSpec::Attention(spec);
         self.steps.push(Step { name: name.into(), spec, reads, writes: vec![place], args, items, tap: None });
         Ok(Val::plain(place))
+    }
+
+    /// The inputs that tell where the rows of tokens lie in states.
+    fn rows_of_states(&self) -> Vec<Place> {
+        let pages = (self.order == Order::Fragments).then_some(Input::Pages);
+        [Input::Positions, Input::Base].into_iter().chain(pages).map(Place::Input).collect()
     }
 
     /// Rows of a state for each sequence.
@@ -817,7 +868,8 @@ impl Lowering<'_> {
             })?;
             writes.push(Place::State(self.state_index(scale_state)));
         }
-        let mut reads = vec![x.val.place, Place::Input(Input::Positions), Place::Input(Input::Base)];
+        let mut reads = vec![x.val.place];
+        reads.extend(self.rows_of_states());
         reads.extend(scales);
         let items = Items::per_token(u64::from(spec.heads), 1);
         self.launch(name, KernelSpec::CacheAppend(spec), &reads, &writes, items);
@@ -1064,22 +1116,23 @@ impl Lowering<'_> {
     ) -> Result<Val> {
         let weight = MatmulWeight::of(self.module, graph, node)?.ok_or_else(|| Diag::bug("not a matmul"))?;
         let layout = weight.layout;
+        let packing = weight.packing(self.order)?;
         let digest = match packed.rsplit_once('/') {
-            Some((packed_layout, digest)) if packed_layout == layout.name() => digest.parse::<Digest>()?,
+            Some((packed_layout, digest)) if packed_layout == packing.name() => digest.parse::<Digest>()?,
             Some((packed_layout, _)) => {
                 return Err(Diag::target(format!(
                     "the weight is packed as {packed_layout}, the kernel wants {}",
-                    layout.name()
+                    packing.name()
                 ))
                 .help("run `pack-weights` for this target"));
             }
-            None => weight.pack(self.module, self.store)?.blob,
+            None => weight.pack(self.order, self.module, self.store)?.blob,
         };
         let w = self.add_blob(EngineBlob {
             name: self.module.weights[weight.weight()].name.clone(),
             source: BlobSource::Stored(digest),
             streamed: true,
-            bytes: Some(layout.bytes()),
+            bytes: Some(packing.bytes()),
         });
         let out = graph.ty(node.result);
         let (rows, n) = matrix(out)?;
@@ -1189,6 +1242,7 @@ impl Lowering<'_> {
             let bytes: u64 = step.args.iter().filter_map(Place::buffer).map(size).sum();
             let own = |p: &Place| p.buffer().is_some_and(|b| !read.contains(&b));
             range.max == 1
+                && self.order == Order::Panels
                 && step.is_short()
                 && bytes <= MOST_PRIVATE_BYTES
                 && step.tap.is_none()
@@ -1283,18 +1337,35 @@ impl Lowering<'_> {
             let shared =
                 |place: &&Place| !matches!(place, Place::Buffer(b) if private.offsets.contains_key(b));
             let overlaps = overlaps(&self.steps, shared, bytes);
-            let launch = |(i, step): (usize, &Step)| Launch {
-                name: step.name.clone(),
-                spec: for_class(&step.spec, range, self.limits.max_rows),
-                args: step.args.iter().map(|&p| at(p, &private)).collect(),
-                items: step.items,
-                tap: step.tap.as_ref().map(|(n, b, w)| (n.clone(), at(Place::Buffer(*b), &private), *w)),
-                overlaps_next: overlaps[i],
-                replicated: private.replicates(step),
+            let kernel = |step: &Step| {
+                let spec = for_class(self.order, &step.spec, range, self.limits.max_rows);
+                let symbol = match self.order {
+                    Order::Panels => spec.key(),
+                    Order::Fragments => plan::symbol(&spec, range),
+                };
+                (spec, symbol)
+            };
+            let launch = |(i, step): (usize, &Step)| {
+                let (spec, symbol) = kernel(step);
+                Launch {
+                    name: step.name.clone(),
+                    spec,
+                    symbol,
+                    args: step.args.iter().map(|&p| at(p, &private)).collect(),
+                    items: step.items,
+                    tap: step.tap.as_ref().map(|tap| Rows32 {
+                        name: tap.name.clone(),
+                        at: at(Place::Buffer(tap.buffer), &private),
+                        rows: tap.rows,
+                        width: tap.width,
+                    }),
+                    overlaps_next: overlaps[i],
+                    replicated: private.replicates(step),
+                }
             };
             (range, self.steps.iter().enumerate().map(launch).collect())
         };
-        let mut ranges = classes(self.limits.max_tokens);
+        let mut ranges = classes_of(self.order, self.limits.max_tokens);
         if self.limits.always_full {
             ranges.drain(..ranges.len() - 1);
         }
@@ -1302,6 +1373,7 @@ impl Lowering<'_> {
             let one = |r: &NamedRows| Rows32 {
                 name: r.name.clone(),
                 at: Ref::arena(arena.offsets[r.buffer]),
+                rows: Rows::T,
                 width: r.width,
             };
             all.iter().map(one).collect()
@@ -1514,9 +1586,14 @@ fn launch_name(function: &str, graph: &Graph, node: &Node) -> String {
 }
 
 /// The spec of a step for one class of tokens.
-fn for_class(spec: &KernelSpec, range: MRange, max_rows: u32) -> KernelSpec {
+fn for_class(order: Order, spec: &KernelSpec, range: MRange, max_rows: u32) -> KernelSpec {
     match spec {
         KernelSpec::Matmul(m) => {
+            // Warps take 8 rows whether they are there or not: calls of fewer have the same kernel.
+            let range = match order {
+                Order::Panels => range,
+                Order::Fragments => MRange { min: 1, max: range.max.max(8) },
+            };
             let range = match m.rows {
                 Rows::T => range,
                 Rows::R => MRange { min: 1, max: range.max.min(max_rows) },

@@ -6,12 +6,14 @@
 use quantc_ir::diag::{Diag, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::conv::ConvSpec;
 use crate::cpu::attention::AttentionSpec;
 use crate::cpu::cache::CacheAppendSpec;
 use crate::cpu::gather::GatherSpec;
 use crate::cpu::rope::{RopeSpec, RopeTableSpec};
 use crate::cpu::row::RowSpec;
 use crate::eexpr::{EExpr, Place};
+use crate::nest::NestSpec;
 
 /// A kernel of any kind.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -31,6 +33,10 @@ pub enum KernelSpec {
     Rope(RopeSpec),
     /// Cosines and sines of rotation angles.
     RopeTable(RopeTableSpec),
+    /// A loop nest over arrays.
+    Nest(NestSpec),
+    /// Products of windows with weights.
+    Conv(ConvSpec),
 }
 
 impl KernelSpec {
@@ -48,6 +54,8 @@ impl KernelSpec {
             }
             KernelSpec::Rope(spec) => format!("rope_h{}_d{}", spec.heads, spec.head_dim),
             KernelSpec::RopeTable(spec) => format!("rope_table_{}", spec.half),
+            KernelSpec::Nest(spec) => format!("nest_{}", spec.name),
+            KernelSpec::Conv(spec) => format!("conv_{}_n{}_k{}", spec.name, spec.outs, spec.channels),
         };
         format!("{facts}_{}", &digest[..12])
     }
@@ -62,6 +70,8 @@ impl KernelSpec {
             KernelSpec::CacheAppend(_) => "cache_append",
             KernelSpec::Rope(_) => "rope",
             KernelSpec::RopeTable(_) => "rope_table",
+            KernelSpec::Nest(_) => "nest",
+            KernelSpec::Conv(_) => "conv",
         }
     }
 }

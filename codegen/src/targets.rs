@@ -3,13 +3,14 @@
 use quantc_ir::diag::{Diag, Result, near_misses};
 use quantc_ir::target::{GpuTarget, TargetDesc};
 use quantc_runtime::format::has_feature;
+use std::sync::LazyLock;
 
 /// Declares the targets in order of preference, the least demanding first.
 macro_rules! targets {
     ($($file:ident),* $(,)?) => {
         $(mod $file;)*
 
-        /// All targets, the least demanding first.
+        /// All targets whose kernels run on a processor, the least demanding first.
         pub static TARGETS: &[&TargetDesc] = &[$(&$file::TARGET),*];
     };
 }
@@ -19,7 +20,7 @@ macro_rules! gpus {
     ($($file:ident),* $(,)?) => {
         $(mod $file;)*
 
-        /// The GPU classes that CUDA kernels are built for, the least capable first. No engine is compiled for them yet.
+        /// The GPU classes that CUDA kernels are built for, the least capable first.
         pub static GPUS: &[&GpuTarget] = &[$(&$file::TARGET),*];
     };
 }
@@ -28,15 +29,31 @@ gpus![cuda_sm80, cuda_sm89, cuda_sm90, cuda_sm100, cuda_sm120];
 
 targets![cpu_generic, cpu_avx2, cpu_avxvnni, cpu_avx512vnni, cpu_avx512bf16];
 
+/// All targets whose kernels run on a GPU, in the order of [`GPUS`]. Any processor feeds one.
+pub static GPU_TARGETS: LazyLock<Vec<TargetDesc>> = LazyLock::new(|| {
+    let of = |g: &&'static GpuTarget| TargetDesc {
+        name: g.name,
+        doc: g.doc,
+        cpu: cpu_generic::TARGET.cpu.clone(),
+        gpu: Some(&g.gpu),
+    };
+    GPUS.iter().map(of).collect()
+});
+
+/// Every target.
+pub fn all() -> impl Iterator<Item = &'static TargetDesc> {
+    TARGETS.iter().copied().chain(GPU_TARGETS.iter())
+}
+
 /// The target called `name`; `host` is the best one that this machine runs.
 pub fn lookup(name: &str) -> Result<&'static TargetDesc> {
     if name == "host" {
         return Ok(host());
     }
-    if let Some(found) = TARGETS.iter().find(|t| t.name == name) {
+    if let Some(found) = all().find(|t| t.name == name) {
         return Ok(found);
     }
-    let names = || TARGETS.iter().map(|t| t.name).chain(["host"]);
+    let names = || all().map(|t| t.name).chain(["host"]);
     let near = near_misses(name, names());
     let help = match near.as_slice() {
         [] => format!("targets are: {}", names().collect::<Vec<_>>().join(", ")),
@@ -51,9 +68,9 @@ pub fn host() -> &'static TargetDesc {
     best.expect("every x86-64 machine runs the generic target, which demands nothing beyond it")
 }
 
-/// Whether this machine has every feature of `target`.
+/// Whether this machine's processors have every feature of `target`. What runs on a GPU does not count as running here.
 pub fn runs_here(target: &TargetDesc) -> bool {
-    target.cpu.features.iter().all(|f| has_feature(f) == Some(true))
+    target.gpu.is_none() && target.cpu.features.iter().all(|f| has_feature(f) == Some(true))
 }
 
 #[cfg(test)]
@@ -62,8 +79,8 @@ mod tests {
 
     #[test]
     fn names_are_found_and_near_misses_named() {
-        for target in TARGETS {
-            assert!(std::ptr::eq(lookup(target.name).unwrap(), *target));
+        for target in all() {
+            assert!(std::ptr::eq(lookup(target.name).unwrap(), target));
         }
         assert!(std::ptr::eq(lookup("host").unwrap(), host()));
         let diag = lookup("cpu-avx").unwrap_err();

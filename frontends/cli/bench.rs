@@ -50,6 +50,9 @@ pub struct Args {
 
 /// Runs the subcommand.
 pub fn run(args: Args) -> Outcome {
+    if subject::is_graph(&args.engine) {
+        return crate::bench_graph::run(&args.engine, args.threads, args.repeat, args.profile, args.json);
+    }
     let start = Instant::now();
     let open = OpenOptions { verify_weights: false, pages: args.weights.into() };
     let engine = subject::open_engine_with(&args.engine, &open)?;
@@ -66,6 +69,7 @@ pub fn run(args: Args) -> Outcome {
         profile: args.profile,
         ..SessionOptions::default()
     };
+    let _loaded = subject::load(&engine)?;
     let mut session = Session::new(engine.clone(), &options)?;
     let load_ms = start.elapsed().as_secs_f64() * 1e3;
     let manifest = engine.manifest();

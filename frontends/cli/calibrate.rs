@@ -1,6 +1,7 @@
 //! `quantc calibrate`: statistics of a model on a text, in a file.
 
-use crate::compile::{LayerProgress, PREPARE, default_store, read_data, read_model};
+use crate::compile::{LayerProgress, PREPARE, default_store, read_data};
+use crate::text_model::{TextArgs, read_model};
 use crate::failure::Outcome;
 use crate::layer_exec::Compiled;
 use crate::{opt, output};
@@ -58,6 +59,8 @@ pub struct Args {
     /// Tokens that a sequence may have, instead of the model's context.
     #[arg(long)]
     context: Option<u32>,
+    #[command(flatten)]
+    text: TextArgs,
     /// Threads; 0 means one for each CPU. The file does not depend on it.
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -148,7 +151,7 @@ fn taken(args: &Args, model: &Path) -> Outcome<StatsFile> {
     let store = Store::open(&dir)?;
     let threads = if args.threads == 0 { quantc_runtime::stats::available_cpus() } else { args.threads };
     quantc_passes::set_threads(threads);
-    let imported = read_model(model, &store, args.context)?;
+    let imported = read_model(model, &store, args.context, &args.text)?;
     let mut module = imported.module;
     opt::verify(&module)?;
     let data = args

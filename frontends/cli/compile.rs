@@ -3,12 +3,12 @@
 use crate::failure::{Failure, Outcome};
 use crate::layer_exec::Compiled;
 use crate::report::EngineReport;
+use crate::text_model::{TextArgs, read_model};
 use crate::{agreement, cache_cost, opt, output, subject};
-use quantc_codegen::backend::CpuBackend;
+use quantc_codegen::backend;
 use quantc_codegen::engine::{self, Request};
 use quantc_codegen::targets;
 use quantc_codegen::tune::Tuning;
-use quantc_frontends::{ImportOptions, Imported};
 use quantc_ir::diag::{Diag, Diags, Loc};
 use quantc_ir::target::TargetDesc;
 use quantc_ir::ty::ElemTy;
@@ -30,28 +30,29 @@ use std::time::Instant;
 #[derive(clap::Args)]
 #[group(id = "how", required = true, multiple = false, args = ["preset", "pipeline"])]
 pub struct Args {
-    /// A model folder: config.json, safetensors, tokenizer.json.
-    model: PathBuf,
+    /// A model folder with config.json, safetensors and tokenizer.json; or an `.onnx` file: a model of text when there is a
+    /// tokenizer.json beside it or something is said with --bind, else a graph over arrays.
+    pub model: PathBuf,
     /// The machine to compile for: a name from `quantc targets`, or `host`.
     #[arg(long)]
-    target: String,
+    pub target: String,
     /// A named pipeline from `quantc presets`.
     #[arg(long)]
-    preset: Option<String>,
+    pub preset: Option<String>,
     /// A pipeline, as text.
     #[arg(short, long)]
-    pipeline: Option<String>,
+    pub pipeline: Option<String>,
     /// The folder to write.
     #[arg(short, long)]
-    output: PathBuf,
+    pub output: PathBuf,
     /// A text for passes that need data, or token ids in rows, as a NumPy array (`.npy`).
     #[arg(long)]
-    data: Option<PathBuf>,
+    pub data: Option<PathBuf>,
     /// Statistics in place of a text: a file that `quantc calibrate` wrote for this model.
     #[arg(long, value_name = "FILE", conflicts_with = "data")]
     stats: Option<PathBuf>,
     /// Number format of the key/value cache: f32, f16 or bf16, or codes of 8 bits with a scale for each token and head:
-    /// int8 or e4m3 (also called fp8). With --data or --stats, channels are first made alike, so that the scale fits them all.
+    /// int8 or e4m3 (also called fp8). By default f32, and bf16 for GPUs. With --data or --stats, channels are first made alike, so that the scale fits them all.
     #[arg(long)]
     kv_cache: Option<String>,
     /// Tokens that a sequence may have, instead of the model's context.
@@ -66,23 +67,31 @@ pub struct Args {
     tuning: Option<PathBuf>,
     /// Threads; 0 means one for each CPU. The engine does not depend on it.
     #[arg(long, default_value_t = 0)]
-    threads: usize,
+    pub threads: usize,
     /// Where derived weights are kept between compilations.
     #[arg(long, env = "QUANTC_STORE")]
-    store: Option<PathBuf>,
+    pub store: Option<PathBuf>,
     /// Tokens on which the engine is compared with the reference evaluator, layer by layer; 0 skips the comparison. By
     /// default 16 for models of up to 64 million multiply-adds a token on a machine that runs the engine, else 0.
     #[arg(long)]
     agreement: Option<usize>,
     #[command(flatten)]
-    show: opt::Show,
+    pub text: TextArgs,
+    #[command(flatten)]
+    pub graph: crate::compile_graph::Options,
+    #[command(flatten)]
+    pub show: opt::Show,
     /// Print one JSON object about the engine.
     #[arg(long)]
-    json: bool,
+    pub json: bool,
 }
 
 /// Runs the subcommand.
 pub fn run(args: Args, registry: &Registry) -> Outcome {
+    if crate::compile_graph::is_graph(&args) {
+        return crate::compile_graph::run(&args, registry);
+    }
+    args.graph.refuse()?;
     let start = Instant::now();
     return_large_blocks();
     let target = targets::lookup(&args.target)?;
@@ -91,7 +100,9 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
         (None, Some(text)) => text.clone(),
         (None, None) => String::new(),
     };
-    if let Some(format) = &args.kv_cache {
+    // Attention of GPUs multiplies bf16: a cache of f32 would be twice as large and gain nothing.
+    let usual = (target.gpu.is_some() && !mentions_cache(&text)).then(|| "bf16".to_string());
+    if let Some(format) = args.kv_cache.as_ref().or(usual.as_ref()) {
         text = with_cache_format(&text, format, args.data.is_some() || args.stats.is_some())?;
     }
     let dir = match &args.store {
@@ -113,6 +124,7 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
         pipeline: &text,
         out: &args.output,
         context: args.context,
+        text: &args.text,
         chunk: args.chunk,
         threads,
         show: &args.show,
@@ -207,23 +219,28 @@ fn read_tuning(path: &Path, target: &TargetDesc) -> Outcome<(Tuning, String)> {
     Ok((table, quantc_ir::weights::Digest::of(text.as_bytes()).to_string()))
 }
 
-/// The pipeline with the cache's format changed first. With a text to calibrate on, what goes into a cache of 8 bits is made
-/// to fit one scale a head.
+/// The pipeline with the cache's format changed first. With a text to calibrate on, what goes into a cache of 8 bits is first made
+/// to fit one scale a head, in the way that its format wants.
 fn with_cache_format(text: &str, format: &str, data: bool) -> Outcome<String> {
-    let pass = match format {
+    let (pass, first) = match format {
         "f32" => return Ok(text.to_string()),
-        "f16" | "bf16" => format!("cast-cache{{to={format}}}"),
-        "int8" | "e4m3" => format!("quantize-cache{{format={format}}}"),
-        "fp8" => "quantize-cache{format=e4m3}".into(),
+        "f16" | "bf16" => (format!("cast-cache{{to={format}}}"), None),
+        "int8" => ("quantize-cache{format=int8}".into(), Some("smooth-cache")),
+        "e4m3" | "fp8" => ("quantize-cache{format=e4m3}".into(), Some("smooth-cache{aim=usual}")),
         _ => {
             let diag = Diag::target(format!("a key/value cache of `{format}` has no kernels"));
             return Err(diag.help("use f32, f16, bf16, int8 or fp8").into());
         }
     };
-    if data && pass.starts_with("quantize-cache") {
-        return Ok(format!("{PREPARE}, layers(calibrate{{stats=[cache]}}, smooth-cache), {pass}, {text}"));
+    match first.filter(|_| data) {
+        Some(first) => Ok(format!("{PREPARE}, layers(calibrate{{stats=[cache]}}, {first}), {pass}, {text}")),
+        None => Ok(format!("{pass}, {text}")),
     }
-    Ok(format!("{pass}, {text}"))
+}
+
+/// Whether a pipeline says what caches hold.
+fn mentions_cache(text: &str) -> bool {
+    text.contains("cast-cache") || text.contains("quantize-cache")
 }
 
 /// What pipelines have in front of `calibrate`.
@@ -250,6 +267,7 @@ pub struct Job<'a> {
     pipeline: &'a str,
     out: &'a Path,
     context: Option<u32>,
+    text: &'a TextArgs,
     chunk: u32,
     threads: usize,
     show: &'a opt::Show,
@@ -284,6 +302,7 @@ pub fn float_engine(model: &Path, out: &Path) -> Outcome {
         pipeline: Preset::get("f32")?.pipeline,
         out,
         context: None,
+        text: &TextArgs::default(),
         chunk: 0,
         threads: stats::available_cpus(),
         show: &show,
@@ -298,15 +317,6 @@ pub fn float_engine(model: &Path, out: &Path) -> Outcome {
     Ok(())
 }
 
-/// Reads a model: a folder, or a `.qir` file.
-pub fn read_model(path: &Path, store: &Store, context: Option<u32>) -> Outcome<Imported> {
-    if !path.is_dir() {
-        let diag = Diag::input("a model is a folder with config.json and safetensors files");
-        return Err(diag.in_file(path.display().to_string()).into());
-    }
-    Ok(quantc_frontends::import(path, store, &ImportOptions { context })?)
-}
-
 /// Imports, runs the pipeline and writes the engine.
 pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
     let say = |text: &str| {
@@ -316,7 +326,7 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
     };
     // Refused before hours of passes, not after them.
     engine::check_place(job.out)?;
-    let imported = read_model(job.model, store, job.context)?;
+    let imported = read_model(job.model, store, job.context, job.text)?;
     let mut module = imported.module;
     imported.notes.iter().for_each(|note| say(&format!("note: {note}")));
     if !imported.unused.is_empty() {
@@ -353,12 +363,13 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
         facts.push(Fact::Data);
     }
     let tokenizer = tokenizer.map(|(bytes, t)| Ok::<_, Diag>((bytes, t.to_compact()?))).transpose()?;
-    let backend = CpuBackend::new(job.target);
+    let backend = backend::of(job.target);
+    let backend = &*backend;
     let parsed = pipeline::parse(job.pipeline)?;
     let checked =
-        pipeline::check_given(&parsed, job.registry, &module, Some(job.target), Some(&backend), &facts)?;
+        pipeline::check_given(&parsed, job.registry, &module, Some(job.target), Some(backend), &facts)?;
     let checked = job.show.stop(checked)?;
-    let env = Env { threads: job.threads, ..Env::new(store).with_backend(&backend) };
+    let env = Env { threads: job.threads, ..Env::new(store).with_backend(backend) };
     let mut progress = LayerProgress::new(job.quiet);
     let mut memory = Memory::default();
     let mut hooks: [&mut dyn manager::Hook; 2] = [&mut progress, &mut memory];

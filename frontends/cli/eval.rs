@@ -1,4 +1,4 @@
-//! `quantc eval`: scores on a text.
+//! `quantc eval`: scores on a text, or of a classifier.
 
 use crate::failure::Outcome;
 use crate::output;
@@ -17,7 +17,7 @@ pub struct Args {
     subject: PathBuf,
     /// The text to score, or token ids in rows, as a NumPy array (`.npy`), in front of which no BOS is put.
     #[arg(long)]
-    text: PathBuf,
+    text: Option<PathBuf>,
     /// Tokens of a window, BOS included; by default the context, at most 2048.
     #[arg(long)]
     window: Option<u32>,
@@ -27,6 +27,8 @@ pub struct Args {
     /// An engine or model to compare with.
     #[arg(long)]
     against: Option<PathBuf>,
+    #[command(flatten)]
+    classes: crate::eval_graph::Classes,
     /// Worker threads; 0 means one for each CPU.
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -37,12 +39,20 @@ pub struct Args {
 
 /// Runs the subcommand.
 pub fn run(args: Args) -> Outcome {
+    if subject::is_graph(&args.subject) || quantc_frontends::onnx::is_onnx(&args.subject) {
+        let against = args.against.as_deref();
+        return crate::eval_graph::run(&args.subject, against, &args.classes, args.threads, args.json);
+    }
+    if args.classes.input.is_some() {
+        return Err(Diag::input("--input is for `.onnx` files and their engines").into());
+    }
+    let text = args.text.as_deref().ok_or_else(|| Diag::input("there is no text to score").help("give --text FILE"))?;
     let open = |path: &Path| {
         subject::open(path).and_then(|engine| subject::decoder(engine, path, "scored on a text"))
     };
     let engine = open(&args.subject)?;
     let base = args.against.as_deref().map(open).transpose()?;
-    let (tokens, array) = subject::tokens(&args.text, Some(&subject::tokenizer(&engine)?))?;
+    let (tokens, array) = subject::tokens(text, Some(&subject::tokenizer(&engine)?))?;
     let context = engine.manifest().context;
     let window = args.window.unwrap_or(context.min(2048));
     let shortest = base.as_ref().map_or(context, |b| b.manifest().context.min(context));

@@ -3,6 +3,8 @@
 use crate::failure::Outcome;
 use crate::output;
 use crate::subject;
+use quantc_runtime::Manifest;
+use quantc_runtime::format::Launch;
 use serde_json::Value;
 use std::path::PathBuf;
 
@@ -40,20 +42,17 @@ pub fn run(args: Args) -> Outcome {
     }
     output::line(&format!("target    {} ({})", manifest.target.name, manifest.target.features.join(" ")))?;
     output::line(&format!("pipeline  {}", manifest.pipeline))?;
-    let arena = output::bytes(manifest.arena_bytes);
-    output::line(&format!(
-        "memory    arena {arena}, scratch {} a thread",
-        output::bytes(manifest.scratch_bytes)
-    ))?;
+    output::line(&memory(&manifest))?;
     for program in &manifest.programs {
         let launches = &program.launches;
         let barriers =
             launches.iter().filter(|l| l.flags & quantc_runtime::format::NO_BARRIER_AFTER == 0).count();
         let n = launches.len();
-        output::line(&format!(
-            "tokens    {} to {}: {n} launches, {barriers} barriers",
-            program.min_t, program.max_t
-        ))?;
+        let rest = match predicted(launches, kernels) {
+            Some(us) => format!("about {us:.0} us with all tokens, caches aside"),
+            None => format!("{barriers} barriers"),
+        };
+        output::line(&format!("tokens    {} to {}: {n} launches, {rest}", program.min_t, program.max_t))?;
     }
     for kernel in chosen {
         output::line(&format!("\n{}", text(&kernel["symbol"])))?;
@@ -79,9 +78,59 @@ pub fn run(args: Args) -> Outcome {
                 100.0 * expected
             ))?;
         }
+        if let Some(line) = on_gpu(&kernel["gpu"]) {
+            output::line(&line)?;
+        }
         for refused in list(&kernel["refused"]) {
             output::line(&format!("  refused  {refused}"))?;
         }
     }
     Ok(())
+}
+
+/// What the engine needs to run.
+fn memory(manifest: &Manifest) -> String {
+    let arena = output::bytes(manifest.arena_bytes);
+    match manifest.device_bytes(1) {
+        Some(need) if manifest.gpu.is_some() => format!(
+            "memory    {} on the device for one sequence of {} tokens: weights {}, caches {}, arena {arena}, inputs {}",
+            output::bytes(need.total()),
+            manifest.context,
+            output::bytes(need.weights),
+            output::bytes(need.states),
+            output::bytes(need.inputs)
+        ),
+        _ => format!("memory    arena {arena}, scratch {} a thread", output::bytes(manifest.scratch_bytes)),
+    }
+}
+
+/// Microseconds that launches on a GPU are expected to take together, by the rates of the target.
+fn predicted(launches: &[Launch], kernels: &[Value]) -> Option<f64> {
+    let of = |launch: &Launch| {
+        let kernel = kernels.iter().find(|k| k["symbol"] == launch.symbol.as_str())?;
+        kernel["gpu"]["predicted_us"].as_f64()
+    };
+    launches.iter().map(of).sum()
+}
+
+/// How a kernel runs on a GPU.
+fn on_gpu(gpu: &Value) -> Option<String> {
+    let number = |key: &str| gpu[key].as_u64().unwrap_or(0);
+    let predicted = gpu["predicted_us"].as_f64()?;
+    let registers = match number("registers") {
+        0 => "registers not known".to_string(),
+        n => format!("{n} registers"),
+    };
+    let spills = match number("spills") {
+        0 => String::new(),
+        n => format!(", {n} bytes spilled"),
+    };
+    Some(format!(
+        "  gpu      {} threads, {} of shared memory, {registers}{spills}\n  work     {} rows: {}, {} multiply-adds, about {predicted:.1} us",
+        number("threads"),
+        output::bytes(number("shared")),
+        number("rows"),
+        output::bytes(number("bytes")),
+        number("macs"),
+    ))
 }

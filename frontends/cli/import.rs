@@ -2,6 +2,7 @@
 
 use crate::failure::Outcome;
 use crate::output;
+use crate::text_model::{TextArgs, read_model};
 use quantc_frontends::{ImportOptions, onnx};
 use quantc_ir::diag::Diag;
 use quantc_ir::weights::Store;
@@ -18,9 +19,11 @@ pub struct Args {
     /// Tokens that a sequence may have, instead of the model's context.
     #[arg(long)]
     context: Option<u32>,
-    /// A number for an extent that an `.onnx` file gives a name, as in `batch=1`; may be given several times.
-    #[arg(long = "dim", value_name = "NAME=N", value_parser = dim)]
-    dims: Vec<(String, u64)>,
+    /// The `.onnx` file as the text model that `compile` makes of it.
+    #[arg(long)]
+    raise: bool,
+    #[command(flatten)]
+    text: TextArgs,
 }
 
 /// Reads `NAME=N`.
@@ -32,8 +35,11 @@ pub(crate) fn dim(text: &str) -> Result<(String, u64), String> {
 /// Runs the subcommand.
 pub fn run(args: Args) -> Outcome {
     let store = Store::in_memory();
-    let (module, notes) = if onnx::is_onnx(&args.model) {
-        let options = onnx::Options { dims: args.dims.iter().cloned().collect(), ..onnx::Options::default() };
+    let (module, notes) = if args.raise {
+        let imported = read_model(&args.model, &store, args.context, &args.text)?;
+        (imported.module, imported.notes)
+    } else if onnx::is_onnx(&args.model) {
+        let options = onnx::Options { dims: args.text.dims(), ..onnx::Options::default() };
         let imported = onnx::import(&args.model, &store, &options).map_err(|refused| refused.problems)?;
         (imported.module, imported.notes)
     } else {

@@ -3,9 +3,10 @@
 use crate::failure::Outcome;
 use crate::{output, subject};
 use quantc_frontends::{ImportOptions, onnx};
-use quantc_ir::diag::Diag;
+use quantc_ir::diag::{Diag, Diags};
 use quantc_ir::module::Module;
 use quantc_ir::weights::Store;
+use quantc_runtime::format::Kind;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -71,6 +72,12 @@ fn read(path: &Path, store: &Store) -> Outcome<Module> {
     if path.is_dir() {
         return Ok(quantc_frontends::import(path, store, &ImportOptions::default())?.module);
     }
+    if onnx::is_onnx(path) && onnx::is_text(path) {
+        // As engines read it; what inputs were taken for is told.
+        let imported = onnx::import_text(path, store, &onnx::TextOptions::default()).map_err(Diags::from)?;
+        imported.notes.iter().for_each(|note| eprintln!("note: {note}"));
+        return Ok(imported.module);
+    }
     if onnx::is_onnx(path) {
         let imported = onnx::import(path, store, &onnx::Options::default());
         return Ok(imported.map_err(|refused| refused.problems)?.module);
@@ -99,10 +106,16 @@ fn engine(args: &Args) -> Outcome {
             "kind": "engine", "model": manifest.model, "target": manifest.target.name, "facts": facts,
             "pipeline": manifest.pipeline, "context": manifest.context, "vocab": manifest.vocab,
             "weight_bytes": manifest.weight_bytes, "decode_bytes_per_token": manifest.decode_bytes_per_token,
+            "inputs": arrays(&manifest.array_inputs), "outputs": arrays(&manifest.array_outputs),
             "weights": blobs, "files": files,
         }));
     }
     output::piece(&manifest.to_text())
+}
+
+/// Arrays that a graph takes or gives.
+fn arrays(all: &[quantc_runtime::format::Array]) -> Vec<Value> {
+    all.iter().map(|a| json!({ "name": a.name, "type": a.elem, "dims": a.dims })).collect()
 }
 
 /// Sections of a report, with the fields of their rows.
@@ -122,6 +135,9 @@ fn report(args: &Args) -> Outcome {
     }
     let mut first = true;
     for (section, fields) in SECTIONS {
+        if report[section].is_null() && manifest.kind() == Kind::Graph {
+            continue;
+        }
         let rows = report[section].as_array().ok_or_else(|| bad(&format!("it has no list `{section}`")))?;
         if rows.is_empty() {
             continue;

@@ -26,8 +26,12 @@ mod cache_cost;
 mod calibrate;
 #[cfg(feature = "llvm")]
 mod compile;
+#[cfg(feature = "llvm")]
+mod compile_graph;
 mod embed;
+mod bench_graph;
 mod eval;
+mod eval_graph;
 mod explain;
 mod failure;
 mod import;
@@ -45,6 +49,7 @@ mod run;
 mod run_graph;
 mod score;
 mod subject;
+mod text_model;
 #[cfg(feature = "llvm")]
 mod tune;
 

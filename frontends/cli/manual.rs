@@ -3,13 +3,13 @@
 use crate::failure::Outcome;
 use crate::output;
 use quantc_codegen::backend::CpuBackend;
-use quantc_codegen::targets::TARGETS;
+use quantc_codegen::targets::{self, TARGETS};
 use quantc_frontends::arch::{ARCHS, Arch};
 use quantc_ir::diag::{Diag, near_misses};
 use quantc_ir::formats::{self, Class, Format};
 use quantc_ir::ops::{Arity, DYNAMIC_INT8, OpKind};
 use quantc_ir::scheme::{Group, Scheme, Zero};
-use quantc_ir::target::{Backend, TargetDesc};
+use quantc_ir::target::{Backend, GpuDesc, TargetDesc};
 use quantc_ir::ty::{ElemTy, Float};
 use quantc_passes::Registry;
 use quantc_passes::presets;
@@ -78,6 +78,9 @@ pub fn targets(args: Args) -> Outcome {
     use quantc_codegen::targets::{lookup, runs_here};
     let Some(name) = args.name else { return output::piece(&targets_table().text()) };
     let t = lookup(&name)?;
+    if let Some(gpu) = t.gpu {
+        return output::piece(&gpu_page(t, gpu));
+    }
     let cpu = &t.cpu;
     let text = format!(
         "{}\n\n{}\n\nprocessor    {}\nfeatures     {}\nvectors      {} registers of {} bits\n\
@@ -96,12 +99,40 @@ pub fn targets(args: Args) -> Outcome {
     output::piece(&text)
 }
 
+/// What there is to tell about a GPU.
+#[cfg(feature = "llvm")]
+fn gpu_page(t: &TargetDesc, gpu: &GpuDesc) -> String {
+    let rates = &gpu.rates;
+    format!(
+        "{}\n\n{}\n\narchitecture  {}\nshared memory {} bytes of a block\nregisters     {} of a multiprocessor\n\
+         bulk copies   {}\nfp8 products  {}\npredictions   by the rates of {}: {} multiprocessors, {} GB/s, \
+         {} and {} Tmac/s of bf16 and int8\n",
+        t.name,
+        t.doc.trim(),
+        gpu.arch,
+        gpu.shared_bytes,
+        gpu.registers,
+        if gpu.bulk_copies { "yes" } else { "no" },
+        if gpu.fp8_products { "yes" } else { "no" },
+        rates.model,
+        rates.multiprocessors,
+        rates.memory_gb,
+        rates.bf16_tmac,
+        rates.int8_tmac,
+    )
+}
+
 fn targets_table() -> Table {
-    let row = |t: &&'static TargetDesc| {
-        vec![t.name.to_string(), format!("{} bit", t.cpu.vector_bits), summary(t.doc)]
+    let row = |t: &'static TargetDesc| {
+        let vectors = match t.gpu {
+            Some(gpu) => gpu.arch.to_string(),
+            None => format!("{} bit", t.cpu.vector_bits),
+        };
+        vec![t.name.to_string(), vectors, summary(t.doc)]
     };
-    let host = vec!["host".into(), String::new(), "The best of these that this machine runs.".into()];
-    Table::new(&["target", "vectors", "what it is"], TARGETS.iter().map(row).chain([host]))
+    let host =
+        vec!["host".into(), String::new(), "The best of the processors that this machine runs.".into()];
+    Table::new(&["target", "vectors", "what it is"], targets::all().map(row).chain([host]))
 }
 
 /// `quantc targets` in a tool that does not compile.

@@ -89,7 +89,7 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
         store.add_shard(id, folder.join(&shard.file))?;
     }
     let backend = backend(args.target.as_deref().or(module.target.as_deref()))?;
-    let backend = backend.as_ref().map(|b| b as &dyn Backend);
+    let backend = backend.as_deref();
     let target: Option<&TargetDesc> = backend.map(|b| b.target());
     let parsed = pipeline::parse(&args.pipeline)?;
     let checked = args.show.stop(pipeline::check(&parsed, registry, &module, target, backend)?)?;
@@ -101,9 +101,9 @@ pub fn run(args: Args, registry: &Registry) -> Outcome {
     output::piece(&text::print(&module))
 }
 
-fn backend(target: Option<&str>) -> Outcome<Option<quantc_codegen::backend::CpuBackend>> {
+fn backend(target: Option<&str>) -> Outcome<Option<Box<dyn Backend>>> {
     let desc = target.map(quantc_codegen::targets::lookup).transpose()?;
-    Ok(desc.map(quantc_codegen::backend::CpuBackend::new))
+    Ok(desc.map(quantc_codegen::backend::of))
 }
 
 /// Verifies a module as it came from the user.

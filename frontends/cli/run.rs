@@ -68,8 +68,11 @@ pub fn run(args: Args) -> Outcome {
     if quantc_frontends::onnx::is_onnx(&args.engine) {
         return crate::run_graph::run(&args.engine, &args.graph, args.json);
     }
+    if subject::is_graph(&args.engine) {
+        return crate::run_graph::run_engine(&args.engine, &args.graph, args.threads, args.json);
+    }
     if !args.graph.inputs.is_empty() || args.graph.output.is_some() {
-        return Err(Diag::input("--input and --output are for `.onnx` files").into());
+        return Err(Diag::input("--input and --output are for `.onnx` files and their engines").into());
     }
     let begun = Instant::now();
     // The first token does not wait until all weights have been read.
@@ -106,6 +109,7 @@ pub fn run(args: Args) -> Outcome {
         decode_threads: args.decode_threads,
         ..SessionOptions::default()
     };
+    let _loaded = subject::load(&engine)?;
     let mut session = Session::new(Arc::clone(&engine), &options)?;
     let load = begun.elapsed();
 

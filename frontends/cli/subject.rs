@@ -4,8 +4,11 @@ use crate::failure::Outcome;
 use indicatif::{ProgressBar, ProgressStyle};
 use quantc_frontends::tokenizer::Tokenizer;
 use quantc_ir::diag::Diag;
+use quantc_ir::eval::Tensor;
+use quantc_ir::ty::TensorTy;
 use quantc_runtime::engine::{Engine, OpenOptions, Pages};
 use quantc_runtime::format::{Kind, MANIFEST_FILE, Manifest};
+use quantc_runtime::gpu::Loaded;
 use std::io::IsTerminal;
 use std::path::Path;
 #[cfg(feature = "llvm")]
@@ -18,6 +21,11 @@ const MAX_TEXT: u64 = 1 << 30;
 /// Whether `path` is an engine's folder.
 pub fn is_engine(path: &Path) -> bool {
     path.join(MANIFEST_FILE).is_file()
+}
+
+/// Whether `path` is the folder of an engine over arrays.
+pub fn is_graph(path: &Path) -> bool {
+    is_engine(path) && manifest(path).is_ok_and(|m| m.kind() == Kind::Graph)
 }
 
 /// The manifest of an engine, which may be for another machine.
@@ -97,6 +105,10 @@ pub fn decoder(engine: Arc<Engine>, path: &Path, used: &str) -> Outcome<Arc<Engi
         let diag = Diag::input(format!("an encoder cannot be {used}")).in_file(path.display().to_string());
         return Err(diag.help("use `quantc embed`").into());
     }
+    if engine.manifest().kind() == Kind::Graph {
+        let diag = Diag::input(format!("an engine over arrays cannot be {used}"));
+        return Err(diag.in_file(path.display().to_string()).help("use `quantc run --input NAME=FILE`").into());
+    }
     Ok(engine)
 }
 
@@ -125,11 +137,17 @@ thread_local! {
 
 /// A folder that is removed when it is dropped.
 #[cfg(feature = "llvm")]
-struct Scratch(PathBuf);
+pub struct Scratch(PathBuf);
 
 #[cfg(feature = "llvm")]
 impl Scratch {
-    fn new() -> Outcome<Scratch> {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// A folder for temporary files.
+    pub fn new() -> Outcome<Scratch> {
         let base = std::env::temp_dir();
         for n in 0..1000 {
             let path = base.join(format!("quantc-{}-{n}", std::process::id()));
@@ -199,6 +217,21 @@ pub fn tokens(path: &Path, tokenizer: Option<&quantc_frontends::Tokenizer>) -> O
     Ok((quantc_frontends::data::npy_tokens(&bytes).map_err(|e| e.in_file(place))?, true))
 }
 
+/// An array of samples cut into the batches that an input of type `ty` takes; what is left over is dropped.
+pub fn batches_of(samples: &Tensor, ty: &TensorTy) -> Result<Vec<Tensor>, Diag> {
+    let (have, want) = (samples.dims(), ty.shape.dims().unwrap_or_default());
+    let fits = samples.ty.elem == ty.elem
+        && have.len() == want.len()
+        && !want.is_empty()
+        && have[1..].iter().zip(&want[1..]).all(|(&h, &w)| h as u64 == w);
+    if !fits {
+        return Err(Diag::input(format!("samples of type {} are not batches of {ty}", samples.ty))
+            .help("the first axis counts samples, everything else is as the input wants it"));
+    }
+    let each = want[0].max(1) as usize;
+    (0..have[0] / each).map(|i| samples.slice_rows(i * each, each)).collect()
+}
+
 /// Reads a text file.
 pub fn read_text(path: &Path) -> Outcome<String> {
     let place = path.display().to_string();
@@ -244,4 +277,16 @@ impl Progress {
             bar.finish_and_clear();
         }
     }
+}
+
+/// Loads an engine onto this machine's GPU, when its kernels run on one, and shows how far it has come. Sessions use what
+/// is loaded as long as the result lives.
+pub fn load(engine: &Engine) -> Outcome<Option<Arc<Loaded>>> {
+    if engine.manifest().gpu.is_none() {
+        return Ok(None);
+    }
+    let mut bar = Progress::new("loading");
+    let loaded = engine.load(&mut |done, all| bar.at(done as f64 / all.max(1) as f64));
+    bar.done();
+    Ok(Some(loaded?))
 }

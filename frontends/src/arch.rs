@@ -14,9 +14,9 @@
 mod builder;
 mod decoder;
 mod rope;
-mod tokens;
+pub(crate) mod tokens;
 
-pub(crate) use builder::Builder;
+pub(crate) use builder::{Builder, DEFAULT_CONTEXT};
 
 use crate::checkpoint::Checkpoint;
 use crate::config::Config;
@@ -71,6 +71,24 @@ pub struct Facts {
     pub bos: Option<u32>,
     /// Tokens that end a text.
     pub eos: Vec<u32>,
+}
+
+impl Facts {
+    /// Writes the facts among those of the module.
+    pub(crate) fn write(&self, module: &mut Module) {
+        let all = &mut module.facts;
+        all.insert("model_type".into(), self.model_type.into());
+        all.insert("kind".into(), self.kind.name().into());
+        all.insert("context".into(), self.context.to_string());
+        all.insert("vocab".into(), self.vocab.to_string());
+        if let Some(bos) = self.bos {
+            all.insert("bos".into(), bos.to_string());
+        }
+        if !self.eos.is_empty() {
+            let ids: Vec<String> = self.eos.iter().map(u32::to_string).collect();
+            all.insert("eos".into(), ids.join(","));
+        }
+    }
 }
 
 /// What a model does.

@@ -16,13 +16,16 @@
 //!   names the node and the field.
 
 mod build;
+mod extents;
 mod graph;
 mod node;
 mod ops;
 mod proto;
 mod tensor;
+mod text;
 
 pub use ops::{Operator, operators};
+pub use text::{Bind, TextOptions, import_text, is_text};
 
 use crate::json::shown;
 use build::{Build, Val};
@@ -48,6 +51,8 @@ pub struct Options {
     pub shapes: BTreeMap<String, Vec<u64>>,
     /// Inputs that are known when the model is compiled.
     pub fixed: BTreeMap<String, Tensor>,
+    /// Inputs that follow from the tokens of one sequence, as [`import_text`] says them.
+    pub binds: BTreeMap<String, Bind>,
 }
 
 /// An imported model.
@@ -165,6 +170,7 @@ fn import_inner(path: &Path, store: &Store, options: &Options) -> Result<Importe
         dims: options.dims.clone(),
         symbols: BTreeMap::new(),
         named: BTreeSet::new(),
+        ids: BTreeMap::new(),
         notes: vec![],
     }
     .import(graph, Scope::new(versions));
@@ -182,12 +188,15 @@ struct Main<'i, 'a> {
     symbols: BTreeMap<String, char>,
     /// Names of extents that inputs have.
     named: BTreeSet<String>,
+    /// Ids that an engine gives for each token.
+    ids: BTreeMap<&'static str, Val>,
     notes: Vec<String>,
 }
 
 impl Main<'_, '_> {
     fn import(mut self, graph: &GraphProto, mut scope: Scope<'_>) -> Result<Imported> {
         self.importer.initializers(graph, &mut scope)?;
+        self.sequence(graph)?;
         let constants: BTreeSet<&str> = graph.initializer.iter().filter_map(|t| t.name.as_deref()).collect();
         let mut inputs = vec![];
         for info in &graph.input {
@@ -199,12 +208,12 @@ impl Main<'_, '_> {
                 // Files of the first versions list initializers among the inputs.
                 continue;
             }
-            let val = match self.options.fixed.get(name) {
-                Some(tensor) => self.importer.build.constant(tensor.clone()),
-                None => {
-                    let ty = self
-                        .input_type(info)
-                        .map_err(|e| e.at(Loc::Item(format!("input `{}`", shown(name)))))?;
+            let placed = |e: Diag| e.at(Loc::Item(format!("input `{}`", shown(name))));
+            let val = match (self.options.fixed.get(name), self.options.binds.get(name)) {
+                (Some(tensor), _) => self.importer.build.constant(tensor.clone()),
+                (None, Some(&bind)) => self.bound(info, bind).map_err(placed)?,
+                (None, None) => {
+                    let ty = self.input_type(info).map_err(placed)?;
                     inputs.push(name.to_string());
                     self.importer.build.input(name, ty)
                 }

@@ -144,6 +144,61 @@ fn branches_that_depend_on_inputs_are_both_computed() {
     }
 }
 
+#[test]
+fn places_of_unknown_extents_are_counted_when_the_model_runs() {
+    // The first n of six constants, times the places 0..n, above the diagonal of a square of unknown size.
+    let nodes = [
+        node("s", "Shape", &["x"], &["s"], &[]),
+        node("g", "Gather", &["s", "one"], &["n"], &[attr_int("axis", 0)]),
+        node("r", "Range", &["zero", "n", "one"], &["r"], &[]),
+        node("c", "Cast", &["r"], &["places"], &[attr_int("to", FLOAT)]),
+        node("u", "Unsqueeze", &["n", "first"], &["n1"], &[]),
+        node("f", "Slice", &["six", "first", "n1"], &["some"], &[]),
+        node("m", "Mul", &["places", "some"], &["row"], &[]),
+        node("a", "Add", &["x", "row"], &["sum"], &[]),
+        node("t", "Trilu", &["sum", "one"], &["y"], &[attr_int("upper", 1)]),
+    ];
+    let number = |name: &str, n: i64| tensor(name, INT64, &[], &n.to_le_bytes());
+    let six = floats("six", &[6], &[10.0, 20.0, 30.0, 40.0, 50.0, 60.0]);
+    let constants = [number("zero", 0), number("one", 1), list("first", &[0]), six];
+    let file = model(graph(&nodes, &constants, &[value("x", FLOAT, &["m", "n"])], &["y"]));
+    let (y, _) = run(&file, &Options::default(), &[f(&[3, 3], &[1.0; 9])]);
+    assert_eq!(y, [0.0, 21.0, 61.0, 0.0, 0.0, 61.0, 0.0, 0.0, 0.0]);
+    let (y, _) = run(&file, &Options::default(), &[f(&[1, 2], &[1.0; 2])]);
+    assert_eq!(y, [0.0, 21.0]);
+}
+
+#[test]
+fn arithmetic_on_unknown_extents_is_done_where_it_has_an_answer() {
+    // Where(n * 1 - 0 == -1, 1, n) is n; n - n is 0, and so is 0 * n.
+    let nodes = [
+        node("s", "Shape", &["x"], &["s"], &[]),
+        node("m", "Mul", &["s", "ones"], &["a"], &[]),
+        node("b", "Sub", &["a", "zeros"], &["b"], &[]),
+        node("e", "Equal", &["b", "minus"], &["e"], &[]),
+        node("w", "Where", &["e", "ones", "b"], &["shape"], &[]),
+        node("d", "Sub", &["s", "b"], &["none"], &[]),
+        node("z", "Mul", &["zeros", "s"], &["also"], &[]),
+        node("p", "Add", &["none", "also"], &["nothing"], &[]),
+        node("k", "Cast", &["nothing"], &["float"], &[attr_int("to", FLOAT)]),
+        node("o", "Expand", &["float", "shape"], &["y"], &[]),
+    ];
+    let constants = [list("ones", &[1, 1]), list("zeros", &[0, 0]), list("minus", &[-1, -1])];
+    let file = model(graph(&nodes, &constants, &[value("x", FLOAT, &["n", "2"])], &["y"]));
+    let (y, _) = run(&file, &Options::default(), &[f(&[3, 2], &[1.0; 6])]);
+    assert_eq!(y, [0.0; 6]);
+    // Half of an extent is not known, and the message says so.
+    let nodes = [
+        node("s", "Shape", &["x"], &["s"], &[]),
+        node("h", "Div", &["s", "two"], &["h"], &[]),
+        node("r", "ConstantOfShape", &["h"], &["y"], &[]),
+    ];
+    let file = model(graph(&nodes, &[list("two", &[2])], &[value("x", FLOAT, &["n"])], &["y"]));
+    let (_dir, _store, refused) = import(&file, &Options::default());
+    let why = refused.unwrap_err().to_string();
+    assert!(why.contains("extents that are not known are computed with"), "{why}");
+}
+
 /// `docs/onnx.md` lists the operators. `UPDATE=1` rewrites the table.
 #[test]
 fn the_table_of_operators_is_fresh() {

@@ -1,5 +1,5 @@
 //! The ONNX standard's own node tests: each is imported, evaluated by the reference evaluator, and compared with the
-//! outputs recorded beside it.
+//! outputs recorded beside it; then it is compiled for this machine, run, and compared again.
 //!
 //! The Python package `onnx` makes them (`make onnx-nodes`). They are read from the folder that
 //! `QUANTC_ONNX_NODE_TESTS` names, else from `target/onnx-nodes`; where there are none, the test says that it is skipped.
@@ -10,7 +10,7 @@ mod case;
 #[path = "onnx_nodes/table.rs"]
 mod table;
 
-use case::{Case, Verdict};
+use case::{Case, Compiled, Verdict};
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -51,6 +51,12 @@ fn node_tests_of_the_standard() {
     for (case, verdict) in cases.iter().zip(&verdicts) {
         match verdict {
             Verdict::Failed(why) => wrong.push(format!("{}: {why}", case.name)),
+            Verdict::Passed { engine: Compiled::Failed(why), .. } => {
+                wrong.push(format!("engine of {}: {why}", case.name));
+            }
+            Verdict::Passed { engine: Compiled::Refused(why), .. } if std::env::var_os("SHOW").is_some() => {
+                println!("no engine of {}: {why}", case.name);
+            }
             Verdict::Refused(why) if std::env::var_os("SHOW").is_some() => {
                 println!("refused {}: {}", case.name, why.replace('\n', " "));
             }

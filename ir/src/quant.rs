@@ -202,7 +202,10 @@ fn symmetric_top(format: &Format) -> Option<f32> {
 }
 
 /// `scale` as the scale type stores it.
-fn stored_scale(scale: f32, to: Float) -> Result<f32> {
+///
+/// # Errors
+/// A scale that is too large for its type.
+pub fn stored_scale(scale: f32, to: Float) -> Result<f32> {
     // The quotient of a tiny range may be subnormal, or 0.
     let scale = scale.max(f32::MIN_POSITIVE);
     let stored = match to {

@@ -18,8 +18,10 @@ pub struct TargetDesc {
     pub name: &'static str,
     /// One sentence.
     pub doc: &'static str,
-    /// Facts of the processor.
+    /// Facts of the processor; beside a GPU, of the one that feeds it.
     pub cpu: CpuDesc,
+    /// Facts of the GPU that runs the kernels, where one does.
+    pub gpu: Option<&'static GpuDesc>,
 }
 
 /// Facts of a CPU class. Rates are per core.
@@ -75,6 +77,23 @@ pub struct GpuDesc {
     pub bulk_copies: bool,
     /// Matrix products of fp8 by single warps, in hardware.
     pub fp8_products: bool,
+    /// What the usual member of the class reaches.
+    pub rates: GpuRates,
+}
+
+/// Rates of a GPU, from its data sheet: what predictions are made from. Only their ratios matter for choices.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GpuRates {
+    /// The GPU they belong to.
+    pub model: &'static str,
+    /// Multiprocessors.
+    pub multiprocessors: u32,
+    /// Bytes that memory gives in a second, in GB.
+    pub memory_gb: f64,
+    /// Multiply-adds of bf16 in a second, in units of 10^12.
+    pub bf16_tmac: f64,
+    /// Multiply-adds of signed bytes in a second, in units of 10^12.
+    pub int8_tmac: f64,
 }
 
 /// An integer dot product of unsigned weights and signed activations that accumulates in i32.

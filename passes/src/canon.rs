@@ -2,7 +2,7 @@
 
 crate::passes! {
     outline_layers::OutlineLayers, fold_constants::FoldConstants, dedupe::Dedupe, drop_dead::DropDead,
-    cast_weights::CastWeights,
+    narrow_rows::NarrowRows, cast_weights::CastWeights,
 }
 
 pub mod copy;

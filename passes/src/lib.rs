@@ -49,6 +49,7 @@ pub mod pass;
 pub mod pipeline;
 pub mod precision;
 pub mod presets;
+pub mod raise;
 pub mod registry;
 pub mod rewrite;
 pub mod saturate;
@@ -71,4 +72,4 @@ pub use serde;
 
 /// The built-in families, each listed by its `passes!`.
 static FAMILIES: &[&[&pass::PassInfo]] =
-    &[canon::ALL, calibrate::ALL, migrate::ALL, precision::ALL, weights::ALL, fuse::ALL];
+    &[raise::ALL, canon::ALL, calibrate::ALL, migrate::ALL, precision::ALL, weights::ALL, fuse::ALL];

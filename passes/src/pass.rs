@@ -202,6 +202,11 @@ pub trait Pass: Declared + fmt::Debug + Send + Sync {
         vec![]
     }
 
+    /// What it rounds the f32 rows of all products to, when it leaves none as they are.
+    fn rounds_rows(&self) -> Option<ElemTy> {
+        None
+    }
+
     /// The name filters among the options. Each must match something.
     fn patterns(&self) -> Vec<PatternUse<'_>> {
         vec![]

@@ -43,7 +43,7 @@ impl Preset {
 /// The pipeline around what is done to the weights and activations of a layer.
 macro_rules! pipeline {
     ($($in_layers:literal),+) => {
-        concat!("outline-layers, fold-constants, dedupe, layers(", $($in_layers, ", ",)+ "fuse-epilogue), drop-dead, pack-weights")
+        concat!("outline-layers, fold-constants, dedupe, layers(", $($in_layers, ", ",)+ "fuse-epilogue), drop-dead, narrow-rows, pack-weights")
     };
 }
 
@@ -80,6 +80,16 @@ presets! {
 
     /// int8 weights with a scale per row, int8 activations with one scale per tensor from calibration.
     "w8a8-static", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
+        "calibrate{stats=[histogram]}",
+        "round-to-nearest{format=int8, group=row}",
+        "quantize-activations{format=int8, scale=static, range=mse}",
+        "fuse-dequant-matmul",
+    ];
+
+    /// As `w8a8-static`, with outliers of activations moved into the weights first.
+    "w8a8-static-smoothquant", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
+        "calibrate{stats=[absmax, rows]}",
+        "smoothquant{alpha=search}",
         "calibrate{stats=[histogram]}",
         "round-to-nearest{format=int8, group=row}",
         "quantize-activations{format=int8, scale=static, range=mse}",
@@ -225,18 +235,20 @@ presets! {
         "fuse-dequant-matmul",
     ];
 
-    /// As `w4a8-g128`, rounded so that outputs change little.
+    /// As `w4a8-g128`, with large outliers of activations moved into the weights, rounded so that outputs change little.
     "w4a8-gptq-g128", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
-        "calibrate{stats=[hessian], skip-layers=[head]}",
+        "calibrate{stats=[absmax, rows, hessian], skip-layers=[head]}",
+        "smoothquant{alpha=search, worth=0.5, skip-layers=[head]}",
         "gptq{format=int4, group=128, skip-layers=[head]}",
         "round-to-nearest{format=int8, group=row, layers=[head]}",
         "quantize-activations{format=int8}",
         "fuse-dequant-matmul",
     ];
 
-    /// As `w4a8-g32`, rounded so that outputs change little.
+    /// As `w4a8-g32`, with large outliers of activations moved into the weights, rounded so that outputs change little.
     "w4a8-gptq-g32", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
-        "calibrate{stats=[hessian], skip-layers=[head]}",
+        "calibrate{stats=[absmax, rows, hessian], skip-layers=[head]}",
+        "smoothquant{alpha=search, worth=0.5, skip-layers=[head]}",
         "gptq{format=int4, group=32, skip-layers=[head]}",
         "round-to-nearest{format=int8, group=row, layers=[head]}",
         "quantize-activations{format=int8}",
@@ -290,6 +302,43 @@ presets! {
     ];
 }
 
+/// A named pipeline for graphs over arrays, which have neither tokens nor layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GraphPreset {
+    /// The name on the command line.
+    pub name: &'static str,
+    /// One sentence.
+    pub doc: &'static str,
+    /// The pipeline.
+    pub pipeline: &'static str,
+}
+
+/// Every preset for graphs.
+pub static GRAPHS: &[GraphPreset] = &[
+    GraphPreset {
+        name: "f32",
+        doc: "The graph as it is: quantized parts stay so, everything else is computed in its own type.",
+        pipeline: "fold-constants, dedupe, drop-dead",
+    },
+    GraphPreset {
+        name: "w8a8-static",
+        doc: "Convolutions and products with weights multiply bytes: int8 weights with a scale per output, unsigned \
+              activations with one scale per array from samples.",
+        pipeline: "fold-constants, dedupe, quantize-products, drop-dead",
+    },
+];
+
+impl GraphPreset {
+    /// The preset called `name`, or an error that lists all.
+    pub fn get(name: &str) -> Result<&'static GraphPreset> {
+        GRAPHS.iter().find(|p| p.name == name).ok_or_else(|| {
+            let names: Vec<&str> = GRAPHS.iter().map(|p| p.name).collect();
+            Diag::pipeline(format!("`{name}` is no preset for graphs over arrays"))
+                .help(format!("use {}", crate::pass::quoted(&names)))
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -315,7 +364,7 @@ mod tests {
             bf16_mac_per_cycle: 0.0,
             stream_bytes_per_cycle: 1.0,
         };
-        let target = TargetDesc { name: "cpu", doc: "", cpu };
+        let target = TargetDesc { name: "cpu", doc: "", cpu, gpu: None };
         for preset in ALL {
             let parsed = pipeline::parse(preset.pipeline).unwrap();
             let data: &[Fact] = if preset.needs_data() { &[Fact::Data] } else { &[] };

@@ -98,7 +98,7 @@ pub fn run(
 
 /// Every rule of every pass.
 pub fn all_rules() -> impl Iterator<Item = &'static Rule> {
-    crate::fuse::RULES.iter().flat_map(|list| list.iter())
+    crate::fuse::RULES.iter().chain(crate::raise::RULES).flat_map(|list| list.iter())
 }
 
 /// When to stop although there is more to find.

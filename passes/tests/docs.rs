@@ -11,7 +11,7 @@ use quantc_passes::pass::PassInfo;
 use std::collections::BTreeSet;
 
 /// Types that `%x` and the last value of an example may have. An example is short, so it does not say.
-const TYPES: [&str; 7] = [
+const TYPES: [&str; 8] = [
     "tensor<?tx4xf32>",
     "tensor<?tx2xf32>",
     "tensor<?tx8xf32>",
@@ -19,6 +19,7 @@ const TYPES: [&str; 7] = [
     "tensor<?tx4xbf16>",
     "tensor<?sx4xf32>",
     "tensor<?sx4xf16>",
+    "tensor<?rx4xf32>",
 ];
 
 #[test]

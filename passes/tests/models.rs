@@ -3,8 +3,11 @@
 #[expect(dead_code, reason = "every test program uses a part of it")]
 mod harness;
 
+use quantc_ir::eval::{Evaluator, Tensor};
 use quantc_ir::module::Module;
+use quantc_ir::ops::Op;
 use quantc_ir::text;
+use quantc_ir::ty::{Dim, TensorTy};
 use quantc_ir::weights::Store;
 use std::path::Path;
 
@@ -43,6 +46,42 @@ fn decoders_are_cut_at_their_blocks() {
         assert_eq!(layers, ["embed", "l0", "l1", "head"], "{name}");
         assert_eq!(distance, 0.0, "{name}");
     }
+}
+
+#[test]
+fn the_last_block_of_a_decoder_computes_wanted_rows_only() {
+    for name in ["tiny-gpt2", "tiny-llama3", "tiny-mistral", "tiny-qwen2", "tiny-qwen3"] {
+        let (before, store) = model(name);
+        let mut after = before.clone();
+        if let Err(e) = harness::run(&mut after, &store, "outline-layers, narrow-rows", false) {
+            panic!("{name}: {e}");
+        }
+        let block = &after.layers[after.layer("l1").expect("the last block")].graph;
+        let of_results = |op: fn(&Op) -> bool| {
+            block.ops().filter(|(_, n)| op(&n.op)).map(|(_, n)| block.ty(n.result)).all(wanted)
+        };
+        assert!(of_results(|op| matches!(op, Op::Attention(_))), "{name}");
+        assert!(wanted(block.ty(block.results[0])), "{name}");
+        let products = block.ops().filter(|(_, n)| matches!(n.op, Op::MatMul(_)));
+        let all_rows = products.filter(|(_, n)| !wanted(block.ty(n.result))).count();
+        assert!((1..=2).contains(&all_rows), "{name}: keys and values alone are made of all rows");
+        let ids = Tensor::i32(&[7], vec![3, 1, 4, 1, 5, 9, 2]).expect("ids");
+        for rows in [0, 1, 3, 7] {
+            let run = |m: &Module| {
+                let mut evaluator = Evaluator::new(m, &store).expect("it verifies");
+                evaluator.step(std::slice::from_ref(&ids), rows).expect("it runs").remove(0)
+            };
+            assert_eq!(
+                run(&before).f32s().expect("f32"),
+                run(&after).f32s().expect("f32"),
+                "{name}, {rows} rows"
+            );
+        }
+    }
+}
+
+fn wanted(ty: &TensorTy) -> bool {
+    ty.shape.0.first() == Some(&Dim::Sym('r'))
 }
 
 #[test]

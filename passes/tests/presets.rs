@@ -1,6 +1,7 @@
 //! Presets on a whole decoder: they run, and results stay as near as their bits allow. Those that take statistics are for
 //! the tests of the whole tool.
 
+#[expect(dead_code, reason = "every test program uses a part of it")]
 mod harness;
 
 use quantc_ir::ops::OpKind;

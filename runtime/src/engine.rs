@@ -13,12 +13,15 @@
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, Weak};
 
 use crate::cpu;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{self, Blob, KERNELS_FILE, MANIFEST_FILE, Manifest, WEIGHTS_FILE};
+use crate::format::{
+    self, Blob, GPU_KERNELS_FILE, GpuCode, GpuEntry, KERNELS_FILE, MANIFEST_FILE, Manifest, WEIGHTS_FILE,
+};
+use crate::gpu::{self, Loaded};
 use crate::object::{KernelFn, MAX_OBJECT_BYTES, Object};
 use crate::stats;
 use crate::weights::{Moved, Weights};
@@ -66,9 +69,14 @@ pub struct Engine {
     manifest: Manifest,
     /// `None` when the engine has no weights.
     weights: Option<Weights>,
-    object: Object,
-    /// The kernel of each launch of each program.
+    /// `None` when the kernels run on a GPU.
+    object: Option<Object>,
+    /// The kernel of each launch of each program; empty when they run on a GPU.
     kernels: Vec<Vec<KernelFn>>,
+    /// The kernels that run on a GPU.
+    gpu_kernels: Vec<GpuEntry>,
+    /// What sessions have loaded onto a GPU, as long as there is one.
+    loaded: Mutex<Weak<Loaded>>,
 }
 
 impl Engine {
@@ -78,22 +86,33 @@ impl Engine {
         let manifest = read_manifest(path)?;
         cpu::check(&manifest.target).map_err(|e| e.at(path.display()))?;
         let mut object = None;
+        let mut gpu_kernels = vec![];
         let mut weights = None;
+        // What is copied to a GPU is read once.
+        let pages = if manifest.gpu.is_some() { Pages::Mapped } else { options.pages };
         for file in &manifest.files {
             let at = path.join(&file.name);
             match file.name.as_str() {
+                GPU_KERNELS_FILE if manifest.gpu.is_some() => {
+                    let code = GpuCode::decode_file(&read_checked(&at, file)?);
+                    gpu_kernels = code.map_err(|e| e.at(at.display()))?.kernels;
+                }
                 KERNELS_FILE => {
                     let bytes = read_checked(&at, file)?;
                     object = Some(Object::load(&bytes).map_err(|e| e.at(at.display()))?);
                 }
-                WEIGHTS_FILE => weights = map_weights(&at, file, &manifest.weights, options.pages)?,
+                WEIGHTS_FILE => weights = map_weights(&at, file, &manifest.weights, pages)?,
                 _ => drop(open_listed(&at, file)?),
             }
         }
-        let object = object.ok_or_else(|| Error::format(format!("{KERNELS_FILE} is not listed")))?;
-        let kernels =
-            resolve_kernels(&manifest, &object).map_err(|e| e.at(path.join(KERNELS_FILE).display()))?;
-        let engine = Engine { path: path.to_owned(), manifest, weights, object, kernels };
+        let kernels = match &object {
+            Some(object) if manifest.gpu.is_none() => resolve_kernels(&manifest, object),
+            _ if manifest.gpu.is_some() => Ok(vec![]),
+            _ => return Err(Error::format(format!("{KERNELS_FILE} is not listed"))),
+        };
+        let kernels = kernels.map_err(|e| e.at(path.join(KERNELS_FILE).display()))?;
+        let (path, loaded) = (path.to_owned(), Mutex::new(Weak::new()));
+        let engine = Engine { path, manifest, weights, object, kernels, gpu_kernels, loaded };
         if options.verify_weights {
             engine.verify_weights()?;
         }
@@ -152,9 +171,43 @@ impl Engine {
         &self.manifest
     }
 
-    /// The loaded kernels.
-    pub fn object(&self) -> &Object {
-        &self.object
+    /// The loaded kernels; `None` when they run on a GPU.
+    pub fn object(&self) -> Option<&Object> {
+        self.object.as_ref()
+    }
+
+    /// The kernels that run on a GPU, as the engine has them.
+    pub fn gpu_kernels(&self) -> &[GpuEntry] {
+        &self.gpu_kernels
+    }
+
+    /// Loads kernels and weights onto this machine's GPU, unless a session has them there. `progress` is told how many
+    /// bytes of how many have been sent.
+    pub fn load(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Arc<Loaded>> {
+        let mut loaded = self.loaded.lock().unwrap_or_else(|broken| broken.into_inner());
+        if let Some(there) = loaded.upgrade() {
+            return Ok(there);
+        }
+        let fresh = self.load_fresh(gpu::driver().map_err(|e| e.at(self.path.display()))?, progress)?;
+        *loaded = Arc::downgrade(&fresh);
+        Ok(fresh)
+    }
+
+    /// As [`Engine::load`], through a driver of the caller's. Sessions share it as long as the result, or one of them, lives.
+    pub fn load_with(&self, driver: Box<dyn gpu::Driver>) -> Result<Arc<Loaded>> {
+        let fresh = self.load_fresh(driver, &mut |_, _| {})?;
+        *self.loaded.lock().unwrap_or_else(|broken| broken.into_inner()) = Arc::downgrade(&fresh);
+        Ok(fresh)
+    }
+
+    fn load_fresh(
+        &self,
+        driver: Box<dyn gpu::Driver>,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Arc<Loaded>> {
+        let weight = |index: usize| self.weight(index).unwrap_or_default();
+        let loaded = Loaded::new(driver, &self.manifest, &self.gpu_kernels, &weight, progress);
+        loaded.map(Arc::new).map_err(|e| e.at(self.path.display()))
     }
 
     /// The bytes of weight `index`; `None` when there is no such weight.

@@ -25,6 +25,8 @@ pub enum ErrorKind {
     Input,
     /// A worker thread failed.
     Worker,
+    /// The GPU or its driver failed.
+    Device,
 }
 
 /// An error of the runtime.

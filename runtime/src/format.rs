@@ -26,7 +26,7 @@
 //! # Ok::<(), quantc_runtime::Error>(())
 //! ```
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use prost::Message as _;
@@ -49,9 +49,13 @@ pub const MANIFEST_TEXT_FILE: &str = "manifest.txt";
 pub const WEIGHTS_FILE: &str = "weights.bin";
 /// Name of the kernel object.
 pub const KERNELS_FILE: &str = "kernels.o";
+/// Name of the file of kernels of an engine for a GPU: a [`GpuCode`].
+pub const GPU_KERNELS_FILE: &str = "kernels.cuda";
 
 /// Every blob of `weights.bin` begins at a multiple of this.
 pub const BLOB_ALIGN: u64 = 4096;
+/// Every weight begins at a multiple of this in device memory.
+pub const DEVICE_ALIGN: u64 = 256;
 /// The launch flag that lets the next launch begin before all workers have finished this one.
 pub const NO_BARRIER_AFTER: u32 = 1;
 /// The launch flag that lets every worker run all items, each into its own scratch.
@@ -151,6 +155,104 @@ pub struct Manifest {
     /// Rows that may be read after a call, besides the output: a row for each token.
     #[prost(message, repeated, tag = "24")]
     pub row_outputs: Vec<Tap>,
+    /// Of engines whose kernels run on a GPU, what there is to know to launch them.
+    #[prost(message, optional, tag = "25")]
+    pub gpu: Option<Gpu>,
+    /// Arrays that the caller of a graph gives.
+    #[prost(message, repeated, tag = "26")]
+    pub array_inputs: Vec<Array>,
+    /// Arrays that a graph gives.
+    #[prost(message, repeated, tag = "27")]
+    pub array_outputs: Vec<Array>,
+}
+
+/// How kernels of a GPU are launched.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct Gpu {
+    /// The architecture that machine code is for, as NVIDIA's compiler calls it: `sm_90a`.
+    #[prost(string, tag = "1")]
+    pub arch: String,
+    /// Tokens of a page of states.
+    #[prost(uint32, tag = "2")]
+    pub page_rows: u32,
+    /// Version of CUDA that made the machine code, a thousand times the major and ten times the minor number; 0 when the
+    /// kernels are text, which the runtime compiles.
+    #[prost(uint32, tag = "3")]
+    pub cuda: u32,
+    /// How each kernel is launched.
+    #[prost(message, repeated, tag = "4")]
+    pub kernels: Vec<GpuKernel>,
+}
+
+/// How one kernel of a GPU is launched.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct GpuKernel {
+    /// Its symbol.
+    #[prost(string, tag = "1")]
+    pub symbol: String,
+    /// Threads of a block.
+    #[prost(uint32, tag = "2")]
+    pub threads: u32,
+    /// Bytes of shared memory of a block.
+    #[prost(uint32, tag = "3")]
+    pub shared: u32,
+    /// 32-bit registers of a thread; 0 when they are not known.
+    #[prost(uint32, tag = "4")]
+    pub registers: u32,
+    /// Columns and rows of the grid.
+    #[prost(message, repeated, tag = "5")]
+    pub grid: Vec<Blocks>,
+    /// The sizes that follow the buffers, 32 bits each.
+    #[prost(enumeration = "Sym", repeated, tag = "6")]
+    pub scalars: Vec<i32>,
+    /// Number of buffers that a launch gives.
+    #[prost(uint32, tag = "7")]
+    pub buffers: u32,
+    /// Bytes of scratch for each token, which follows the buffers when there is any, and then the counters.
+    #[prost(uint64, tag = "8")]
+    pub scratch_each: u64,
+    /// Bytes of counters for each token: zero before and after every launch.
+    #[prost(uint64, tag = "9")]
+    pub counters_each: u64,
+}
+
+/// A number of blocks: `ceil(sym * times / per)`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, prost::Message)]
+pub struct Blocks {
+    /// What the number grows with.
+    #[prost(enumeration = "Sym", tag = "1")]
+    pub sym: i32,
+    /// Factor.
+    #[prost(uint32, tag = "2")]
+    pub times: u32,
+    /// Served by one block, at least 1.
+    #[prost(uint32, tag = "3")]
+    pub per: u32,
+}
+
+/// What [`GPU_KERNELS_FILE`] holds.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct GpuCode {
+    /// Every kernel, by symbol.
+    #[prost(message, repeated, tag = "1")]
+    pub kernels: Vec<GpuEntry>,
+}
+
+/// One kernel of a GPU.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct GpuEntry {
+    /// Its symbol.
+    #[prost(string, tag = "1")]
+    pub symbol: String,
+    /// Machine code; empty when the kernel is text.
+    #[prost(bytes = "vec", tag = "2")]
+    pub cubin: Vec<u8>,
+    /// CUDA C++; empty when there is machine code.
+    #[prost(string, tag = "3")]
+    pub source: String,
+    /// What it computes, as the compiler's JSON: for tools that check kernels.
+    #[prost(string, tag = "4")]
+    pub spec: String,
 }
 
 /// What an engine computes.
@@ -161,6 +263,46 @@ pub enum Kind {
     Decoder = 0,
     /// A vector for each token, without state.
     Encoder = 1,
+    /// Arrays from arrays, all of fixed shapes.
+    Graph = 2,
+}
+
+/// An array with a name, in the arena.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct Array {
+    /// The name in the model.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// The element type, as the compiler writes it: `f32`, `u8`, `bool`.
+    #[prost(string, tag = "2")]
+    pub elem: String,
+    /// Bytes of an element.
+    #[prost(uint32, tag = "3")]
+    pub elem_bytes: u32,
+    /// Extents; row-major.
+    #[prost(uint64, repeated, tag = "4")]
+    pub dims: Vec<u64>,
+    /// Where it lies; always in the arena.
+    #[prost(message, required, tag = "5")]
+    pub at: Ref,
+}
+
+impl Array {
+    /// Elements; `None` when there are absurdly many.
+    pub fn elements(&self) -> Option<u64> {
+        self.dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d))
+    }
+
+    /// Bytes; `None` when there are absurdly many.
+    pub fn bytes(&self) -> Option<u64> {
+        self.elements()?.checked_mul(u64::from(self.elem_bytes)).filter(|&b| b <= MAX_BUFFER_BYTES)
+    }
+
+    /// Type and extents, as `f32 1x3x224x224`.
+    pub fn ty(&self) -> String {
+        let dims: Vec<String> = self.dims.iter().map(u64::to_string).collect();
+        if dims.is_empty() { self.elem.clone() } else { format!("{} {}", self.elem, dims.join("x")) }
+    }
 }
 
 /// The machine kernels are compiled for.
@@ -293,6 +435,8 @@ pub enum Input {
     Base = 2,
     /// Segment of each token, for encoders that tell texts of a pair apart; 0 unless given.
     Types = 3,
+    /// Of engines for GPUs, the page of states that has each [`STATE_BLOCK`] rows of all slots in order.
+    Pages = 4,
 }
 
 /// A number of work items: `n * ceil(sym / div)`.
@@ -321,7 +465,7 @@ pub enum Sym {
     R = 2,
 }
 
-/// A value to look at after a launch, or to give before one: `t` rows of `width` f32 in the arena.
+/// A value to look at after a launch, or to give before one: rows of `width` f32 in the arena.
 #[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
 pub struct Tap {
     /// The value's name in the model's graph.
@@ -333,6 +477,9 @@ pub struct Tap {
     /// Columns.
     #[prost(uint32, tag = "3")]
     pub width: u32,
+    /// Whether there is a row for each result wanted, and not for each token.
+    #[prost(bool, tag = "4")]
+    pub of_results: bool,
 }
 
 /// Tokens that begin and end a text.
@@ -409,6 +556,51 @@ impl Ref {
     /// A null pointer.
     pub fn null() -> Ref {
         RefKind::Null(true).into()
+    }
+}
+
+impl Blocks {
+    /// Blocks of a call of `t` tokens and `r` rows; `None` when the number is absurd.
+    pub fn count(&self, t: u32, r: u32) -> Option<u32> {
+        let size = match Sym::try_from(self.sym).ok()? {
+            Sym::One => 1,
+            Sym::T => t,
+            Sym::R => r,
+        };
+        let all = u64::from(size) * u64::from(self.times);
+        // Rows of a grid may be at most 65535, columns more; what is beyond that the driver refuses.
+        u32::try_from(all.checked_div(self.per.into())? + u64::from(!all.is_multiple_of(self.per.into())))
+            .ok()
+            .filter(|&n| n <= i32::MAX as u32)
+    }
+}
+
+impl Blocks {
+    /// As `manifest.txt` writes it.
+    fn to_text(&self) -> String {
+        let sym = match Sym::try_from(self.sym) {
+            Ok(Sym::One) => return self.count(1, 1).unwrap_or(0).to_string(),
+            Ok(Sym::T) => "t",
+            Ok(Sym::R) => "r",
+            Err(_) => "?",
+        };
+        match (self.times, self.per) {
+            (1, per) => format!("ceil({sym} / {per})"),
+            (times, per) => format!("ceil({times} {sym} / {per})"),
+        }
+    }
+}
+
+impl GpuCode {
+    /// The bytes of [`GPU_KERNELS_FILE`].
+    pub fn encode_file(&self) -> Vec<u8> {
+        self.encode_to_vec()
+    }
+
+    /// Reads the bytes of [`GPU_KERNELS_FILE`].
+    pub fn decode_file(bytes: &[u8]) -> Result<GpuCode> {
+        GpuCode::decode(bytes)
+            .map_err(|e| Error::format(format!("the file of kernels is not a message: {e}")))
     }
 }
 
@@ -502,6 +694,36 @@ impl Manifest {
         self.files.iter().find(|file| file.name == name)
     }
 
+    /// Name of the file with the kernels.
+    pub fn kernels_file(&self) -> &'static str {
+        if self.gpu.is_some() { GPU_KERNELS_FILE } else { KERNELS_FILE }
+    }
+
+    /// Device memory that a session of `slots` sequences needs on a GPU, weights included; `None` when that is absurd.
+    pub fn device_bytes(&self, slots: u32) -> Option<DeviceBytes> {
+        let states = self.state_bytes(slots)?;
+        let pages = slot_rows(self.context) / u64::from(STATE_BLOCK) * u64::from(slots);
+        let inputs = 4 * (4 * u64::from(self.max_tokens).next_multiple_of(64) + pages);
+        let (scratch, counters) = self.workspace_bytes();
+        let weights = self.weights.iter().map(|b| b.len.next_multiple_of(DEVICE_ALIGN)).sum();
+        let arena = self.arena_bytes + scratch + counters;
+        Some(DeviceBytes { weights, states, arena, inputs })
+    }
+
+    /// Bytes of scratch and of counters of the largest launch on a GPU.
+    pub fn workspace_bytes(&self) -> (u64, u64) {
+        let kernels = || self.gpu.iter().flat_map(|gpu| &gpu.kernels);
+        let of_call = |launch: &Launch, tokens: u32, each: fn(&GpuKernel) -> u64| {
+            let kernel = kernels().find(|kernel| kernel.symbol == launch.symbol);
+            kernel.map_or(0, |kernel| each(kernel).saturating_mul(tokens.into()))
+        };
+        let most = |each: fn(&GpuKernel) -> u64| {
+            let launches = self.programs.iter().flat_map(|p| p.launches.iter().map(|l| (l, p.max_t)));
+            launches.map(|(launch, tokens)| of_call(launch, tokens, each)).max().unwrap_or(0)
+        };
+        (most(|k| k.scratch_each), most(|k| k.counters_each))
+    }
+
     /// The program for calls of `t` tokens, as an index.
     pub fn program_for(&self, t: u32) -> Option<usize> {
         self.programs.iter().position(|program| (program.min_t..=program.max_t).contains(&t))
@@ -524,9 +746,13 @@ impl Manifest {
         self.validate_weights()?;
         self.validate_states()?;
         self.validate_programs()?;
+        self.validate_gpu()?;
         for rows in self.row_inputs.iter().chain(&self.row_outputs) {
             let bytes = u64::from(self.max_tokens) * u64::from(rows.width) * 4;
             self.check_floats(&rows.at, bytes).map_err(|e| e.at(format_args!("rows {:?}", rows.name)))?;
+        }
+        for array in self.array_inputs.iter().chain(&self.array_outputs) {
+            self.check_array(array).map_err(|e| e.at(format_args!("array {:?}", array.name)))?;
         }
         let bytes = u64::from(self.max_rows) * u64::from(self.vocab) * 4;
         self.check_floats(&self.output, bytes).map_err(|e| e.at("output"))
@@ -537,7 +763,7 @@ impl Manifest {
             return Err(Error::format(format!("version {} is not {VERSION}", self.version)));
         }
         if Kind::try_from(self.kind).is_err() {
-            return Err(Error::format(format!("kind {} is neither decoder nor encoder", self.kind)));
+            return Err(Error::format(format!("kind {} is neither decoder, encoder nor graph", self.kind)));
         }
         if self.target.arch != "x86_64" {
             let (name, arch) = (&self.target.name, &self.target.arch);
@@ -587,8 +813,9 @@ impl Manifest {
                 return Err(at(Error::format("listed twice")));
             }
         }
-        if !names.contains(KERNELS_FILE) {
-            return Err(Error::format(format!("{KERNELS_FILE} is not listed")));
+        let kernels = self.kernels_file();
+        if !names.contains(kernels) {
+            return Err(Error::format(format!("{kernels} is not listed")));
         }
         if !self.weights.is_empty() && !names.contains(WEIGHTS_FILE) {
             return Err(Error::format(format!("{WEIGHTS_FILE} is not listed")));
@@ -677,8 +904,54 @@ impl Manifest {
             self.check_ref(arg).map_err(|e| e.at(format_args!("buffer {index}")))?;
         }
         if let Some(tap) = &launch.tap {
-            let bytes = u64::from(max_t.min(self.max_tokens)) * u64::from(tap.width) * 4;
+            let most = if tap.of_results { self.max_rows } else { self.max_tokens };
+            let bytes = u64::from(max_t.min(most)) * u64::from(tap.width) * 4;
             self.check_floats(&tap.at, bytes).map_err(|e| e.at(format_args!("tap {:?}", tap.name)))?;
+        }
+        Ok(())
+    }
+
+    fn validate_gpu(&self) -> Result<()> {
+        let paged = |launch: &Launch| launch.args.contains(&Ref::input(Input::Pages));
+        let launches = || self.programs.iter().flat_map(|program| &program.launches);
+        let Some(gpu) = &self.gpu else {
+            return match launches().any(paged) {
+                true => Err(Error::format("states in pages are for GPUs only")),
+                false => Ok(()),
+            };
+        };
+        if gpu.page_rows != STATE_BLOCK {
+            return Err(Error::format(format!("pages of {} rows are not of {STATE_BLOCK}", gpu.page_rows)));
+        }
+        for kernel in &gpu.kernels {
+            let at = |e: Error| e.at(format_args!("kernel {}", kernel.symbol));
+            in_range("threads", kernel.threads, 1024).map_err(at)?;
+            let most = MAX_BUFFER_BYTES / u64::from(MAX_TOKENS);
+            if kernel.scratch_each > most || kernel.counters_each > most {
+                return Err(at(Error::format("its workspace is absurdly large")));
+            }
+            let counted =
+                |blocks: &Blocks| blocks.per > 0 && blocks.count(self.max_tokens, self.max_rows).is_some();
+            if kernel.grid.len() != 2 || !kernel.grid.iter().all(counted) {
+                return Err(at(Error::format("the grid is not two sane numbers of blocks")));
+            }
+            if kernel.scalars.iter().any(|&s| Sym::try_from(s).is_err()) {
+                return Err(at(Error::format("a size of no known kind")));
+            }
+        }
+        let known: BTreeMap<&str, u32> =
+            gpu.kernels.iter().map(|kernel| (kernel.symbol.as_str(), kernel.buffers)).collect();
+        for launch in launches() {
+            let at = |what: String| {
+                Err(Error::format(what).at(format_args!("launch {:?} ({})", launch.name, launch.symbol)))
+            };
+            match known.get(launch.symbol.as_str()) {
+                None => return at("there is no such kernel".into()),
+                Some(&buffers) if buffers as usize != launch.args.len() => {
+                    return at(format!("{} buffers, the kernel has {buffers}", launch.args.len()));
+                }
+                Some(_) => {}
+            }
         }
         Ok(())
     }
@@ -706,6 +979,24 @@ impl Manifest {
             }
             Some(_) => Ok(()),
         }
+    }
+
+    fn check_array(&self, array: &Array) -> Result<()> {
+        if !matches!(array.elem_bytes, 1 | 2 | 4 | 8) {
+            return Err(Error::format(format!("elements of {} bytes", array.elem_bytes)));
+        }
+        let bytes = array.bytes().ok_or_else(|| Error::format("its extents are absurdly large"))?;
+        let Some(RefKind::Arena(offset)) = array.at.kind else {
+            return Err(Error::format("the array does not lie in the arena"));
+        };
+        if offset % u64::from(array.elem_bytes) != 0 {
+            return Err(Error::format(format!("arena offset {offset} is not a multiple of an element")));
+        }
+        if offset.checked_add(bytes).is_none_or(|end| end > self.arena_bytes) {
+            let have = self.arena_bytes;
+            return Err(Error::format(format!("{bytes} bytes at {offset} are not within the arena's {have}")));
+        }
+        Ok(())
     }
 
     /// Checks that `at` is `bytes` bytes of f32 in the arena.
@@ -736,6 +1027,7 @@ impl Manifest {
         let kind = match Kind::try_from(self.kind) {
             Ok(Kind::Decoder) => "decoder",
             Ok(Kind::Encoder) => "encoder",
+            Ok(Kind::Graph) => "graph",
             Err(_) => "unknown",
         };
         writeln!(
@@ -759,13 +1051,38 @@ impl Manifest {
         writeln!(out, "vocab {}", self.vocab)?;
         writeln!(out, "token_limit {}", self.token_ids())?;
         writeln!(out, "arena_bytes {}", self.arena_bytes)?;
-        writeln!(out, "scratch_bytes {} per worker", self.scratch_bytes)?;
+        match &self.gpu {
+            None => writeln!(out, "scratch_bytes {} per worker", self.scratch_bytes)?,
+            Some(gpu) => {
+                let code = match gpu.cuda {
+                    0 => "as text, compiled when it is loaded".into(),
+                    cuda => format!("machine code by CUDA {}.{}", cuda / 1000, cuda % 1000 / 10),
+                };
+                writeln!(out, "gpu {}: kernels {code}; pages of {} tokens", gpu.arch, gpu.page_rows)?;
+                if let Some(need) = self.device_bytes(1) {
+                    writeln!(
+                        out,
+                        "device_bytes {} (weights {}, states {}, arena {}, inputs {})",
+                        need.total(),
+                        need.weights,
+                        need.states,
+                        need.arena,
+                        need.inputs
+                    )?;
+                }
+            }
+        }
         writeln!(out, "weight_bytes {}", self.weight_bytes)?;
         writeln!(out, "decode_bytes_per_token {}", self.decode_bytes_per_token)?;
         writeln!(out, "output {}", RefText(&self.output, self))?;
         for (what, all) in [("input", &self.row_inputs), ("further output", &self.row_outputs)] {
             for rows in all {
                 writeln!(out, "{what} {} {} x {}", rows.name, RefText(&rows.at, self), rows.width)?;
+            }
+        }
+        for (what, all) in [("input", &self.array_inputs), ("output", &self.array_outputs)] {
+            for array in all {
+                writeln!(out, "{what} {} {} {}", array.name, RefText(&array.at, self), array.ty())?;
             }
         }
         if let Some(generation) = &self.generation {
@@ -792,6 +1109,18 @@ impl Manifest {
         for (index, state) in self.states.iter().enumerate() {
             writeln!(out, "  {index} {} {} bytes a row", state.name, state.row_bytes)?;
         }
+        if let Some(gpu) = &self.gpu {
+            writeln!(out, "\nkernels")?;
+            for kernel in &gpu.kernels {
+                let grid: Vec<String> = kernel.grid.iter().map(Blocks::to_text).collect();
+                write!(out, "  {} grid {} threads {}", kernel.symbol, grid.join(" x "), kernel.threads)?;
+                write!(out, " shared {} registers {}", kernel.shared, kernel.registers)?;
+                if kernel.scratch_each + kernel.counters_each > 0 {
+                    write!(out, " workspace {} + {} a token", kernel.scratch_each, kernel.counters_each)?;
+                }
+                writeln!(out)?;
+            }
+        }
         for program in &self.programs {
             writeln!(out, "\nprogram for {}..={} tokens", program.min_t, program.max_t)?;
             for launch in &program.launches {
@@ -814,9 +1143,12 @@ impl Manifest {
             let comma = if index == 0 { "" } else { ", " };
             write!(out, "{comma}{}", RefText(arg, self))?;
         }
-        write!(out, ") items {n}")?;
-        if sym != "1" {
-            write!(out, " * ceil({sym} / {div})")?;
+        write!(out, ")")?;
+        if self.gpu.is_none() {
+            write!(out, " items {n}")?;
+            if sym != "1" {
+                write!(out, " * ceil({sym} / {div})")?;
+            }
         }
         if launch.flags & NO_BARRIER_AFTER != 0 {
             write!(out, " no-barrier-after")?;
@@ -853,6 +1185,7 @@ impl std::fmt::Display for RefText<'_> {
                 Ok(Input::Positions) => "positions",
                 Ok(Input::Base) => "base",
                 Ok(Input::Types) => "types",
+                Ok(Input::Pages) => "pages",
                 Err(_) => "unknown input",
             }),
             Some(RefKind::Null(_)) => f.write_str("null"),
@@ -873,6 +1206,26 @@ fn check_digest(digest: &[u8]) -> Result<()> {
         return Err(Error::format(format!("the digest has {} bytes, not {DIGEST_BYTES}", digest.len())));
     }
     Ok(())
+}
+
+/// Device memory, by use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceBytes {
+    /// Weights.
+    pub weights: u64,
+    /// Caches.
+    pub states: u64,
+    /// Intermediate values, and what blocks hand each other.
+    pub arena: u64,
+    /// Token ids, positions and tables of pages.
+    pub inputs: u64,
+}
+
+impl DeviceBytes {
+    /// All of it.
+    pub fn total(self) -> u64 {
+        [self.weights, self.states, self.arena, self.inputs].into_iter().fold(0, u64::saturating_add)
+    }
 }
 
 /// Lower-case hexadecimal, as `b3sum` prints it.
@@ -901,7 +1254,7 @@ mod tests {
                 Ref::scratch(8),
             ],
             items: Items::per_token(3, 2),
-            tap: Some(Tap { name: "x".into(), at: Ref::arena(64), width: 4 }),
+            tap: Some(Tap { name: "x".into(), at: Ref::arena(64), width: 4, of_results: false }),
             flags: NO_BARRIER_AFTER,
         };
         Manifest {

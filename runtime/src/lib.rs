@@ -19,6 +19,7 @@
 //!
 //! - [`mod@format`] is the manifest: the contract with the compiler, written and read here.
 //! - [`object`] loads kernels, [`pool`] has the threads that call them.
+//! - [`gpu`] runs engines made for GPUs: sessions are the same, whatever runs the kernels.
 //! - [`stats`] tells what this process and machine have.
 //!
 //! # What is not here, and why
@@ -32,6 +33,7 @@ mod cpu;
 pub mod engine;
 pub mod error;
 pub mod format;
+pub mod gpu;
 mod mem;
 pub mod object;
 pub mod pool;

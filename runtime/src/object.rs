@@ -88,8 +88,83 @@ fn copy_aligned<'a>(bytes: &[u8], storage: &'a mut Vec<u64>) -> &'a [u8] {
 }
 
 /// Functions of the runtime that an object may refer to, sorted by name.
-pub const EXTERNALS: [&str; 11] =
-    ["cosf", "erff", "exp2f", "expf", "fmaf", "logf", "memcpy", "memmove", "memset", "sinf", "tanhf"];
+pub const EXTERNALS: [&str; 32] = [
+    "cosf",
+    "erff",
+    "exp2f",
+    "expf",
+    "fmaf",
+    "logf",
+    "memcpy",
+    "memmove",
+    "memset",
+    "qc_acos",
+    "qc_acosh",
+    "qc_asin",
+    "qc_asinh",
+    "qc_atan",
+    "qc_atanh",
+    "qc_ceil",
+    "qc_cos",
+    "qc_cosh",
+    "qc_erf",
+    "qc_exp",
+    "qc_floor",
+    "qc_log",
+    "qc_log1p",
+    "qc_pow",
+    "qc_rem",
+    "qc_round",
+    "qc_sin",
+    "qc_sinh",
+    "qc_tan",
+    "qc_tanh",
+    "sinf",
+    "tanhf",
+];
+
+/// The functions of f64.
+mod f64s {
+    macro_rules! functions {
+        ($($name:ident($($x:ident),+) = $body:expr;)*) => {
+            $(pub(super) extern "C" fn $name($($x: f64),+) -> f64 {
+                $body
+            })*
+
+            /// The address of the function called `name`.
+            pub(super) fn address(name: &str) -> Option<*const ()> {
+                match name {
+                    $(concat!("qc_", stringify!($name)) => Some($name as *const ()),)*
+                    _ => None,
+                }
+            }
+        };
+    }
+
+    functions! {
+        acos(x) = libm::acos(x);
+        acosh(x) = libm::acosh(x);
+        asin(x) = libm::asin(x);
+        asinh(x) = libm::asinh(x);
+        atan(x) = libm::atan(x);
+        atanh(x) = libm::atanh(x);
+        ceil(x) = x.ceil();
+        cos(x) = libm::cos(x);
+        cosh(x) = libm::cosh(x);
+        erf(x) = libm::erf(x);
+        exp(x) = libm::exp(x);
+        floor(x) = x.floor();
+        log(x) = libm::log(x);
+        log1p(x) = libm::log1p(x);
+        pow(x, y) = libm::pow(x, y);
+        rem(x, y) = x % y;
+        round(x) = x.round_ties_even();
+        sin(x) = libm::sin(x);
+        sinh(x) = libm::sinh(x);
+        tan(x) = libm::tan(x);
+        tanh(x) = libm::tanh(x);
+    }
+}
 
 /// The address of external number `index` of [`EXTERNALS`].
 fn external_address(index: usize) -> u64 {
@@ -116,6 +191,9 @@ fn external_address(index: usize) -> u64 {
     }
     extern "C" fn fmaf(x: f32, y: f32, z: f32) -> f32 {
         libm::fmaf(x, y, z)
+    }
+    if let Some(address) = f64s::address(EXTERNALS[index]) {
+        return address as u64;
     }
     let address: *const () = match EXTERNALS[index] {
         "erff" => erff as *const (),

@@ -21,6 +21,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
     Input, Items, Kind, Launch, Manifest, NO_BARRIER_AFTER, REPLICATED, Ref, RefKind, Tap, slot_rows,
 };
+use crate::gpu;
 use crate::mem::{Mapping, PAGE};
 use crate::object::KernelFn;
 use crate::pool::{Pool, PoolOptions};
@@ -111,6 +112,9 @@ pub struct Session {
     profile: bool,
     /// How long weights may be moved before the next step; nothing moves before the first.
     move_for: Option<Duration>,
+    /// What the session has on a GPU, when kernels run there. Then `arena` and `inputs` are copies, made of what goes there
+    /// and what comes back; there are no states, and no programs for workers.
+    gpu: Option<gpu::Memory>,
     /// Kernels and weights the tables point to; dropped last.
     engine: Arc<Engine>,
 }
@@ -155,7 +159,11 @@ unsafe impl Sync for Session {}
 impl Session {
     /// Allocates memory and starts threads.
     pub fn new(engine: Arc<Engine>, options: &SessionOptions) -> Result<Session> {
-        let threads = if options.threads == 0 { stats::available_cpus() } else { options.threads };
+        let on_gpu = engine.manifest().gpu.is_some();
+        let cpus = if on_gpu { 1 } else { stats::available_cpus() };
+        let threads = if options.threads == 0 || on_gpu { cpus } else { options.threads };
+        let decode_threads = if on_gpu { 1 } else { options.decode_threads };
+        let options = &SessionOptions { decode_threads, ..*options };
         let decode_threads = if options.decode_threads == 0 { threads } else { options.decode_threads };
         if decode_threads > threads {
             let what = format!(
@@ -164,8 +172,20 @@ impl Session {
             return Err(Error::input(what));
         }
         let manifest = engine.manifest();
-        let sizes = Sizes::of(manifest, options.slots, threads)?;
-        sizes.check_available(manifest, options.slots, threads)?;
+        let mut sizes = Sizes::of(manifest, options.slots, threads)?;
+        let gpu = match on_gpu {
+            true => {
+                sizes.states.clear();
+                let loaded = engine.load(&mut |_, _| {})?;
+                let input = sizes.input as u64;
+                Some(gpu::Memory::new(loaded, manifest, options.slots, input, options.profile)?)
+            }
+            false => None,
+        };
+        // Copies of what is on a GPU take pages of memory only where something is looked at.
+        if !on_gpu {
+            sizes.check_available(manifest, options.slots, threads)?;
+        }
         let pool = Pool::new(threads, PoolOptions { pin: options.pin })?;
         let map = Mapping::new;
         let arena = map(sizes.arena, "the arena")?;
@@ -175,8 +195,8 @@ impl Session {
             sizes.states.iter().map(|&bytes| map(bytes, "a state")).collect::<Result<Vec<Mapping>>>()?;
         let memory =
             Memory { arena: &arena, scratch: &scratch, inputs: &inputs, states: &states, sizes: &sizes };
-        let programs =
-            (0..manifest.programs.len()).map(|index| memory.prepare(&engine, index, threads)).collect();
+        let prepared = if on_gpu { 0 } else { manifest.programs.len() };
+        let programs = (0..prepared).map(|index| memory.prepare(&engine, index, threads)).collect();
         let output = match manifest.output.kind {
             Some(RefKind::Arena(offset)) => offset as usize,
             _ => return Err(Error::format("the result does not lie in the arena")),
@@ -200,6 +220,7 @@ impl Session {
             poison: options.poison,
             profile: options.profile,
             move_for: None,
+            gpu,
             engine,
         })
     }
@@ -207,6 +228,11 @@ impl Session {
     /// The engine this session runs.
     pub fn engine(&self) -> &Arc<Engine> {
         &self.engine
+    }
+
+    /// The GPU that runs the kernels, where one does.
+    pub fn device(&self) -> Option<&gpu::Device> {
+        self.gpu.as_ref().map(gpu::Memory::device)
     }
 
     /// How many workers there are.
@@ -365,18 +391,65 @@ impl Session {
         Ok(self.output(tokens.len()))
     }
 
+    /// Runs a graph: `inputs` are the bytes of the manifest's `array_inputs`, in order. [`Session::array`] then gives its
+    /// outputs.
+    pub fn run_arrays(&mut self, inputs: &[&[u8]]) -> Result<()> {
+        let manifest = self.engine.manifest();
+        if manifest.kind() != Kind::Graph {
+            return Err(Error::input("the engine takes tokens, not arrays"));
+        }
+        if inputs.len() != manifest.array_inputs.len() {
+            let what = format!("{} arrays; the engine takes {}", inputs.len(), manifest.array_inputs.len());
+            return Err(Error::input(what));
+        }
+        for (array, given) in manifest.array_inputs.iter().zip(inputs) {
+            let bytes = array.bytes().unwrap_or(0);
+            if given.len() as u64 != bytes {
+                let what = format!("input {:?} has {} bytes, {} has {bytes}", array.name, given.len(), array.ty());
+                return Err(Error::input(what));
+            }
+            if array.elem == "bool" && given.iter().any(|&b| b > 1) {
+                return Err(Error::input(format!("input {:?} has truth values besides 0 and 1", array.name)));
+            }
+        }
+        if self.poison {
+            self.fill_with_nan();
+        }
+        for (array, given) in self.engine.manifest().array_inputs.iter().zip(inputs) {
+            let Some(RefKind::Arena(offset)) = array.at.kind else { continue };
+            // SAFETY: the arena is never protected, and no kernel runs while `self` is borrowed here.
+            let bytes = unsafe { self.arena.bytes_mut() };
+            bytes[offset as usize..][..given.len()].copy_from_slice(given);
+        }
+        self.ask_for_huge_pages(u32::MAX);
+        let Some(program) = self.programs.first() else { return Ok(()) };
+        let count = program.launches.len();
+        self.run_launches(0, 0..count, 1, 1)
+    }
+
+    /// The bytes of output `index` of the last [`Session::run_arrays`].
+    pub fn array(&self, index: usize) -> Result<&[u8]> {
+        let array = self.engine.manifest().array_outputs.get(index);
+        let Some((array, RefKind::Arena(offset))) = array.and_then(|a| Some((a, a.at.kind?))) else {
+            return Err(Error::input(format!("there is no output {index}")));
+        };
+        let bytes = array.bytes().unwrap_or(0) as usize;
+        let end = offset as usize + bytes;
+        assert!(end <= self.arena.len(), "the manifest was validated");
+        // SAFETY: the range was just checked; kernels write the arena only while the session is borrowed mutably.
+        Ok(unsafe { std::slice::from_raw_parts(self.arena.ptr().add(offset as usize), bytes) })
+    }
+
     /// Time spent by launch name, in the order of the programs; empty unless the session was made to profile.
     pub fn profile(&self) -> Vec<ProfileRow> {
         let mut rows: Vec<ProfileRow> = Vec::new();
         let mut index_of = std::collections::BTreeMap::new();
-        for (program, prepared) in self.engine.manifest().programs.iter().zip(&self.programs) {
-            for (launch, prepared) in program.launches.iter().zip(&prepared.launches) {
-                let calls = prepared.calls.load(Ordering::Relaxed);
+        for (number, program) in self.engine.manifest().programs.iter().enumerate() {
+            for (place, launch) in program.launches.iter().enumerate() {
+                let (calls, nanos, busy_nanos) = self.measured(number, place);
                 if calls == 0 {
                     continue;
                 }
-                let nanos = prepared.nanos.load(Ordering::Relaxed);
-                let busy_nanos = prepared.busy_nanos.load(Ordering::Relaxed);
                 let index = *index_of.entry(launch.name.as_str()).or_insert(rows.len());
                 if index == rows.len() {
                     let (name, symbol) = (launch.name.clone(), launch.symbol.clone());
@@ -390,8 +463,23 @@ impl Session {
         rows
     }
 
+    /// Calls of a launch, nanoseconds, and those inside kernels.
+    fn measured(&self, program: usize, launch: usize) -> (u64, u64, u64) {
+        if let Some(gpu) = &self.gpu {
+            let (calls, nanos) = gpu.time(program, launch);
+            return (calls, nanos, nanos);
+        }
+        let launch = &self.programs[program].launches[launch];
+        let [calls, nanos, busy] =
+            [&launch.calls, &launch.nanos, &launch.busy_nanos].map(|n| n.load(Ordering::Relaxed));
+        (calls, nanos, busy)
+    }
+
     /// Forgets the times measured so far.
     pub fn clear_profile(&mut self) {
+        if let Some(gpu) = &mut self.gpu {
+            gpu.clear_times();
+        }
         for launch in self.programs.iter_mut().flat_map(|program| &mut program.launches) {
             *launch.calls.get_mut() = 0;
             *launch.nanos.get_mut() = 0;
@@ -495,7 +583,7 @@ impl Session {
         }
         checked?;
         self.write_inputs(step);
-        if self.poison {
+        if self.poison && self.gpu.is_none() {
             self.fill_with_nan();
         }
         self.write_rows(inputs);
@@ -503,7 +591,12 @@ impl Session {
         let rows = step.rows as u32;
         let manifest = self.engine.manifest();
         let program = manifest.program_for(t).ok_or_else(|| self.too_many_tokens(t as usize))?;
-        let count = self.programs[program].launches.len();
+        let count = manifest.programs[program].launches.len();
+        if self.gpu.is_some() {
+            self.run_on_gpu(program, inputs.is_empty(), t, rows, tap)?;
+            self.advance(step);
+            return Ok(());
+        }
         self.ask_for_huge_pages(t);
         self.move_weights()?;
         let start = Instant::now();
@@ -518,10 +611,62 @@ impl Session {
             let launch = &self.engine.manifest().programs[program].launches[index];
             let Some(value) = &launch.tap else { continue };
             let Some(RefKind::Arena(offset)) = value.at.kind else { continue };
-            let (rows, width) = (t as usize, value.width as usize);
+            let (rows, width) = (if value.of_results { rows } else { t } as usize, value.width as usize);
             tap(&value.name, rows, width, self.floats(offset as usize, rows * width));
         }
         self.advance(step);
+        Ok(())
+    }
+
+    /// Sends what the step has written, runs the program, and fetches what callers look at.
+    fn run_on_gpu(
+        &mut self,
+        program: usize,
+        no_rows: bool,
+        t: u32,
+        rows: u32,
+        tap: Option<&mut TapFn<'_>>,
+    ) -> Result<()> {
+        let Session { gpu: Some(gpu), arena, inputs, engine, poison, output, .. } = self else {
+            return Ok(());
+        };
+        let manifest = engine.manifest();
+        if *poison {
+            gpu.poison(manifest.arena_bytes)?;
+        }
+        // SAFETY: neither mapping is ever protected, and `self` is borrowed mutably.
+        let (arena, inputs) = unsafe { (arena.bytes_mut(), inputs.bytes_mut()) };
+        gpu.send_inputs(&inputs[..4 * input_bytes(manifest)])?;
+        let place = |at: &Ref, rows: u32, width: u32| match at.kind {
+            Some(RefKind::Arena(offset)) => {
+                offset as usize..offset as usize + rows as usize * width as usize * 4
+            }
+            _ => 0..0,
+        };
+        for given in manifest.row_inputs.iter().filter(|_| !no_rows) {
+            let range = place(&given.at, t, given.width);
+            gpu.send_rows(range.start as u64, &arena[range])?;
+        }
+        match tap {
+            None => gpu.run(manifest, program, None, t, rows)?,
+            Some(tap) => {
+                for (index, launch) in manifest.programs[program].launches.iter().enumerate() {
+                    gpu.run(manifest, program, Some(index), t, rows)?;
+                    let Some(value) = &launch.tap else { continue };
+                    let mut numbers = vec![0u8; t as usize * value.width as usize * 4];
+                    gpu.fetch(&mut numbers, place(&value.at, t, value.width).start as u64)?;
+                    let float = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                    let numbers: Vec<f32> = numbers.chunks_exact(4).map(float).collect();
+                    tap(&value.name, t as usize, value.width as usize, &numbers);
+                }
+            }
+        }
+        let results = *output..*output + rows as usize * manifest.vocab as usize * 4;
+        gpu.fetch(&mut arena[results.clone()], results.start as u64)?;
+        for more in &manifest.row_outputs {
+            let range = place(&more.at, t, more.width);
+            gpu.fetch(&mut arena[range.clone()], range.start as u64)?;
+        }
         Ok(())
     }
 
@@ -529,6 +674,9 @@ impl Session {
     fn check_step(&mut self, step: Step<'_>) -> Result<()> {
         let Step { tokens, positions, slots, rows } = step;
         let manifest = self.engine.manifest();
+        if manifest.kind() == Kind::Graph {
+            return Err(Error::input("the engine takes arrays, not tokens"));
+        }
         let t = tokens.len();
         if t == 0 || t > manifest.max_tokens as usize {
             return Err(self.too_many_tokens(t));
@@ -857,6 +1005,8 @@ impl Memory<'_> {
                     Ok(Input::Positions) => 1,
                     Ok(Input::Base) => 2,
                     Ok(Input::Types) => 3,
+                    // The manifest was validated: engines for processors have no pages.
+                    Ok(Input::Pages) => return std::ptr::null_mut(),
                 };
                 self.inputs.ptr().wrapping_add(index * self.sizes.input)
             }

@@ -2,6 +2,9 @@
 //! results, damaged files, and numbers to compare.
 #![allow(dead_code, reason = "each test file uses a part of this")]
 
+#[cfg(feature = "llvm")]
+pub mod device;
+
 use quantc_codegen::targets;
 use quantc_passes::presets::Preset;
 use quantc_runtime::session::{Session, SessionOptions};
@@ -115,6 +118,27 @@ pub fn folder() -> &'static Path {
 /// The store that compilations of this test file share.
 pub fn store() -> PathBuf {
     folder().join("store")
+}
+
+/// A folder with libraries that stand in for those of CUDA, once they are built; `None` where there is no C compiler.
+pub fn fake_cuda() -> Option<&'static Path> {
+    static BUILT: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let build = || {
+        let to = folder().join("lib");
+        std::fs::create_dir_all(&to).expect("the target folder is writable");
+        for name in ["libcuda", "libnvrtc"] {
+            let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake").join(format!("{name}.c"));
+            let mut cc = Command::new("cc");
+            cc.args(["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o"]);
+            let Ok(done) = cc.arg(to.join(format!("{name}.so"))).arg(source).output() else {
+                eprintln!("skipped: there is no `cc`");
+                return None;
+            };
+            assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        }
+        Some(to)
+    };
+    BUILT.get_or_init(build).as_deref()
 }
 
 /// How an engine is made.

@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cpu::cache::{BLOCK, CODE_COLUMNS, CacheTy, check_slot_rows};
 use crate::eexpr::F32;
+use crate::spec::Rows;
 
 #[cfg(feature = "llvm")]
 mod emit;
@@ -86,6 +87,17 @@ pub struct AttentionSpec {
     pub source: KvSource,
     /// Elements from one row of q to the next.
     pub q_stride: u32,
+    /// What counts the rows of q: all tokens of the call, or the last ones, for which results are wanted.
+    #[serde(default = "all_tokens", skip_serializing_if = "is_all_tokens")]
+    pub rows: Rows,
+}
+
+fn all_tokens() -> Rows {
+    Rows::T
+}
+
+fn is_all_tokens(rows: &Rows) -> bool {
+    *rows == Rows::T
 }
 
 /// Widest head whose sums of 16-bit queries by 8-bit keys fit in an i32.
@@ -111,6 +123,7 @@ impl AttentionSpec {
             softcap: None,
             source: KvSource::Cache { ty, slot_rows, fixed_scales: false },
             q_stride: heads * head_dim,
+            rows: Rows::T,
         }
     }
 
@@ -134,6 +147,9 @@ impl AttentionSpec {
         }
         if self.window == Some(0) || (self.window.is_some() && !self.causal) {
             return Err("a window needs causal attention and at least one position".to_owned());
+        }
+        if self.rows == Rows::R && matches!(self.source, KvSource::Direct { .. }) {
+            return Err("the rows of a call see each other, and are all computed".to_owned());
         }
         match self.source {
             KvSource::Cache { .. } if !self.causal => Err("attention over a cache is causal".to_owned()),

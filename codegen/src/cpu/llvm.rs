@@ -79,6 +79,12 @@ pub use inkwell::IntPredicate as IntCmp;
 /// Functions outside the object that a kernel may call; the loader refuses any other.
 pub const EXTERNAL: [&str; 8] = ["expf", "exp2f", "sinf", "cosf", "tanhf", "erff", "logf", "fmaf"];
 
+/// The same for functions of f64, whose names no compiler knows: none is turned into another.
+pub const EXTERNAL_F64: [&str; 21] = [
+    "qc_acos", "qc_acosh", "qc_asin", "qc_asinh", "qc_atan", "qc_atanh", "qc_ceil", "qc_cos", "qc_cosh", "qc_erf", "qc_exp",
+    "qc_floor", "qc_log", "qc_log1p", "qc_pow", "qc_rem", "qc_round", "qc_sin", "qc_sinh", "qc_tan", "qc_tanh",
+];
+
 /// What the builder promises: it always stands in a block.
 const POSITIONED: &str = "the builder stands at the end of a block";
 
@@ -271,6 +277,10 @@ impl<'u, 'c> VecBuilder<'u, 'c> {
         sdiv = SDiv;
         /// Signed remainder.
         srem = SRem;
+        /// Unsigned quotient.
+        udiv = UDiv;
+        /// Unsigned remainder.
+        urem = URem;
         /// Bitwise and.
         and = And;
         /// Bitwise or.
@@ -563,11 +573,20 @@ impl<'u, 'c> VecBuilder<'u, 'c> {
     /// Calls one of the [`EXTERNAL`] functions of f32, lane by lane.
     pub fn external(&self, name: &str, args: &[Val<'c>]) -> Val<'c> {
         debug_assert!(EXTERNAL.contains(&name), "{name} is not resolved by the loader");
+        self.lane_by_lane(name, args, Elem::F32)
+    }
+
+    /// Calls one of the [`EXTERNAL_F64`] functions of f64, lane by lane.
+    pub fn external_f64(&self, name: &str, args: &[Val<'c>]) -> Val<'c> {
+        debug_assert!(EXTERNAL_F64.contains(&name), "{name} is not resolved by the loader");
+        self.lane_by_lane(name, args, Elem::F64)
+    }
+
+    fn lane_by_lane(&self, name: &str, args: &[Val<'c>], elem: Elem) -> Val<'c> {
         let func = self.unit.module.get_function(name).unwrap_or_else(|| {
-            let f32t: BasicTypeEnum<'c> = self.unit.cx.f32_type().into();
-            let params: Vec<BasicMetadataTypeEnum<'c>> = args.iter().map(|_| f32t.into()).collect();
-            let func =
-                self.unit.module.add_function(name, f32t.fn_type(&params, false), Some(Linkage::External));
+            let ty: BasicTypeEnum<'c> = self.ty(elem, 1);
+            let params: Vec<BasicMetadataTypeEnum<'c>> = args.iter().map(|_| ty.into()).collect();
+            let func = self.unit.module.add_function(name, ty.fn_type(&params, false), Some(Linkage::External));
             for attribute in ["nounwind", "willreturn"] {
                 let kind = inkwell::attributes::Attribute::get_named_enum_kind_id(attribute);
                 func.add_attribute(AttributeLoc::Function, self.unit.cx.create_enum_attribute(kind, 0));
@@ -578,7 +597,7 @@ impl<'u, 'c> VecBuilder<'u, 'c> {
         if lanes == 1 {
             return self.call(func, args);
         }
-        let mut out = self.f32(lanes, 0.0);
+        let mut out = self.ty(elem, lanes).const_zero();
         for lane in 0..lanes {
             let scalars: Vec<_> = args.iter().map(|&a| self.extract(a, lane)).collect();
             out = self.insert(out, lane, self.call(func, &scalars));

@@ -35,6 +35,8 @@ pub mod decode;
 pub mod prefill;
 mod unit;
 
+pub(super) use unit::ROWS;
+
 /// Attention, and what happens to its results.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct AttentionCall {
@@ -92,7 +94,7 @@ impl AttentionCall {
 }
 
 /// Widest heads: more would not fit in registers.
-const WIDEST: u32 = 256;
+pub const WIDEST: u32 = 256;
 
 /// The buffers of a call.
 struct Arguments<'a> {

@@ -189,7 +189,7 @@ pub fn wide(b: &mut Builder, row: Val, stride: u32, offset: Val) -> Val {
 }
 
 /// `at + bytes`, whatever the width of `at` is.
-fn advance(b: &mut Builder, at: Val, bytes: u32) -> Val {
+pub(super) fn advance(b: &mut Builder, at: Val, bytes: u32) -> Val {
     if bytes == 0 {
         return at;
     }

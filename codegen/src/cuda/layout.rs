@@ -73,7 +73,7 @@ impl FragmentLayout {
             AFmt::I8Token => Meets::Bytes,
             AFmt::F32 => {
                 return Err(Diag::target("products of f32 activations have no CUDA kernel")
-                    .help("cast the activations to bf16, or quantize them to int8"));
+                    .help("cast the activations to bf16, or quantize them to int8; the preset `bf16` does the first and is else as `f32`"));
             }
         };
         if matches!(w.code, Code::F16 | Code::F32) {

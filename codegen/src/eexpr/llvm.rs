@@ -330,7 +330,7 @@ fn has_f16(cpu: &CpuDesc) -> bool {
 }
 
 /// Half precision to single by integer operations and one exact product.
-fn f16_to_f32<'c>(b: &VecBuilder<'_, 'c>, bits: Val<'c>) -> Val<'c> {
+pub(crate) fn f16_to_f32<'c>(b: &VecBuilder<'_, 'c>, bits: Val<'c>) -> Val<'c> {
     let n = b.lanes(bits);
     let h = b.zext(bits, Elem::I32);
     let size = b.and(h, b.i32(n, 0x7fff));
@@ -345,7 +345,7 @@ fn f16_to_f32<'c>(b: &VecBuilder<'_, 'c>, bits: Val<'c>) -> Val<'c> {
 }
 
 /// Single precision to half, to nearest even, by integer operations and one sum.
-fn f32_to_f16<'c>(b: &VecBuilder<'_, 'c>, v: Val<'c>) -> Val<'c> {
+pub(crate) fn f32_to_f16<'c>(b: &VecBuilder<'_, 'c>, v: Val<'c>) -> Val<'c> {
     let n = b.lanes(v);
     let bits = b.bitcast(v, Elem::I32, n);
     let size = b.and(bits, b.i32(n, 0x7fff_ffff));
@@ -367,7 +367,7 @@ fn f32_to_f16<'c>(b: &VecBuilder<'_, 'c>, v: Val<'c>) -> Val<'c> {
 }
 
 /// Single precision to the upper half, to nearest even; NaN stays NaN.
-fn f32_to_bf16<'c>(b: &VecBuilder<'_, 'c>, v: Val<'c>) -> Val<'c> {
+pub(crate) fn f32_to_bf16<'c>(b: &VecBuilder<'_, 'c>, v: Val<'c>) -> Val<'c> {
     let n = b.lanes(v);
     let bits = b.bitcast(v, Elem::I32, n);
     let high = b.lshr(bits, b.i32(n, 16));

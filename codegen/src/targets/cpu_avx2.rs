@@ -20,4 +20,5 @@ pub(super) static TARGET: TargetDesc = TargetDesc {
         bf16_mac_per_cycle: 0.0,
         stream_bytes_per_cycle: 8.0,
     },
+    gpu: None,
 };

@@ -39,4 +39,5 @@ pub(super) static TARGET: TargetDesc = TargetDesc {
         bf16_mac_per_cycle: 32.0,
         stream_bytes_per_cycle: 9.0,
     },
+    gpu: None,
 };

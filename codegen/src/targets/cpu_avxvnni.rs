@@ -22,4 +22,5 @@ pub(super) static TARGET: TargetDesc = TargetDesc {
         bf16_mac_per_cycle: 0.0,
         stream_bytes_per_cycle: 9.0,
     },
+    gpu: None,
 };

@@ -13,7 +13,7 @@ use quantc_ir::weights::{Shard, Store, WeightDecl, WeightSource};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The context of states unless another is asked for.
-const DEFAULT_CONTEXT: u64 = 4096;
+pub(crate) const DEFAULT_CONTEXT: u64 = 4096;
 
 /// The most names of one list that a message spells out.
 const LISTED: usize = 12;
@@ -280,19 +280,7 @@ impl<'a> Builder<'a> {
             store.add_shard(id, dir.join(&shard.file))?;
         }
 
-        let ids = |ids: &[u32]| ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
-        let all = &mut self.module.facts;
-        all.insert("model_type".into(), facts.model_type.into());
-        all.insert("kind".into(), facts.kind.name().into());
-        all.insert("context".into(), facts.context.to_string());
-        all.insert("vocab".into(), facts.vocab.to_string());
-        if let Some(bos) = facts.bos {
-            all.insert("bos".into(), bos.to_string());
-        }
-        if !facts.eos.is_empty() {
-            all.insert("eos".into(), ids(&facts.eos));
-        }
-
+        facts.write(&mut self.module);
         let names = self.checkpoint.tensors.keys();
         let mut unused: Vec<String> = names.filter(|n| !self.used.contains(*n)).map(|n| shown(n)).collect();
         unused.extend(self.checkpoint.unlisted.iter().cloned());

@@ -14,7 +14,7 @@ use std::path::Path;
 /// has that key: null means that texts start with nothing, whatever ids stand in the other files. In all other cases, and
 /// for `eos`, the first of `generation_config.json`, `config.json` and `tokenizer_config.json` that names a token is
 /// taken. Ids beyond the vocabulary are left out with a note.
-pub(super) fn find(
+pub(crate) fn find(
     dir: &Path,
     config: &mut Config,
     facts: &mut Facts,

@@ -4,6 +4,7 @@
 //! shapes that exporters write is gone. Extents that are not known are carried as extents as far as such arithmetic
 //! only moves them.
 
+use super::extents::{self, Arithmetic};
 use super::tensor::{Const, MOST_READ};
 use quantc_ir::diag::{Diag, Loc, Result};
 use quantc_ir::entity::ValueId;
@@ -11,8 +12,8 @@ use quantc_ir::eval::{Tensor, eval_pure};
 use quantc_ir::graph::{Def, Graph};
 use quantc_ir::module::Module;
 use quantc_ir::ops::{
-    Add, Binary, BinaryKind, BitcastStorage, Cast, Compare, Concat, Dequantize, Expand, InferCx, Mul, Op,
-    OpSpec, Order, Reduce, ReduceKind, Reshape, Select, Slice, Transpose, Unary, UnaryKind,
+    Add, Binary, BinaryKind, BitcastStorage, Cast, Compare, Concat, Cumulate, Dequantize, Expand, InferCx, Mul,
+    Op, OpSpec, Order, Positions, Reduce, ReduceKind, Reshape, Select, Slice, Transpose, Unary, UnaryKind,
 };
 use quantc_ir::scheme::Group;
 use quantc_ir::ty::{Dim, ElemTy, Float, Shape, TensorTy};
@@ -99,6 +100,10 @@ pub(crate) struct Build<'a> {
     elements: Cell<u64>,
     ops: u64,
     none: Option<ValueId>,
+    /// Whether `t` counts the tokens of a sequence.
+    pub(crate) tokens: bool,
+    /// Places along axes whose extent is not known.
+    places: BTreeMap<Dim, Val>,
 }
 
 impl<'a> Build<'a> {
@@ -116,6 +121,8 @@ impl<'a> Build<'a> {
             elements: Cell::new(MOST_ELEMENTS.saturating_add(size)),
             ops: MOST_OPS + size / 16,
             none: None,
+            tokens: false,
+            places: BTreeMap::new(),
         }
     }
 
@@ -218,6 +225,23 @@ impl<'a> Build<'a> {
             Some(fixed) => self.ints(&fixed),
             None => Val::Extents { dims: Rc::new(dims), scalar: false },
         }
+    }
+
+    /// The places `0, 1, ..` along an axis of extent `dim`, as i64.
+    pub(crate) fn places(&mut self, dim: Dim) -> Result<Val> {
+        if let Some(known) = self.places.get(&dim) {
+            return Ok(known.clone());
+        }
+        let places = if self.tokens && dim == Dim::Sym('t') {
+            let places = self.op_with(Positions {}, &[])?;
+            self.cast(&places, ElemTy::I64)?
+        } else {
+            let one = self.scalar(ElemTy::I64, 1.0)?;
+            let ones = self.expand(&one, vec![dim])?;
+            self.op(Cumulate { exclusive: true, ..Cumulate::default() }, &[&ones])?
+        };
+        self.places.insert(dim, places.clone());
+        Ok(places)
     }
 
     /// The elements of a value that is known, and not too large to be read.
@@ -357,6 +381,9 @@ impl<'a> Build<'a> {
     /// The result of an op of which operands are absent.
     pub(crate) fn op_with(&mut self, op: impl Into<Op>, args: &[Option<&Val>]) -> Result<Val> {
         let op = op.into();
+        if let Some(known) = self.of_extents(&op, args)? {
+            return Ok(known);
+        }
         if let Some(folded) = self.fold(&op, args)? {
             return Ok(folded);
         }
@@ -375,6 +402,27 @@ impl<'a> Build<'a> {
             ids.push(*self.none.get_or_insert_with(|| self.module.main.none()));
         }
         Ok(Val::Value(self.module.main.append(op, &ids, None)?))
+    }
+
+    /// The op on extents that are not known, when it has an answer for any extent.
+    fn of_extents(&self, op: &Op, args: &[Option<&Val>]) -> Result<Option<Val>> {
+        let what = match op {
+            Op::Add(_) => Arithmetic::Add,
+            Op::Mul(_) => Arithmetic::Mul,
+            Op::Binary(b) => Arithmetic::Binary(b.kind),
+            Op::Compare(c) => Arithmetic::Compare(c.order),
+            Op::Select(_) => {
+                return match args {
+                    [Some(cond), Some(a), Some(b)] => extents::select(self, cond, a, b),
+                    _ => Ok(None),
+                };
+            }
+            _ => return Ok(None),
+        };
+        match args {
+            [Some(a), Some(b)] => extents::arithmetic(self, what, a, b),
+            _ => Ok(None),
+        }
     }
 
     /// The op evaluated now, when everything it reads is known and small.

@@ -1,13 +1,21 @@
 //! One node test.
 
+use quantc_codegen::arrays::io;
+use quantc_codegen::engine::{self, GraphRequest};
+use quantc_codegen::targets;
 use quantc_frontends::onnx::{self, Imported, Options, Refused};
+use quantc_ir::diag::Kind;
 use quantc_ir::eval::{Evaluator, Tensor};
 use quantc_ir::text;
 use quantc_ir::ty::ElemTy;
 use quantc_ir::verify::verify;
 use quantc_ir::weights::Store;
+use quantc_runtime::engine::{Engine, OpenOptions};
+use quantc_runtime::format::Array;
+use quantc_runtime::session::{Session, SessionOptions};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// A node test, and what its file says of it.
 pub struct Case {
@@ -28,8 +36,20 @@ pub enum Verdict {
     Passed {
         /// Whether inputs were given when the model was imported.
         fixed: bool,
+        /// What became of it as an engine.
+        engine: Compiled,
     },
     /// Not imported, and why.
+    Refused(String),
+    /// Other outputs, or a panic.
+    Failed(String),
+}
+
+/// What became of a case as an engine for this machine.
+pub enum Compiled {
+    /// The recorded outputs.
+    Passed,
+    /// Not compiled, and why.
     Refused(String),
     /// Other outputs, or a panic.
     Failed(String),
@@ -108,11 +128,7 @@ impl Case {
     /// Imports, evaluates and compares.
     pub fn run(&self) -> Verdict {
         let run = catch_unwind(AssertUnwindSafe(|| self.run_inner()));
-        run.unwrap_or_else(|panic| {
-            let text = panic.downcast_ref::<String>().map(String::as_str);
-            let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or_default();
-            Verdict::Failed(format!("panicked: {text}"))
-        })
+        run.unwrap_or_else(|panic| Verdict::Failed(format!("panicked: {}", said(&*panic))))
     }
 
     fn run_inner(&self) -> Verdict {
@@ -145,7 +161,60 @@ impl Case {
                 return Verdict::Failed(format!("output {i}: {why}"));
             }
         }
-        Verdict::Passed { fixed: !options.fixed.is_empty() }
+        let run = catch_unwind(AssertUnwindSafe(|| self.compiled(&imported, &store, &options)));
+        let engine = run.unwrap_or_else(|panic| Compiled::Failed(format!("panicked: {}", said(&*panic))));
+        Verdict::Passed { fixed: !options.fixed.is_empty(), engine }
+    }
+
+    /// Compiles for this machine, runs, and compares.
+    fn compiled(&self, imported: &Imported, store: &Store, options: &Options) -> Compiled {
+        let folder = match tempfile::tempdir() {
+            Ok(folder) => folder,
+            Err(e) => return Compiled::Failed(format!("no folder: {e}")),
+        };
+        let out = folder.path().join("engine");
+        let request = GraphRequest {
+            module: &imported.module,
+            store,
+            target: targets::host(),
+            inputs: &imported.inputs,
+            outputs: &imported.outputs,
+            facts: vec![],
+            report: serde_json::Map::new(),
+        };
+        if let Err(e) = engine::write_graph(request, &out) {
+            let refused = e.kind == Kind::Target;
+            return if refused { Compiled::Refused(e.message) } else { Compiled::Failed(e.to_string()) };
+        }
+        match self.run_engine(&out, imported, options) {
+            Ok(outputs) => {
+                for (i, got) in outputs.iter().enumerate() {
+                    if let Err(why) = self.compare(i, got) {
+                        return Compiled::Failed(format!("output {i}: {why}"));
+                    }
+                }
+                Compiled::Passed
+            }
+            Err(e) => Compiled::Failed(format!("running: {e}")),
+        }
+    }
+
+    fn run_engine(&self, folder: &Path, imported: &Imported, options: &Options) -> Result<Vec<Tensor>, String> {
+        let engine = Engine::open(folder, &OpenOptions::default()).map_err(|e| e.to_string())?;
+        // What was never written shows.
+        let session = SessionOptions { threads: 2, poison: true, ..SessionOptions::default() };
+        let mut session = Session::new(Arc::new(engine), &session).map_err(|e| e.to_string())?;
+        let inputs = self.inputs(imported, options)?;
+        let bytes: Vec<Vec<u8>> =
+            inputs.iter().map(io::to_bytes).collect::<Result<_, _>>().map_err(|e| e.to_string())?;
+        let refs: Vec<&[u8]> = bytes.iter().map(Vec::as_slice).collect();
+        session.run_arrays(&refs).map_err(|e| e.to_string())?;
+        let outputs = session.engine().manifest().array_outputs.iter().enumerate();
+        let one = |(i, array): (usize, &Array)| {
+            let bytes = session.array(i).map_err(|e| e.to_string())?;
+            io::ty_of(array).and_then(|ty| io::from_bytes(&ty, bytes)).map_err(|e| e.to_string())
+        };
+        outputs.map(one).collect()
     }
 
     fn data(&self, kind: &str, i: usize) -> Result<Tensor, String> {
@@ -171,7 +240,8 @@ impl Case {
         new
     }
 
-    fn evaluate(&self, imported: &Imported, store: &Store, options: &Options) -> Result<Vec<Tensor>, String> {
+    /// What the graph takes when it runs.
+    fn inputs(&self, imported: &Imported, options: &Options) -> Result<Vec<Tensor>, String> {
         let names = self.input_names();
         let mut inputs = vec![];
         for (i, name) in names.iter().enumerate().filter(|(_, n)| !options.fixed.contains_key(*n)) {
@@ -179,6 +249,11 @@ impl Case {
                 inputs.push(self.data("input", i)?);
             }
         }
+        Ok(inputs)
+    }
+
+    fn evaluate(&self, imported: &Imported, store: &Store, options: &Options) -> Result<Vec<Tensor>, String> {
+        let inputs = self.inputs(imported, options)?;
         let mut evaluator = Evaluator::new(&imported.module, store).map_err(|e| e.to_string())?;
         evaluator.step(&inputs, u64::MAX).map_err(|e| e.to_string())
     }
@@ -210,6 +285,12 @@ impl Case {
         }
         Ok(())
     }
+}
+
+/// What a panic said.
+fn said(panic: &(dyn std::any::Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or_default()
 }
 
 fn short(xs: &[f64]) -> &[f64] {

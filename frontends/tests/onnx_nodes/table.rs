@@ -1,6 +1,6 @@
 //! The table of what passes.
 
-use super::case::{Case, Verdict};
+use super::case::{Case, Compiled, Verdict};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
@@ -12,12 +12,21 @@ struct Counts {
     fixed: usize,
     refused: usize,
     failed: usize,
+    /// Of those that passed, what became of them as engines.
+    compiled: usize,
+    no_kernel: usize,
+    wrong: usize,
 }
 
 impl Counts {
     fn add(&mut self, verdict: &Verdict) {
         match verdict {
-            Verdict::Passed { fixed } => {
+            Verdict::Passed { fixed, engine } => {
+                match engine {
+                    Compiled::Passed => self.compiled += 1,
+                    Compiled::Refused(_) => self.no_kernel += 1,
+                    Compiled::Failed(_) => self.wrong += 1,
+                }
                 self.passed += 1;
                 self.fixed += usize::from(*fixed);
             }
@@ -31,11 +40,16 @@ impl Counts {
     }
 }
 
+/// Why cases are refused, and how many, by domain and operator.
+type Reasons = BTreeMap<(String, String), BTreeMap<String, usize>>;
+
 /// What the table says.
 pub struct Table {
     /// By domain, operator and version.
     rows: BTreeMap<(String, String, i64), Counts>,
-    reasons: BTreeMap<(String, String), BTreeMap<String, usize>>,
+    reasons: Reasons,
+    /// Why there are no engines of cases that pass.
+    no_kernels: Reasons,
     counted: Counts,
     all: Counts,
 }
@@ -82,7 +96,8 @@ impl Table {
     pub fn new(cases: &[Case], verdicts: &[Verdict]) -> Table {
         let mut table = Table {
             rows: BTreeMap::new(),
-            reasons: BTreeMap::new(),
+            reasons: Reasons::new(),
+            no_kernels: Reasons::new(),
             counted: Counts::default(),
             all: Counts::default(),
         };
@@ -92,6 +107,10 @@ impl Table {
             table.all.add(verdict);
             if counts(case) {
                 table.counted.add(verdict);
+            }
+            if let Verdict::Passed { engine: Compiled::Refused(why), .. } = verdict {
+                let reasons = table.no_kernels.entry((case.domain.clone(), case.op.clone())).or_default();
+                *reasons.entry(why.lines().next().unwrap_or_default().to_string()).or_default() += 1;
             }
             if let Verdict::Refused(why) = verdict {
                 let line = why.lines().next().unwrap_or_default();
@@ -112,14 +131,18 @@ impl Table {
     pub fn summary(&self) -> String {
         let (all, counted) = (self.all, self.counted);
         format!(
-            "{} cases: {} passed ({} with inputs given at import), {} refused, {} failed; of the {} counted ones {:.1} % pass",
+            "{} cases: {} passed ({} with inputs given at import), {} refused, {} failed; of the {} counted ones {:.1} % pass. \
+             Engines of those that pass: {} pass, {} are refused, {} fail",
             all.all(),
             all.passed,
             all.fixed,
             all.refused,
             all.failed,
             counted.all(),
-            self.share() * 100.0
+            self.share() * 100.0,
+            all.compiled,
+            all.no_kernel,
+            all.wrong
         )
     }
 
@@ -130,28 +153,30 @@ impl Table {
             out,
             "Made by `UPDATE=1 cargo test --release -p quantc-frontends --test onnx_nodes` from the cases of the Python package\n\
              `onnx` (`make onnx-nodes`): each is imported, evaluated by the reference evaluator, and compared with its recorded\n\
-             outputs. *Given* cases pass with inputs that must be known at import, as shapes and axes. Expanded cases count\n\
+             outputs; then it is compiled for the machine of the test, run, and compared again. *Given* cases pass with inputs that must be known at import, as shapes and axes. Expanded cases count\n\
              for the operator they are expanded from.\n\n{}.\n\nCounted are the default domain from version 13 on, \
              without operators that make random numbers, train,\nor are about texts, sequences, maps and optional values.\n",
             self.summary()
         );
         let _ = writeln!(
             out,
-            "| operator | version | passed | given | refused | failed |\n|---|---|---|---|---|---|"
+            "| operator | version | passed | given | refused | failed | compiled | no kernel | wrong |\n|---|---|---|---|---|---|---|---|---|"
         );
         for ((domain, op, version), c) in &self.rows {
             let dot = if domain.is_empty() { "" } else { "." };
             let _ = writeln!(
                 out,
-                "| {domain}{dot}{op} | {version} | {} | {} | {} | {} |",
-                c.passed, c.fixed, c.refused, c.failed
+                "| {domain}{dot}{op} | {version} | {} | {} | {} | {} | {} | {} | {} |",
+                c.passed, c.fixed, c.refused, c.failed, c.compiled, c.no_kernel, c.wrong
             );
         }
-        let _ = writeln!(out, "\n## What is refused\n\n| operator | cases | why |\n|---|---|---|");
-        for ((domain, op), reasons) in &self.reasons {
-            let dot = if domain.is_empty() { "" } else { "." };
-            for (why, n) in reasons {
-                let _ = writeln!(out, "| {domain}{dot}{op} | {n} | {} |", why.replace('|', "\\|"));
+        for (title, all) in [("What is refused", &self.reasons), ("What has no kernel", &self.no_kernels)] {
+            let _ = writeln!(out, "\n## {title}\n\n| operator | cases | why |\n|---|---|---|");
+            for ((domain, op), reasons) in all {
+                let dot = if domain.is_empty() { "" } else { "." };
+                for (why, n) in reasons {
+                    let _ = writeln!(out, "| {domain}{dot}{op} | {n} | {} |", why.replace('|', "\\|"));
+                }
             }
         }
         out

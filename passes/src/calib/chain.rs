@@ -18,6 +18,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::SyncSender;
+use std::thread::JoinHandle;
 
 /// A text to calibrate on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -451,7 +453,8 @@ impl Boundary {
             sums.collect()
         };
         let (to, old) = (offsets(self), offsets(&made.from));
-        let mut sample = vec![0.0; self.sample_len(tokens)];
+        let len = self.sample_len(tokens);
+        let mut sample = vec![0.0; len];
         let results = made.sources.iter().filter(|s| matches!(s, Source::Result(_))).count();
         let mut seen = 0;
         job.run(&made.piece, &made.from, from, usize::MAX, &mut |_, i, rows, given| {
@@ -468,7 +471,7 @@ impl Boundary {
             seen += 1;
             if seen == results {
                 seen = 0;
-                out.write(&sample)?;
+                out.write(std::mem::replace(&mut sample, vec![0.0; len]))?;
             }
             Ok(())
         })?;
@@ -534,24 +537,29 @@ impl Rows {
 
     /// Numbers from index `at` on.
     fn read(&self, at: usize, out: &mut [f32]) -> Result<()> {
-        let mut bytes = vec![0; out.len() * 4];
+        let bytes = bytes_mut(out);
         match self {
-            Rows::Memory(all) => bytes.copy_from_slice(&all[at * 4..][..out.len() * 4]),
-            Rows::File { file, path } => file.read_exact_at(&mut bytes, at as u64 * 4).map_err(|e| {
+            Rows::Memory(all) => bytes.copy_from_slice(&all[at * 4..][..bytes.len()]),
+            Rows::File { file, path } => file.read_exact_at(bytes, at as u64 * 4).map_err(|e| {
                 Diag::system(format!("cannot read it: {e}")).in_file(path.display().to_string())
             })?,
         }
-        for (x, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-            *x = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-        }
+        out.iter_mut().for_each(|x| *x = f32::from_bits(u32::from_le(x.to_bits())));
         Ok(())
     }
 }
 
-/// Takes rows, into memory or into a file that gets its name when it is whole.
+/// The bytes of numbers.
+fn bytes_mut(numbers: &mut [f32]) -> &mut [u8] {
+    let len = size_of_val(numbers);
+    // SAFETY: these are the bytes of the slice, which is borrowed alone, and any bytes are numbers.
+    unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), len) }
+}
+
+/// Takes rows, into memory or into a file that gets its name when it is whole. Files are written by a thread of their own.
 enum Sink {
     Memory(Vec<u8>),
-    File { file: std::io::BufWriter<File>, path: PathBuf },
+    File { samples: SyncSender<Vec<f32>>, writer: JoinHandle<std::io::Result<()>>, path: PathBuf },
 }
 
 impl Sink {
@@ -563,19 +571,23 @@ impl Sink {
                 fs::create_dir_all(place)?;
                 sweep(place);
             }
-            File::create(&name)
+            let mut file = File::create(&name)?;
+            let (samples, coming) = std::sync::mpsc::sync_channel::<Vec<f32>>(1);
+            let write = move || coming.iter().try_for_each(|mut sample| file.write_all(stored(&mut sample)));
+            let writer = std::thread::Builder::new().name("rows".into()).spawn(write)?;
+            Ok((samples, writer))
         };
-        let file = make().map_err(|e| io(&name, &e))?;
-        Ok(Sink::File { file: std::io::BufWriter::with_capacity(1 << 20, file), path: name })
+        let (samples, writer) = make().map_err(|e| io(&name, &e))?;
+        Ok(Sink::File { samples, writer, path: name })
     }
 
-    fn write(&mut self, numbers: &[f32]) -> Result<()> {
+    /// Takes the rows of a sample. That a file could not be written is told by [`finish`](Self::finish) at the latest.
+    fn write(&mut self, mut numbers: Vec<f32>) -> Result<()> {
         match self {
-            Sink::Memory(bytes) => bytes.extend(numbers.iter().flat_map(|x| x.to_le_bytes())),
-            Sink::File { file, path } => {
-                let mut bytes = Vec::with_capacity(numbers.len() * 4);
-                bytes.extend(numbers.iter().flat_map(|x| x.to_le_bytes()));
-                file.write_all(&bytes).map_err(|e| io(path, &e))?;
+            Sink::Memory(bytes) => bytes.extend_from_slice(stored(&mut numbers)),
+            Sink::File { samples, .. } => {
+                // A writer that is gone has its reason.
+                let _ = samples.send(numbers);
             }
         }
         Ok(())
@@ -584,8 +596,10 @@ impl Sink {
     fn finish(self, path: Option<&Path>) -> Result<Rows> {
         match (self, path) {
             (Sink::Memory(bytes), _) => Ok(Rows::Memory(bytes)),
-            (Sink::File { file, path: part }, Some(path)) => {
-                file.into_inner().map_err(|e| io(&part, e.error()))?;
+            (Sink::File { samples, writer, path: part }, Some(path)) => {
+                drop(samples);
+                let written = writer.join().map_err(|_| Diag::bug("the thread that writes rows panicked"))?;
+                written.map_err(|e| io(&part, &e))?;
                 fs::rename(&part, path).map_err(|e| io(path, &e))?;
                 let file = File::open(path).map_err(|e| io(path, &e))?;
                 Ok(Rows::File { file, path: path.into() })
@@ -595,6 +609,12 @@ impl Sink {
             }
         }
     }
+}
+
+/// The bytes of numbers as they are stored.
+fn stored(numbers: &mut [f32]) -> &[u8] {
+    numbers.iter_mut().for_each(|x| *x = f32::from_bits(x.to_bits().to_le()));
+    bytes_mut(numbers)
 }
 
 /// Removes files that processes which are gone were writing: `NAME.PROCESS.part`.

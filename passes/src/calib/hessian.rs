@@ -103,7 +103,13 @@ impl Hessian {
 
     /// Adds tokens: `rows` is `tokens x k`, row-major. Numbers that are not finite are refused and nothing is added.
     pub fn add(&mut self, rows: &[f32]) -> Result<()> {
-        let tokens = self.check(rows)?;
+        self.check(rows)?;
+        self.add_finite(rows)
+    }
+
+    /// As [`add`](Self::add), of numbers that are known to be finite.
+    pub(super) fn add_finite(&mut self, rows: &[f32]) -> Result<()> {
+        let tokens = self.tokens(rows)?;
         if tokens > 0 {
             self.add_products(rows);
         }
@@ -114,7 +120,13 @@ impl Hessian {
     /// As [`add`](Self::add), of rows rounded to bf16, as products of bf16 read them. Faster where the processor multiplies
     /// such numbers.
     pub fn add_rounded(&mut self, rows: &[f32]) -> Result<()> {
-        let tokens = self.check(rows)?;
+        self.check(rows)?;
+        self.add_rounded_finite(rows)
+    }
+
+    /// As [`add_rounded`](Self::add_rounded), of numbers that are known to be finite.
+    pub(super) fn add_rounded_finite(&mut self, rows: &[f32]) -> Result<()> {
+        let tokens = self.tokens(rows)?;
         self.count += tokens as u64;
         if tokens == 0 {
             return Ok(());
@@ -131,12 +143,18 @@ impl Hessian {
     }
 
     /// The number of tokens in `rows`.
-    fn check(&self, rows: &[f32]) -> Result<usize> {
+    fn tokens(&self, rows: &[f32]) -> Result<usize> {
         let k = self.k;
         if k == 0 || !rows.len().is_multiple_of(k) {
             let text = format!("{} numbers are no tokens of {k} channels", rows.len());
             return if rows.is_empty() { Ok(0) } else { Err(Diag::bug(text)) };
         }
+        Ok(rows.len() / k)
+    }
+
+    /// Refuses what is not finite.
+    fn check(&self, rows: &[f32]) -> Result<()> {
+        let k = self.k.max(1);
         // Without an early exit within a chunk, the comparisons are done by vectors.
         let finite = |xs: &[f32]| xs.iter().fold(true, |all, x| all & (x.abs() <= f32::MAX));
         if !rows.par_chunks(1 << 16).all(finite) {
@@ -148,7 +166,7 @@ impl Hessian {
                 rows[at]
             )));
         }
-        Ok(rows.len() / k)
+        Ok(())
     }
 
     /// Adds the products of one token or more.

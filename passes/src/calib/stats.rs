@@ -185,7 +185,8 @@ impl SiteStats {
             Some(hessian) => hessian,
             none => none.insert(Hessian::new(columns)?),
         };
-        if take.bf16 { hessian.add_rounded(rows) } else { hessian.add(rows) }
+        // They have been looked at above.
+        if take.bf16 { hessian.add_rounded_finite(rows) } else { hessian.add_finite(rows) }
     }
 
     /// Lets the observers see rows.

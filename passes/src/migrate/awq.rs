@@ -6,7 +6,7 @@ use crate::calib::hessian::Hessian;
 use crate::calib::stats::{self, Kind};
 use crate::pass::prelude::*;
 use crate::weights::gptq_core::{
-    GptqOptions, Importance, ScaleSearch, Weighting, fit_scales, output_errors, rewrite,
+    GptqOptions, ScaleSearch, Weighting, fit_scales, output_errors, rewrite,
 };
 use crate::weights::options::{FormatName, Grouping, ScaleType, ZeroPoints, scheme};
 use crate::weights::selects;
@@ -58,7 +58,7 @@ pass! {
         skip_layers: Vec<Pattern> = vec![],
     }
     needs: [stat(hessian)],
-    scope: Layer, numerics: Reassociates, stats: transforms, version: 2
+    scope: Layer, numerics: Reassociates, stats: transforms, version: 3
 }
 
 /// How weights are rounded afterwards.
@@ -252,8 +252,7 @@ fn error(
     for Sampled { rows, stand_for } in samples {
         let scaled: Vec<f32> = rows.chunks_exact(k).flat_map(|row| row.iter().zip(&by).map(|(w, s)| w * s)).collect();
         if rounding == Rounding::Gptq {
-            let importance = Importance::Diagonal;
-            let options = GptqOptions { search, importance, sweeps: 1, ..GptqOptions::default() };
+            let options = GptqOptions { search, sweeps: 1, ..GptqOptions::default() };
             let made = rewrite(&scaled, rows.len() / k, k, &scaled_h, scheme, &options)?;
             sum += stand_for * made.facts.error;
             continue;

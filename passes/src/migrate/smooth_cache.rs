@@ -1,4 +1,4 @@
-//! Makes the channels of cached keys and values alike, so that one scale fits them all.
+//! Gives the channels of cached keys and values the sizes that one scale loses least by.
 
 use super::equal;
 use super::sites::{Source, alone, trace};
@@ -7,17 +7,26 @@ use crate::pass::prelude::*;
 use crate::told::{self, Told};
 use crate::weights::{float_matrix, selects};
 use quantc_ir::ops::{Attention, Rope, RopeStyle};
+use serde::{Deserialize, Serialize};
 
 pass! {
-    /// Makes the channels of cached keys and values alike, so that one scale fits them all.
+    /// Gives the channels of cached keys and values the sizes that one scale loses least by.
     ///
     /// A key's channel is only ever multiplied with the same channel of queries: dividing it by a factor and multiplying that of
     /// the queries changes no score. Channels that are rotated together share a factor, and query heads that share a key head its
-    /// factors. Values are divided likewise, and the columns of the matrix behind attention multiplied. A factor is
-    /// `m[c]^strength` with `m[c]` the largest magnitude of the channel by the geometric mean over its head, from the statistic
-    /// `cache`. Results stay the same, and that is checked on a sample whenever there is data.
+    /// factors. Values are divided likewise, and the columns of the matrix behind attention multiplied. Results stay the same, and
+    /// that is checked on a sample whenever there is data.
+    ///
+    /// Integer codes are as far apart everywhere: with `aim=even` a factor is `m[c]^strength`, with `m[c]` the largest magnitude
+    /// of the channel, from the statistic `cache`, by the geometric mean over its head. Floats lose the same part of every
+    /// number, and nothing of the largest of a head, which the scale fits: that should be one that counts. With `aim=usual` only
+    /// channels change that are out of proportion to what they are multiplied with: `m[c]` is the square root of the
+    /// largest magnitude by the size of the matrix rows (of the queries) or columns (behind attention) that read it, a factor is
+    /// `m[c]` by the median over the head, and where it is between 1/4 and 4 the channel stays as it is.
     "smooth-cache" => pub struct SmoothCache {
-        /// 0 leaves channels as they are, 1 makes their largest magnitudes equal.
+        /// What is aimed at: `even` makes channels alike, `usual` only brings those back that are out of proportion.
+        aim: Aim = Aim::Even,
+        /// 0 leaves channels as they are, 1 does what is aimed at.
         strength: f32 = 1.0,
         /// Layers to work on, as name patterns; none given means all.
         layers: Vec<Pattern> = vec![],
@@ -26,6 +35,17 @@ pass! {
     }
     needs: [stat(cache)],
     scope: Layer, numerics: Reassociates, stats: drops
+}
+
+/// What sizes channels are to have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Aim {
+    /// The same.
+    #[default]
+    Even,
+    /// What they are, but for those out of proportion to what they are multiplied with.
+    Usual,
 }
 
 impl Pass for SmoothCache {
@@ -81,6 +101,9 @@ impl Pass for SmoothCache {
         PatternUse::filters(&[], &[], &self.layers, &self.skip_layers)
     }
 }
+
+/// Factors up to this, and from one by this, are usual.
+const USUAL: f64 = 4.0;
 
 /// Rows that go into a cache, and what makes up for dividing their channels.
 struct Pair {
@@ -201,11 +224,45 @@ fn values(graph: &Graph, attention: OpId) -> Result<Pair, String> {
     Ok(Pair { rows, source, size, lead: (0..size).collect(), other: Other::Columns(readers), shared_by: queries / shared })
 }
 
+impl Pair {
+    /// The size of what each of `channels` channels is multiplied with: the root of the sum of squares of the matrix's rows or
+    /// columns, over the heads that share it.
+    fn weights(&self, cx: &PassCx<'_>, channels: usize) -> Result<Vec<f32>> {
+        let mut squares = vec![0f64; channels];
+        let per_head = self.size * self.shared_by;
+        let (ops, rows) = match &self.other {
+            Other::Queries(Source::Product(op, _)) => (vec![*op], true),
+            Other::Queries(Source::Norm(_)) => return Err(Diag::bug("queries without a product")),
+            Other::Columns(readers) => (readers.clone(), false),
+        };
+        for op in ops {
+            let (w, _) = float_matrix(cx.graph(), op).ok_or_else(|| Diag::bug("a product without its matrix"))?;
+            let view = cx.store.view(&cx.module.weights, w)?;
+            crate::stream::rows(&view, cx.env.budget, |first, block| {
+                for (i, row) in block.chunks_exact(view.cols().max(1)).enumerate() {
+                    for (j, &x) in row.iter().enumerate() {
+                        let wide = if rows { first + i } else { j };
+                        let channel = wide / per_head * self.size + wide % self.size;
+                        squares[channel] += f64::from(x) * f64::from(x);
+                    }
+                }
+                Ok(())
+            })?;
+        }
+        Ok(squares.iter().map(|s| s.sqrt() as f32).collect())
+    }
+}
+
 impl SmoothCache {
     /// Divides and multiplies; returns the least and the largest factor.
     fn smooth(&self, cx: &mut PassCx<'_>, pair: &Pair) -> Result<[f32; 2]> {
         let known = stats::of(cx, pair.rows)?;
         let mut most = known.absmax.clone();
+        if self.aim == Aim::Usual {
+            let weights = pair.weights(cx, most.len())?;
+            // What nothing reads counts as little as what is always 0.
+            most.iter_mut().zip(&weights).for_each(|(m, w)| *m = if *w > 0.0 { (*m / w).sqrt() } else { 0.0 });
+        }
         for head in most.chunks_exact_mut(pair.size) {
             for c in 0..pair.size {
                 let lead = pair.lead[c];
@@ -233,11 +290,18 @@ impl SmoothCache {
 
     /// The factors of the channels of a head; those that were never anything but 0 stay.
     fn of_head(&self, most: &[f32]) -> Vec<f32> {
-        let logs: Vec<f64> = most.iter().filter(|&&x| x > 0.0).map(|&x| f64::from(x).ln()).collect();
-        let mean = logs.iter().sum::<f64>() / logs.len().max(1) as f64;
-        let factor = |&x: &f32| match x > 0.0 {
-            true => (f64::from(self.strength) * (f64::from(x).ln() - mean)).exp().clamp(1e-4, 1e4) as f32,
-            false => 1.0,
+        let mut logs: Vec<f64> = most.iter().filter(|&&x| x > 0.0).map(|&x| f64::from(x).ln()).collect();
+        let middle = match self.aim {
+            Aim::Even => logs.iter().sum::<f64>() / logs.len().max(1) as f64,
+            Aim::Usual => {
+                logs.sort_by(f64::total_cmp);
+                logs.get(logs.len() / 2).copied().unwrap_or(0.0)
+            }
+        };
+        let stays = |log: f64| self.aim == Aim::Usual && log.abs() <= USUAL.ln();
+        let factor = |&x: &f32| match f64::from(x).ln() - middle {
+            log if x > 0.0 && !stays(log) => (f64::from(self.strength) * log).exp().clamp(1e-4, 1e4) as f32,
+            _ => 1.0,
         };
         most.iter().map(factor).collect()
     }

@@ -35,6 +35,8 @@ pass! {
     "smoothquant" => pub struct SmoothQuant {
         /// Migration strength: 0 leaves activations alone, 1 moves the whole range into the weights; or `search`.
         alpha: Alpha = Alpha::Fixed(0.5),
+        /// A place is left as it is unless `search` finds less than this part of the error there.
+        worth: f32 = 1.0,
         /// The format that rows and weights are rounded to, for `search`.
         format: FormatName = FormatName(&formats::INT8),
         /// Matrices that must not be changed, as name patterns: places that they read are left alone. A pattern that
@@ -100,6 +102,9 @@ impl Pass for SmoothQuant {
             if factors.iter().all(|&s| s == 1.0) {
                 return Ok(Decision::Leave("no strength is better than none"));
             }
+            if gain.is_some_and(|gain| gain >= f64::from(self.worth)) {
+                return Ok(Decision::Leave("no strength is so much better that it is worth it"));
+            }
             let span = factors.iter().fold((f32::MAX, 0f32), |(low, high), &s| (low.min(s), high.max(s)));
             let gain = gain.map_or(String::new(), |g| format!(", error {g:.3} of that without"));
             let text = format!("alpha {alpha}, factors {:.3} to {:.3}{gain}", span.0, span.1);
@@ -116,6 +121,9 @@ impl Pass for SmoothQuant {
     }
 
     fn validate(&self) -> Result<()> {
+        if !(self.worth > 0.0 && self.worth <= 1.0) {
+            return Err(Diag::pipeline(format!("`worth` is {}, not above 0 and at most 1", self.worth)));
+        }
         match self.alpha {
             Alpha::Fixed(alpha) if !(0.0..=1.0).contains(&alpha) => {
                 Err(Diag::pipeline(format!("`alpha` is {alpha}, not between 0 and 1")))

@@ -7,6 +7,7 @@ use crate::registry::Registry;
 use quantc_ir::diag::{Diag, Diags, Kind, Loc, near_misses};
 use quantc_ir::module::Module;
 use quantc_ir::target::{Backend, TargetDesc};
+use quantc_ir::ty::ElemTy;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
@@ -99,9 +100,11 @@ pub fn check_given(
         facts: given(module, target, more),
         text_stale: None,
         tensor_stale: None,
+        left: vec![],
         diags: Diags::default(),
     };
     let steps = cx.elements(&pipeline.elements, false);
+    cx.multiplied();
     cx.diags.into_result(Checked { steps })
 }
 
@@ -123,6 +126,8 @@ struct Cx<'a> {
     text_stale: Option<&'static str>,
     /// The pass that made those of whole tensors stale, in the text and elsewhere.
     tensor_stale: Option<&'static str>,
+    /// What passes so far leave to be multiplied: the pass, its place, and the types.
+    left: Vec<(&'static str, Range<usize>, ElemTy, ElemTy)>,
     diags: Diags,
 }
 
@@ -192,9 +197,10 @@ impl Cx<'_> {
         for pattern in pass.patterns() {
             self.pattern(at, info, pattern);
         }
-        for (x, w) in pass.emits() {
-            let Some(Err(diag)) = self.backend.map(|b| b.supports_matmul(x, w)) else { continue };
-            self.problem(at, diag.context(format!("checking what `{}` leaves to be multiplied", info.name)));
+        self.left.extend(pass.emits().into_iter().map(|(x, w)| (info.name, at.clone(), x, w)));
+        if let Some(rounded) = pass.rounds_rows() {
+            let rows = self.left.iter_mut().map(|(_, _, x, _)| x);
+            rows.filter(|x| **x == ElemTy::F32).for_each(|x| *x = rounded);
         }
         match info.stats {
             Stats::Keeps => {}
@@ -212,6 +218,14 @@ impl Cx<'_> {
         }
         let step = Step::Pass(Arc::from(pass));
         Some(if info.scope == Scope::Layer && !in_layers { Step::Layers(vec![step]) } else { step })
+    }
+
+    /// Asks for kernels of what is left to be multiplied in the end.
+    fn multiplied(&mut self) {
+        for (pass, at, x, w) in std::mem::take(&mut self.left) {
+            let Some(Err(diag)) = self.backend.map(|b| b.supports_matmul(x, w)) else { continue };
+            self.problem(&at, diag.context(format!("checking what `{pass}` leaves to be multiplied")));
+        }
     }
 
     /// Makes statistics stale.

@@ -47,6 +47,10 @@ impl Pass for CastActivations {
         Ok((!done.is_empty()).into())
     }
 
+    fn rounds_rows(&self) -> Option<ElemTy> {
+        (self.to != Float::F32 && self.layers.is_empty() && self.skip_layers.is_empty()).then(|| self.to.into())
+    }
+
     fn patterns(&self) -> Vec<PatternUse<'_>> {
         PatternUse::filters(&[], &[], &self.layers, &self.skip_layers)
     }

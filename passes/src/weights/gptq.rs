@@ -22,7 +22,7 @@ pass! {
     ///
     /// As `round-to-nearest`, but columns are rounded one after the other, and those still to come make up for the error
     /// of those before, by what the statistic `hessian` says of the rows (Frantar et al. 2022). Scales are
-    /// searched for with the same measure. No row is worse than rounded to nearest. Where the rows
+    /// searched for by squared errors, and fitted to that measure once there are codes. No row is worse than rounded to nearest. Where the rows
     /// say nothing of use, numbers are rounded to nearest, and a remark says so.
     ///
     /// ```qir before
@@ -48,13 +48,15 @@ pass! {
         /// By what scales are searched for: `none` takes the whole range, `mse` the sum of squared errors, `diagonal` the same
         /// weighted by the columns' energy, `output` the error that rounding would make in the output, `pivots` the error that no
         /// other column can make up for.
-        search: Search = Search::Diagonal,
+        search: Search = Search::Mse,
         /// Whether columns are rounded in the order of their energy, and not from the left.
         act_order: bool = true,
         /// What is added to the diagonal of the Hessian, as a part of its mean; ten times as much when that is too little.
         damp: f32 = 0.01,
         /// How often single codes are improved afterwards, given all others.
         sweeps: u32 = 2,
+        /// Whether sweeps improve scales too, given the codes, in groups of at most 128 columns of one row.
+        refit: bool = true,
         /// Weights to quantize, as name patterns; none given means all.
         only: Vec<Pattern> = vec![],
         /// Weights left alone, as name patterns. A pattern that matches nothing is an error.
@@ -65,7 +67,7 @@ pass! {
         skip_layers: Vec<Pattern> = vec![],
     }
     needs: [stat(hessian)],
-    scope: Layer, numerics: Requantizes, stats: keeps, version: 3
+    scope: Layer, numerics: Requantizes, stats: keeps, version: 4
 }
 
 /// By what scales are searched for.
@@ -75,9 +77,9 @@ pub enum Search {
     /// Not at all.
     None,
     /// The sum of squared errors.
+    #[default]
     Mse,
     /// The same, weighted by the columns' energy.
-    #[default]
     Diagonal,
     /// The error in the output.
     Output,
@@ -156,7 +158,7 @@ impl Gptq {
             Search::Pivots => (search, Importance::Pivots),
         };
         let damp = f64::from(self.damp);
-        GptqOptions { act_order: self.act_order, damp, search, importance, sweeps: self.sweeps }
+        GptqOptions { act_order: self.act_order, damp, search, importance, sweeps: self.sweeps, refit: self.refit }
     }
 
     /// Quantizes `w`, which multiplies the rows `x`, and puts its `dequantize` in front of `op`.

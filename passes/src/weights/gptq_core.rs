@@ -3,11 +3,11 @@
 //! The error of a row of weights with the quantization error `d` is `d H d^T`, with `H` the layer's
 //! [`Hessian`]. [`fit_scales`] chooses scales by it, [`rewrite`] rounds column after column and lets the columns still
 //! to come make up for the error of those before (Frantar et al. 2022, GPTQ, algorithm 1), then may improve single codes
-//! while it can. What holds:
+//! and scales, each given all others. What holds:
 //!
 //! - Scales are fixed before the first column is rounded, so the order of columns does not touch the layout of groups.
-//! - No row is worse, by `d H d^T` without damping, than rounded to nearest with the same scales, and no run of rows
-//!   that share scales is worse than rounded to nearest with the scales of its whole ranges.
+//! - No row is worse, by `d H d^T` without damping, than rounded to nearest with the scales that were searched for, and no run of
+//!   rows that share scales is worse than rounded to nearest with the scales of its whole ranges.
 //! - A Hessian that cannot be factored even with much damping is no error: the weight is rounded to nearest, and the
 //!   [`Facts`] say so.
 //! - The result does not depend on the number of threads, which is that of the rayon pool the caller runs in.
@@ -25,21 +25,22 @@ pub use scales::{ScaleSearch, Weighting, fit_scales};
 use crate::calib::hessian::Hessian;
 use factor::{Factor, factor};
 use quantc_ir::diag::{Diag, Result};
-use quantc_ir::quant::{Groups, Params};
+use quantc_ir::quant::{Groups, Params, ScaleRule};
 use quantc_ir::scheme::Scheme;
-use quantc_ir::ty::Shape;
+use quantc_ir::ty::{Float, Shape};
 use rayon::prelude::*;
 use round::Rounder;
 use solve::{ROWS, Slab, Solution};
 use std::ops::Range;
 
-/// What scales are chosen by. On made-up inputs, `Pivots` is best for feedback alone and `Diagonal` when descent follows.
+/// What scales are chosen by. Feedback passes most of the error of columns of much energy on to others, so that counting
+/// them more gains little; descent then fits scales to the Hessian.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Importance {
     /// All columns count alike.
+    #[default]
     Uniform,
     /// Columns count as much as the diagonal of the Hessian says.
-    #[default]
     Diagonal,
     /// The error that rounding to nearest would make, see [`Weighting::Block`].
     Block,
@@ -60,6 +61,8 @@ pub struct GptqOptions {
     pub importance: Importance,
     /// How often coordinate descent goes over all codes afterwards, at most; it ends when nothing gets better.
     pub sweeps: u32,
+    /// Whether it goes over scales too, where no two rows share one and they are any numbers.
+    pub refit: bool,
 }
 
 impl Default for GptqOptions {
@@ -70,6 +73,7 @@ impl Default for GptqOptions {
             search: ScaleSearch::default(),
             importance: Importance::default(),
             sweeps: 2,
+            refit: true,
         }
     }
 }
@@ -145,17 +149,24 @@ pub fn rewrite(
         0 => plain.clone(),
         _ => fit(w, &groups, scheme, h, factor.as_ref(), options)?,
     };
-    let job = Job { w, groups, rounder, h, factor, plain: &plain, fitted: &fitted, sweeps: options.sweeps };
+    let free = options.refit && options.search.rule == ScaleRule::Real && groups.rows_per_group() == 1;
+    let refit = Some(scheme.scale).filter(|_| free);
+    let job =
+        Job { w, groups, rounder, h, factor, plain: &plain, fitted: &fitted, sweeps: options.sweeps, refit };
     let mut codes = vec![0; w.len()];
     let strips = codes.par_chunks_mut((ROWS * k).max(1)).enumerate().with_max_len(1);
-    let errors: Vec<Vec<RowErrors>> = strips
+    let (errors, scales): (Vec<Vec<RowErrors>>, Vec<Vec<f32>>) = strips
         .map(|(i, codes)| {
             let rows = i * ROWS..n.min((i + 1) * ROWS);
             job.run(rows, codes)
         })
-        .collect();
+        .unzip();
     let errors: Vec<RowErrors> = errors.into_iter().flatten().collect();
-    let mut rewritten = Rewritten { codes, params: fitted, facts };
+    let params = match refit {
+        Some(_) => Params { scales: scales.concat(), ..fitted },
+        None => fitted,
+    };
+    let mut rewritten = Rewritten { codes, params, facts };
     for (band, errors) in errors.chunks(groups.rows_per_group()).enumerate() {
         let sum = |of: fn(&RowErrors) -> f64| errors.iter().map(of).sum::<f64>();
         let (plain_error, error) = (sum(|e| e.plain), sum(|e| e.error));
@@ -207,11 +218,13 @@ struct Job<'a> {
     /// The chosen scales.
     fitted: &'a Params,
     sweeps: u32,
+    /// The type of scales when they are fitted again.
+    refit: Option<Float>,
 }
 
 impl Job<'_> {
-    /// Writes the best codes of `rows` for the chosen scales.
-    fn run(&self, rows: Range<usize>, codes: &mut [u8]) -> Vec<RowErrors> {
+    /// Writes the best codes of `rows` for the chosen scales. Also returns the scales, row by row, when they are fitted again.
+    fn run(&self, rows: Range<usize>, codes: &mut [u8]) -> (Vec<RowErrors>, Vec<f32>) {
         let slab = |params| Slab::new(self.w, rows.clone(), &self.groups, params, self.rounder);
         let plain = {
             let slab = slab(self.plain);
@@ -225,12 +238,14 @@ impl Job<'_> {
         if let Some(factor) = &self.factor {
             by_gptq = self.improve(&slab, &mut best, &mut errors, &slab.feed_back(factor));
         }
-        for _ in 0..self.sweeps {
+        if self.sweeps > 0 {
             let mut next = best.clone();
-            slab.descend(self.h, &mut next);
-            if !self.improve(&slab, &mut best, &mut errors, &next).contains(&true) {
-                break;
+            for _ in 0..self.sweeps {
+                if !slab.descend(self.h, self.refit, &mut next) {
+                    break;
+                }
             }
+            self.improve(&slab, &mut best, &mut errors, &next);
         }
         slab.write(&best, codes);
         let row = |i: usize| RowErrors {
@@ -239,7 +254,8 @@ impl Job<'_> {
             error: errors[i],
             by_gptq: by_gptq[i],
         };
-        (0..rows.len()).map(row).collect()
+        let scales = if self.refit.is_some() { slab.scales(&best) } else { vec![] };
+        ((0..rows.len()).map(row).collect(), scales)
     }
 
     /// Takes over from `next` the rows with less error, and says which. An error that is not a number is not less.

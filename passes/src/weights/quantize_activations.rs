@@ -131,6 +131,12 @@ impl Pass for QuantizeActivations {
         }
     }
 
+    fn rounds_rows(&self) -> Option<ElemTy> {
+        let all = self.patterns().is_empty();
+        // Codes of floats are made numbers of again.
+        (all && self.format.0.is_int()).then(|| ElemTy::Q(self.scheme()))
+    }
+
     fn patterns(&self) -> Vec<PatternUse<'_>> {
         PatternUse::filters(&self.only, &self.skip, &self.layers, &self.skip_layers)
     }

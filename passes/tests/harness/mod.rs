@@ -35,6 +35,7 @@ pub static TARGET: TargetDesc = TargetDesc {
         bf16_mac_per_cycle: 0.0,
         stream_bytes_per_cycle: 4.0,
     },
+    gpu: None,
 };
 
 impl Backend for TestBackend {
@@ -137,6 +138,28 @@ pub fn evaluate(module: &Module, store: &Store) -> Vec<f32> {
     for (seed, tokens) in [(1, 3), (2, 1)] {
         let results = evaluator.step(&inputs(module, tokens, seed), tokens).unwrap_or_else(|e| panic!("{e}"));
         results.iter().for_each(|t| out.extend_from_slice(t.f32s().expect("results are floats")));
+    }
+    out
+}
+
+/// What `main` computes of four tokens in one call.
+pub fn evaluate_at_once(module: &Module, store: &Store) -> Vec<f32> {
+    let mut evaluator = Evaluator::new(module, store).expect("states are small");
+    let results = evaluator.step(&inputs(module, 4, 1), 4).unwrap_or_else(|e| panic!("{e}"));
+    results[0].f32s().expect("results are floats").to_vec()
+}
+
+/// The same in two calls, of three tokens and of one.
+pub fn evaluate_in_parts(module: &Module, store: &Store) -> Vec<f32> {
+    let mut evaluator = Evaluator::new(module, store).expect("states are small");
+    let whole = inputs(module, 4, 1);
+    let part = |from: usize, n: usize| -> Vec<Tensor> {
+        whole.iter().map(|x| x.slice_rows(from, n).expect("there are four rows")).collect()
+    };
+    let mut out = vec![];
+    for (from, n) in [(0, 3), (3, 1)] {
+        let results = evaluator.step(&part(from, n), n as u64).unwrap_or_else(|e| panic!("{e}"));
+        out.extend_from_slice(results[0].f32s().expect("results are floats"));
     }
     out
 }

@@ -332,8 +332,10 @@ pub fn toy_manifest(kind: Kind) -> Manifest {
         ),
     ];
     launches[0].flags = NO_BARRIER_AFTER;
-    launches[1].tap = Some(Tap { name: "x".into(), at: Ref::arena(x), width: HIDDEN as u32 });
-    launches[3].tap = Some(Tap { name: "y".into(), at: Ref::arena(y), width: HIDDEN as u32 });
+    launches[1].tap =
+        Some(Tap { name: "x".into(), at: Ref::arena(x), width: HIDDEN as u32, of_results: false });
+    launches[3].tap =
+        Some(Tap { name: "y".into(), at: Ref::arena(y), width: HIDDEN as u32, of_results: false });
     Manifest {
         quantc_version: "test".into(),
         model: "toy".into(),

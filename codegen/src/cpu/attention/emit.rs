@@ -8,6 +8,7 @@ use crate::cpu::llvm::{Elem, FloatCmp, IntCmp, Unit, Val, VecBuilder};
 use crate::cpu::math::{self, Lanes};
 use crate::eexpr::MemTy;
 use crate::eexpr::llvm::{Valid, Vectors, load_mem};
+use crate::spec;
 
 /// Emits the kernel of `spec` as `symbol`.
 pub fn emit(unit: &Unit<'_>, spec: &AttentionSpec, symbol: &str) -> Result<()> {
@@ -110,6 +111,11 @@ impl<'a, 'u, 'c> Attention<'a, 'u, 'c> {
     fn new(b: &'a VecBuilder<'u, 'c>, spec: &'a AttentionSpec) -> Self {
         let lanes = i64::from(b.width());
         let d = i64::from(spec.head_dim);
+        // Of the last rows, positions and bases are the last ones too.
+        let of_rows = |array: PointerValue<'c>| match spec.rows {
+            spec::Rows::T => array,
+            spec::Rows::R => b.row(array, b.sub(b.dim(0), b.dim(1)), 4),
+        };
         let (cache, out) = match spec.source {
             KvSource::Direct { .. } => (None, 3),
             KvSource::Cache { ty, slot_rows, fixed_scales } => {
@@ -120,8 +126,8 @@ impl<'a, 'u, 'c> Attention<'a, 'u, 'c> {
                     values: layout(Role::Values),
                     slot_rows,
                     fixed_scales,
-                    positions: b.arg(3),
-                    bases: b.arg(4),
+                    positions: of_rows(b.arg(3)),
+                    bases: of_rows(b.arg(4)),
                     scales: ty.is_scaled().then(|| (b.arg(5), b.arg(6))),
                 };
                 (Some(cache), if ty.is_scaled() { 7 } else { 5 })
@@ -194,7 +200,7 @@ impl<'a, 'u, 'c> Attention<'a, 'u, 'c> {
     fn items(&self) {
         let b = self.b;
         let block = i64::from(self.spec.block_rows());
-        let t = b.dim(0);
+        let t = b.dim(self.spec.rows.dim());
         let blocks = b.sdiv(b.add(t, b.i64(block - 1)), b.i64(block));
         b.for_items(|item| {
             let (head, index) = (b.sdiv(item, blocks), b.srem(item, blocks));

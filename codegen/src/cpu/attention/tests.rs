@@ -4,6 +4,7 @@ use super::*;
 use crate::cpu::cache::{BlockLayout, Role};
 use crate::cpu::testing::{Buf, assert_close, build, call, random, rng, runnable};
 use crate::eexpr::MemTy;
+use crate::spec::Rows;
 use quantc_ir::formats::{self, Format};
 use quantc_ir::target::TargetDesc;
 
@@ -144,11 +145,12 @@ fn run_cached(
     v: &mut Stored,
 ) -> Vec<f32> {
     let t = c.positions.len();
+    let r = q.len() / spec.q_stride as usize;
     let mut q = Buf::of(q, MemTy::F32);
     let (mut positions, mut base) = (Buf::ints(&c.positions), Buf::ints(&c.base));
-    let mut out = Buf::poisoned(t * (spec.heads * spec.head_dim) as usize * 4);
+    let mut out = Buf::poisoned(r * (spec.heads * spec.head_dim) as usize * 4);
     let mut scratch = Buf::poisoned(spec.scratch_bytes() as usize);
-    let items = spec.items(t as u64) as i64;
+    let items = spec.items(r as u64) as i64;
     let KvSource::Cache { ty, .. } = spec.source else { panic!("a cache") };
     let mut args = vec![&mut q, &mut k.state, &mut v.state, &mut positions, &mut base];
     if ty.is_scaled() {
@@ -156,7 +158,7 @@ fn run_cached(
     }
     args.extend([&mut out, &mut scratch]);
     for range in [0..items / 2, items / 2..items] {
-        call(object, "k", &mut args, [t as i64, t as i64], range);
+        call(object, "k", &mut args, [t as i64, r as i64], range);
     }
     scratch.bytes();
     out.read(MemTy::F32)
@@ -245,6 +247,28 @@ fn head_groups_types_and_batches() {
     for ty in [CacheTy::F32, CacheTy::I8] {
         for heads in [1, 2, 6, 64, 65] {
             cached_case(&cached(heads, 1, 16, 0.25, ty), &calls(), 2);
+        }
+    }
+}
+
+#[test]
+fn the_last_rows_alone_have_the_same_bits() {
+    for ty in TYPES {
+        let all = cached(6, 2, 20, 0.3, ty);
+        let last = AttentionSpec { rows: Rows::R, ..all.clone() };
+        for target in runnable() {
+            let [of_all, of_last] = [&all, &last].map(|spec| build(target, |unit| emit(unit, spec, "k")));
+            for c in calls() {
+                let t = c.positions.len();
+                let q = random(&mut rng(7), t * all.q_stride as usize, 1.0);
+                let (mut k, mut v) = caches(&all, target, &c, 3);
+                let want = run_cached(&of_all, &all, &c, &q, &mut k, &mut v);
+                for r in [0, 1, t / 2, t] {
+                    let q = &q[(t - r) * all.q_stride as usize..];
+                    let got = run_cached(&of_last, &last, &c, q, &mut k, &mut v);
+                    assert_eq!(got, want[want.len() - got.len()..], "{} {ty:?} {r} of {t}", target.name);
+                }
+            }
         }
     }
 }
@@ -389,6 +413,7 @@ fn malformed_specs_are_refused() {
         AttentionSpec { source: cache(CacheTy::F32, 100), ..good.clone() },
         AttentionSpec { source: cache(CacheTy::I8, 64), head_dim: 513, q_stride: 9999, ..good.clone() },
         AttentionSpec { source: KvSource::Direct { stride: 31 }, ..good.clone() },
+        AttentionSpec { source: KvSource::Direct { stride: 32 }, rows: Rows::R, ..good.clone() },
     ] {
         assert!(bad.check().is_err(), "{bad:?}");
     }

@@ -26,7 +26,7 @@ use quantc_ir::diag::Result;
 pub(super) const FRAGMENT: u32 = 512;
 
 /// Query vectors of a warp.
-pub(super) const ROWS: u32 = 16;
+pub(in crate::cuda) const ROWS: u32 = 16;
 
 /// Some keys and values of one head.
 #[derive(Clone, Copy, Debug)]

@@ -1,6 +1,7 @@
 //! Tensors that do not depend on inputs.
 
 use super::{Results, one};
+use crate::onnx::build::Val;
 use crate::onnx::node::Cx;
 use crate::onnx::tensor::{self, MOST_READ};
 use quantc_ir::diag::{Diag, Result};
@@ -50,7 +51,7 @@ pub(super) fn filled(
     elem: ElemTy,
     dims: &[u64],
     f: impl Fn(&[u64]) -> i128,
-) -> Result<crate::onnx::build::Val> {
+) -> Result<Val> {
     let ty = TensorTy::fixed(elem, dims);
     let n = ty.shape.elements().filter(|&n| n <= MOST_READ);
     let n = n.ok_or_else(|| Diag::input(format!("a constant of type {ty} is too large")))?;
@@ -85,6 +86,13 @@ fn eye_like(cx: &mut Cx<'_, '_>) -> Results {
 }
 
 fn range(cx: &mut Cx<'_, '_>) -> Results {
+    if let (Some(Val::Extents { dims, scalar: true }), Some(start), Some(delta)) = (cx.opt(1), cx.opt(0), cx.opt(2))
+        && let (Some(start), Some(delta), &[dim]) = (cx.known(&start), cx.known(&delta), &dims[..])
+        && start?.ints() == [0]
+        && delta?.ints() == [1]
+    {
+        return one(cx.places(dim));
+    }
     let (start, limit) = (cx.must_know(0, "start")?, cx.must_know(1, "limit")?);
     let delta = cx.must_know(2, "delta")?;
     let elem = start.ty.elem;

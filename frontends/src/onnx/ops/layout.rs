@@ -5,7 +5,7 @@ use super::{Results, one};
 use crate::onnx::build::{REST, Val};
 use crate::onnx::node::Cx;
 use quantc_ir::diag::{Diag, Result};
-use quantc_ir::ops::{Pad, PadMode, Slice};
+use quantc_ir::ops::{Gather, Order, Pad, PadMode, Slice};
 use quantc_ir::ty::{Dim, ElemTy};
 
 onnx_ops! {
@@ -48,7 +48,11 @@ fn concat(cx: &mut Cx<'_, '_>) -> Results {
         return one(Ok(cx.extents(dims)));
     }
     // Empty lists, which some exporters put first, have nothing to say of the other extents.
-    let some: Vec<&Val> = all.iter().filter(|v| cx.dims(v) != [Dim::Static(0)]).collect();
+    let empty = |v: &&Val| {
+        let dims = cx.dims(v);
+        dims == [Dim::Static(0)] || dims.get(axis) == Some(&Dim::Static(0))
+    };
+    let some: Vec<&Val> = all.iter().filter(|v| !empty(v)).collect();
     let parts: Vec<&Val> = if some.is_empty() { all.iter().take(1).collect() } else { some };
     one(cx.concat(&parts, axis))
 }
@@ -71,8 +75,8 @@ fn slice(cx: &mut Cx<'_, '_>) -> Results {
     let mut x = cx.input(0)?;
     let rank = cx.rank(&x);
     let missing = |what: &str| Diag::input(format!("`{what}` is missing"));
-    let starts = cx.ints_of(1, "starts")?.ok_or_else(|| missing("starts"))?;
-    let ends = cx.ints_of(2, "ends")?.ok_or_else(|| missing("ends"))?;
+    let starts = bounds(cx, 1, "starts")?.ok_or_else(|| missing("starts"))?;
+    let ends = bounds(cx, 2, "ends")?.ok_or_else(|| missing("ends"))?;
     let axes = cx.ints_of(3, "axes")?.unwrap_or_else(|| (0..starts.len() as i64).collect());
     let steps = cx.known_ints(4, "steps")?.unwrap_or_else(|| vec![1; starts.len()]);
     if [ends.len(), axes.len(), steps.len()].iter().any(|&n| n != starts.len()) {
@@ -81,9 +85,51 @@ fn slice(cx: &mut Cx<'_, '_>) -> Results {
     cx.axes(&axes, rank)?;
     for i in 0..starts.len() {
         let axis = cx.axis(axes[i], rank)?;
-        x = cut(cx, x, axis, (starts[i], ends[i], steps[i]))?;
+        x = match (starts[i], ends[i]) {
+            (Bound::At(start), Bound::At(end)) => cut(cx, x, axis, (start, end, steps[i]))?,
+            (Bound::At(0), Bound::Extent(end)) if steps[i] == 1 => first(cx, x, axis, end)?,
+            _ => {
+                let ty = cx.ty(&x);
+                return Err(Diag::input(format!("axis {axis} of {ty} is cut at places that are not known"))
+                    .help("give the named extents of the inputs numbers"));
+            }
+        };
     }
     one(Ok(x))
+}
+
+/// Where a slice begins or ends.
+#[derive(Clone, Copy)]
+enum Bound {
+    At(i64),
+    Extent(Dim),
+}
+
+/// The bounds that operand `i`, or in older versions an attribute, holds.
+fn bounds(cx: &mut Cx<'_, '_>, i: usize, name: &'static str) -> Result<Option<Vec<Bound>>> {
+    if let Some(Val::Extents { dims, .. }) = cx.opt(i) {
+        let one = |&d: &Dim| match d {
+            REST => Bound::At(-1),
+            Dim::Static(n) => Bound::At(i64::try_from(n).unwrap_or(i64::MAX)),
+            extent => Bound::Extent(extent),
+        };
+        return Ok(Some(dims.iter().map(one).collect()));
+    }
+    Ok(cx.ints_of(i, name)?.map(|all| all.into_iter().map(Bound::At).collect()))
+}
+
+/// The first `len` indices of an axis. An axis that turns out to be shorter is an error when the model runs.
+fn first(cx: &mut Cx<'_, '_>, x: Val, axis: usize, len: Dim) -> Result<Val> {
+    if cx.dims(&x)[axis] == len {
+        return Ok(x);
+    }
+    if cx.dims(&x)[axis].fixed().is_none() {
+        let ty = cx.ty(&x);
+        return Err(Diag::input(format!("axis {axis} of {ty} is cut, whose extent is not known"))
+            .help("give the named extents of the inputs numbers"));
+    }
+    let places = cx.places(len)?;
+    cx.op(Gather { axis: axis as u8 }, &[&x, &places])
 }
 
 /// A slice of one axis, with bounds as the standard reads them.
@@ -237,15 +283,26 @@ fn trilu(cx: &mut Cx<'_, '_>) -> Results {
         Some(_) => cx.known_ints(1, "k")?.and_then(|k| k.first().copied()).unwrap_or(0),
     };
     let dims = cx.dims(&x);
-    let ([.., Dim::Static(rows), Dim::Static(cols)], k) = (&dims[..], i128::from(k)) else {
-        return Err(Diag::input(format!("input 0 has type {}, whose last two extents must be known", cx.ty(&x))));
+    let zero = cx.scalar(cx.ty(&x).elem, 0.0)?;
+    let (rows, cols) = match dims[..] {
+        [.., Dim::Static(rows), Dim::Static(cols)] => (rows, cols),
+        [.., rows, cols] => {
+            let (down, along) = (cx.places(rows)?, cx.places(cols)?);
+            let down = cx.unsqueeze(&down, &[1])?;
+            let k = cx.scalar(ElemTy::I64, k as f64)?;
+            let edge = cx.add(&down, &k)?;
+            let (low, high) = if upper { (edge, along) } else { (along, edge) };
+            let mask = cx.compare(Order::LessEqual, &low, &high)?;
+            return one(cx.select(&mask, &x, &zero));
+        }
+        _ => return Err(Diag::input(format!("input 0 has type {}, expected matrices", cx.ty(&x)))),
     };
+    let k = i128::from(k);
     let kept = |i: &[u64]| {
         let beyond = i128::from(i[1]) - i128::from(i[0]);
         i128::from(if upper { beyond >= k } else { beyond <= k })
     };
-    let mask = filled(cx, ElemTy::BOOL, &[*rows, *cols], kept)?;
-    let zero = cx.scalar(cx.ty(&x).elem, 0.0)?;
+    let mask = filled(cx, ElemTy::BOOL, &[rows, cols], kept)?;
     one(cx.select(&mask, &x, &zero))
 }
 

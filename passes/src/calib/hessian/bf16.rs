@@ -45,19 +45,34 @@ pub(super) fn add(sum: &mut [f32], k: usize, rows: &[f32]) {
 
 /// The panels of `rows`, each a list of pairs of tokens. The last panel is filled with zeros, and an odd number of tokens too.
 fn packed(k: usize, rows: &[f32]) -> Vec<Vec<Pairs>> {
-    let panel = |first: usize| -> Vec<Pairs> {
-        let channels = first..k.min(first + PANEL);
-        let pair = |two: &[f32]| {
-            let (even, odd) = two.split_at(k);
-            let mut pairs = [0; PANEL];
-            for (to, c) in pairs.iter_mut().zip(channels.clone()) {
+    // SAFETY: whoever calls has looked whether the processor has these instructions.
+    let panel = |p| unsafe { panel(k, rows, p * PANEL) };
+    (0..k.div_ceil(PANEL)).into_par_iter().map(panel).collect()
+}
+
+/// The panel of the channels from `first` on.
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn panel(k: usize, rows: &[f32], first: usize) -> Vec<Pairs> {
+    let mut out = Vec::with_capacity(rows.len().div_ceil(2 * k));
+    for two in rows.chunks(2 * k) {
+        let (even, odd) = two.split_at(k);
+        let mut pairs = [0; PANEL];
+        let whole = (
+            even[first..].first_chunk::<PANEL>(),
+            odd.get(first..).and_then(|odd| odd.first_chunk::<PANEL>()),
+        );
+        if let (Some(even), Some(odd)) = whole {
+            for c in 0..PANEL {
+                pairs[c] = bf16_bits(even[c]) >> 16 | bf16_bits(odd[c]) & 0xffff_0000;
+            }
+        } else {
+            for (to, c) in pairs.iter_mut().zip(first..k) {
                 *to = bf16_bits(even[c]) >> 16 | odd.get(c).map_or(0, |&x| bf16_bits(x) & 0xffff_0000);
             }
-            pairs
-        };
-        rows.chunks(2 * k).map(pair).collect()
-    };
-    (0..k.div_ceil(PANEL)).into_par_iter().map(|p| panel(p * PANEL)).collect()
+        }
+        out.push(pairs);
+    }
+    out
 }
 
 /// Adds to rows `from ..` of the sum.

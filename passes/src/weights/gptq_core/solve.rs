@@ -8,11 +8,15 @@ use super::factor::{BLOCK, Factor};
 use super::product::{LANES, Mat, product, transpose};
 use super::round::{Lanes, Rounder};
 use crate::calib::hessian::Hessian;
-use quantc_ir::quant::{Groups, Params};
+use quantc_ir::quant::{Groups, Params, stored_scale};
+use quantc_ir::ty::Float;
 use std::ops::Range;
 
 /// Rows of a task. It does not depend on the number of threads, and so neither do the sums.
 pub(super) const ROWS: usize = 256;
+
+/// No scale becomes smaller than this part of itself at once; negative ones are none.
+const LEAST_CHANGE: f32 = 0.1;
 
 /// Some rows of a weight, by columns, with their scales.
 pub(super) struct Slab<'a> {
@@ -27,11 +31,13 @@ pub(super) struct Slab<'a> {
     zeros: Vec<f32>,
 }
 
+/// Codes and scales of a [`Slab`] and what they make of it.
 #[derive(Clone)]
-/// Codes of a [`Slab`] and what they make of it.
 pub(super) struct Solution {
     /// `k x lanes`, one code a byte.
     pub(super) codes: Vec<u8>,
+    /// One row of lanes per column of groups.
+    pub(super) scales: Vec<f32>,
     /// `k x lanes`: the quantized number less the number.
     pub(super) delta: Vec<f32>,
 }
@@ -65,11 +71,10 @@ impl<'a> Slab<'a> {
         self.groups.cols()
     }
 
-    /// Scales and zero points of sixteen lanes from `lane` on at a column.
+    /// Where the scales and zero points of sixteen lanes from `lane` on at a column are.
     #[inline(always)]
-    fn params(&self, col: usize, lane: usize) -> (&Lanes, &Lanes) {
-        let at = col / self.groups.cols_per_group() * self.lanes + lane;
-        (sixteen(&self.scales, at), sixteen(&self.zeros, at))
+    fn group(&self, col: usize, lane: usize) -> usize {
+        col / self.groups.cols_per_group() * self.lanes + lane
     }
 
     /// Every number to the code nearest to it.
@@ -88,6 +93,23 @@ impl<'a> Slab<'a> {
     /// GPTQ: every column, in the order of the factor, to the codes nearest to it and the feedback of the errors of
     /// all columns before it.
     pub(super) fn feed_back(&self, factor: &Factor) -> Solution {
+        #[cfg(target_arch = "x86_64")]
+        if wide_vectors() {
+            // SAFETY: this processor has these instructions.
+            return unsafe { self.feed_back_wide(factor) };
+        }
+        self.feed_back_any(factor)
+    }
+
+    /// As [`feed_back_any`](Self::feed_back_any), by vectors of 512 bits.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
+    fn feed_back_wide(&self, factor: &Factor) -> Solution {
+        self.feed_back_any(factor)
+    }
+
+    #[inline(always)]
+    fn feed_back_any(&self, factor: &Factor) -> Solution {
         let (k, lanes) = (self.k(), self.lanes);
         let mut out = self.blank();
         // By position, what the columns before have left to be made up for: the number less the quantized number.
@@ -131,12 +153,39 @@ impl<'a> Slab<'a> {
 
     /// One sweep of coordinate descent: every number, from the left, to the code that is best given all others.
     /// With `D` for the errors and `G = D H`, the best place for number `j` is `W[j] + D[j] - G[j] / H[j, j]`.
-    pub(super) fn descend(&self, h: &Hessian, out: &mut Solution) {
+    ///
+    /// With `scales`, the type of scales, each scale is first set to what is best given all codes and all other scales, where
+    /// that is better by more than is lost by storing it. Groups of more than [`BLOCK`] columns keep theirs.
+    ///
+    /// Returns whether anything changed.
+    pub(super) fn descend(&self, h: &Hessian, scales: Option<Float>, out: &mut Solution) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        if wide_vectors() {
+            // SAFETY: this processor has these instructions.
+            return unsafe { self.descend_wide(h, scales, out) };
+        }
+        self.descend_any(h, scales, out)
+    }
+
+    /// As [`descend_any`](Self::descend_any), by vectors of 512 bits.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
+    fn descend_wide(&self, h: &Hessian, scales: Option<Float>, out: &mut Solution) -> bool {
+        self.descend_any(h, scales, out)
+    }
+
+    #[inline(always)]
+    fn descend_any(&self, h: &Hessian, scales: Option<Float>, out: &mut Solution) -> bool {
         let (k, lanes) = (self.k(), self.lanes);
         let mut slope = vec![0.0f32; BLOCK.min(k) * lanes];
         let mut tile = [[0.0f32; LANES]; BLOCK];
-        for from in (0..k).step_by(BLOCK) {
-            let to = k.min(from + BLOCK);
+        let mut changed = false;
+        let wide = self.groups.cols_per_group();
+        let scales = scales.filter(|_| wide <= BLOCK);
+        // Blocks have whole groups.
+        let step = if scales.is_some() { BLOCK / wide * wide } else { BLOCK };
+        for from in (0..k).step_by(step) {
+            let to = k.min(from + step);
             let corner = corner(h, from, to);
             let n = to - from;
             let delta =
@@ -151,10 +200,21 @@ impl<'a> Slab<'a> {
                 for (part, slope) in part.iter_mut().zip(slope.chunks(lanes)) {
                     *part = *sixteen(slope, lane);
                 }
+                if let Some(scales) = scales {
+                    for first in (from..to).step_by(wide) {
+                        let group = first..to.min(first + wide);
+                        changed |= self.rescale(out, scales, (group, lane), (&corner, from), part);
+                    }
+                }
                 for col in from..to {
                     let row = &corner[(col - from) * n..][..n];
                     let weight = row[col - from];
                     if weight <= 0.0 {
+                        // What nothing is read of stays nearest, whatever became of its scale.
+                        if scales.is_some() {
+                            let w = *sixteen(&self.w, col * lanes + lane);
+                            self.put(out, col, lane, &w);
+                        }
                         continue;
                     }
                     let (g, ahead) = part[col - from..].split_at_mut(1);
@@ -166,29 +226,94 @@ impl<'a> Slab<'a> {
                     let step: Lanes = std::array::from_fn(|l| new[l] - old[l]);
                     if step != [0.0; LANES] {
                         push(ahead, &row[col - from + 1..], &step);
+                        changed = true;
                     }
                 }
             }
         }
+        changed
+    }
+
+    /// Sets the scales of the group of columns `group` for sixteen lanes from `lane` on to what is best given all codes. `corner` is
+    /// the part of the Hessian of the block, which begins at column `from`, and `slope` its part of `D H`, which is kept up to date.
+    /// Returns whether any changed.
+    ///
+    /// With `Q` for what the codes of the group stand for, a scale larger by `s` makes the error larger by `2 s G Q + s^2 Q H Q`.
+    #[inline(always)]
+    fn rescale(
+        &self,
+        out: &mut Solution,
+        scales: Float,
+        (group, lane): (Range<usize>, usize),
+        (corner, from): (&[f32], usize),
+        slope: &mut [Lanes],
+    ) -> bool {
+        let n = slope.len();
+        let place = self.group(group.start, lane);
+        let (old, zero) = (*sixteen(&out.scales, place), *sixteen(&self.zeros, place));
+        let mut units = [[0.0f32; LANES]; BLOCK];
+        let mut through = [[0.0f32; LANES]; BLOCK];
+        for (unit, col) in units.iter_mut().zip(group.clone()) {
+            let at = col * self.lanes + lane;
+            let (w, delta) = (sixteen(&self.w, at), sixteen(&out.delta, at));
+            let y: Lanes = std::array::from_fn(|l| (w[l] + delta[l]) / old[l]);
+            *unit = self.rounder.round(&y, &[1.0; LANES], &zero);
+            push(&mut through[..n], &corner[(col - from) * n..][..n], unit);
+        }
+        let units = &units[..group.len()];
+        let (mut along, mut curved) = ([0.0f32; LANES], [0.0f32; LANES]);
+        for (unit, i) in units.iter().zip(group.start - from..) {
+            for l in 0..LANES {
+                along[l] += unit[l] * slope[i][l];
+                curved[l] += unit[l] * through[i][l];
+            }
+        }
+        let mut steps = [0.0f32; LANES];
+        for l in 0..LANES {
+            let Ok(new) = stored_scale(old[l] - along[l] / curved[l], scales) else { continue };
+            let step = new - old[l];
+            if new > old[l] * LEAST_CHANGE
+                && new.is_finite()
+                && step * (2.0 * along[l] + step * curved[l]) < 0.0
+            {
+                (steps[l], out.scales[place + l]) = (step, new);
+            }
+        }
+        if steps == [0.0; LANES] {
+            return false;
+        }
+        for (slope, through) in slope.iter_mut().zip(&through) {
+            (0..LANES).for_each(|l| slope[l] += steps[l] * through[l]);
+        }
+        for (unit, col) in units.iter().zip(group) {
+            let at = col * self.lanes + lane;
+            let w = sixteen(&self.w, at);
+            for l in (0..LANES).filter(|&l| steps[l] != 0.0) {
+                out.delta[at + l] = unit[l] * out.scales[place + l] - w[l];
+            }
+        }
+        true
     }
 
     /// Stores codes, errors and, as the result, the numbers that `x` is rounded to.
     #[inline(always)]
     fn put(&self, out: &mut Solution, col: usize, lane: usize, x: &Lanes) -> Lanes {
         let at = col * self.lanes + lane;
-        let (scale, zero) = self.params(col, lane);
+        let group = self.group(col, lane);
+        let (scale, zero) = (sixteen(&out.scales, group), sixteen(&self.zeros, group));
         let y = self.rounder.round(x, scale, zero);
+        let codes = self.rounder.codes(x, scale, zero);
         let w = sixteen(&self.w, at);
         for (l, delta) in out.delta[at..at + LANES].iter_mut().enumerate() {
             *delta = y[l] - w[l];
         }
-        out.codes[at..at + LANES].copy_from_slice(&self.rounder.codes(x, scale, zero));
+        out.codes[at..at + LANES].copy_from_slice(&codes);
         y
     }
 
     fn blank(&self) -> Solution {
         let len = self.k() * self.lanes;
-        Solution { codes: vec![0; len], delta: vec![0.0; len] }
+        Solution { codes: vec![0; len], scales: self.scales.clone(), delta: vec![0.0; len] }
     }
 
     /// The error `d H d^T` of each row.
@@ -210,6 +335,19 @@ impl<'a> Slab<'a> {
                 to.delta[at + lane] = other.delta[at + lane];
             }
         }
+        for at in (0..to.scales.len()).step_by(self.lanes) {
+            for lane in (0..which.len()).filter(|&lane| which[lane]) {
+                to.scales[at + lane] = other.scales[at + lane];
+            }
+        }
+    }
+
+    /// The scales of a solution, row by row.
+    pub(super) fn scales(&self, solution: &Solution) -> Vec<f32> {
+        let wide = self.groups.grid().1;
+        let mut scales = vec![0.0; self.rows.len() * wide];
+        transpose(&solution.scales, wide, self.rows.len(), self.lanes, &mut scales, wide);
+        scales
     }
 
     /// Writes the codes row by row.
@@ -252,6 +390,16 @@ pub(super) fn corner(h: &Hessian, from: usize, to: usize) -> Vec<f32> {
         }
     }
     corner
+}
+
+/// Whether this processor has vectors of sixteen lanes. What is computed does not depend on it: products and sums of lanes are rounded
+/// each by itself.
+#[cfg(target_arch = "x86_64")]
+fn wide_vectors() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
 }
 
 /// `to[i] += factors[i] * x` for sixteen lanes.

@@ -399,7 +399,7 @@ fn descent_ends_where_no_single_code_can_be_bettered() {
     let mut solution = slab.nearest();
     let mut last = slab.errors(&solution, &case.h);
     for _ in 0..30 {
-        slab.descend(&case.h, &mut solution);
+        slab.descend(&case.h, None, &mut solution);
         let next = slab.errors(&solution, &case.h);
         assert!(next.iter().zip(&last).all(|(next, last)| *next <= last * (1.0 + 1e-5)));
         last = next;
@@ -416,6 +416,68 @@ fn descent_ends_where_no_single_code_can_be_bettered() {
             assert!(error >= settled[row] * (1.0 - 1e-4), "{at}: code {code} has {error} < {}", settled[row]);
         }
     }
+}
+
+#[test]
+fn refitted_scales_are_the_best_for_their_codes() {
+    // Groups of 20 columns make blocks of 120, the second of which is not whole.
+    for text in ["!q<int4:f32 block 20@1>", "!q<uint4:f32 block 20@1 zero uint4>", "!q<e2m1:f32 block 20@1>"]
+    {
+        let scheme = scheme(text);
+        let case = case(23, 16, 140, Inputs::Many);
+        let groups = groups(&scheme, 16, 140);
+        let params =
+            fit_scales(&case.w, &groups, &scheme, Weighting::Uniform, ScaleSearch::default()).unwrap();
+        let slab = Slab::new(&case.w, 0..16, &groups, &params, Rounder::new(scheme.format).unwrap());
+        let mut solution = slab.nearest();
+        let mut last = slab.errors(&solution, &case.h);
+        for _ in 0..60 {
+            let changed = slab.descend(&case.h, Some(Float::F32), &mut solution);
+            let next = slab.errors(&solution, &case.h);
+            assert!(next.iter().zip(&last).all(|(next, last)| *next <= last * (1.0 + 1e-5)), "{text}");
+            last = next;
+            if !changed {
+                break;
+            }
+        }
+        let mut codes = vec![0; 16 * 140];
+        slab.write(&solution, &mut codes);
+        let scales = slab.scales(&solution);
+        assert!(scales.iter().zip(&params.scales).any(|(new, old)| new != old), "{text}");
+        let settled_params = Params { scales, zeros: params.zeros.clone() };
+        let settled = errors_of(&case, &numbers(&case, &scheme, &settled_params, &codes));
+        for (row, (settled, last)) in settled.iter().zip(&last).enumerate() {
+            assert!((settled - last).abs() < 1e-3 * last, "{text}: row {row} has {settled}, expected {last}");
+        }
+        for group in 0..settled_params.scales.len() {
+            for by in [0.995, 1.005] {
+                let mut other = settled_params.clone();
+                other.scales[group] *= by;
+                let row = group / groups.grid().1;
+                let error = errors_of(&case, &numbers(&case, &scheme, &other, &codes))[row];
+                assert!(
+                    error >= settled[row] * (1.0 - 1e-4),
+                    "{text}, group {group}: {error} < {}",
+                    settled[row]
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn refitted_scales_are_as_they_are_stored() {
+    let case = case(24, 20, 256, Inputs::Many);
+    let scheme = scheme("!q<int4:bf16 block 64@1>");
+    let made = |refit| {
+        let options = GptqOptions { refit, ..GptqOptions::default() };
+        rewrite(&case.w, 20, 256, &case.h, &scheme, &options).unwrap()
+    };
+    let (with, without) = (made(true), made(false));
+    assert!(with.params.scales.iter().all(|s| s.to_bits() & 0xffff == 0));
+    assert!(with.facts.error < without.facts.error, "{:?} {:?}", with.facts, without.facts);
+    let told: f64 = errors_of(&case, &numbers(&case, &scheme, &with.params, &with.codes)).iter().sum();
+    assert!((told - with.facts.error).abs() < 1e-3 * told, "{told} {:?}", with.facts);
 }
 
 #[test]

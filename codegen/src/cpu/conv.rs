@@ -1,0 +1,289 @@
+//! Emits products of windows with weights.
+
+use std::cell::RefCell;
+
+use inkwell::values::PointerValue;
+use quantc_ir::diag::Result;
+use quantc_ir::target::Dot;
+
+use super::nest::Place;
+use crate::conv::{ConvSpec, Factors};
+use crate::cpu::llvm::{Elem, IntCmp, Unit, Val, VecBuilder};
+use crate::nest::{Num, nums};
+
+/// Emits the kernel of `spec` as `symbol`.
+pub fn emit(unit: &Unit<'_>, spec: &ConvSpec, symbol: &str) -> Result<()> {
+    unit.kernel(symbol, |b| {
+        items(b, spec);
+        Ok(())
+    })
+}
+
+/// Walks the items of a call.
+fn items<'c>(b: &VecBuilder<'_, 'c>, spec: &ConvSpec) {
+    let tile = spec.tile(b.target());
+    let lanes = b.width();
+    let panel = tile.vectors * u64::from(lanes);
+    let (x_size, together) = match spec.factors {
+        Factors::F32 => (4, 1),
+        Factors::Bytes => (1, 4),
+    };
+    // Bytes of a panel: every element of the window, with `panel` lanes of four bytes for what lies together.
+    let steps = spec.window.iter().map(|a| a.n).product::<u64>() * (spec.channels / together);
+    let panel_bytes = (steps * panel * 4) as i64;
+    let nums = nums(&spec.nodes);
+    let (x, w) = (b.arg(0), b.arg(1));
+    let inputs: Vec<PointerValue<'c>> = (0..u32::from(spec.inputs)).map(|i| b.arg(2 + i)).collect();
+    let out = b.arg(2 + u32::from(spec.inputs));
+    let Some((tiled, rows_axes)) = spec.outer.split_last() else { return };
+    let rows: u64 = rows_axes.iter().map(|a| a.n).product();
+    let tiles = tiled.n.div_ceil(tile.windows);
+    b.for_items(|item| {
+        let part = b.urem(item, b.i64(tiles as i64));
+        let rest = b.udiv(item, b.i64(tiles as i64));
+        let mut row = b.urem(rest, b.i64(rows as i64));
+        let panel_index = b.udiv(rest, b.i64(rows as i64));
+        // The last tile begins early enough to be whole.
+        let first = b.mul(part, b.i64(tile.windows as i64));
+        let first = b.smin(first, b.i64((tiled.n - tile.windows) as i64));
+        let mut at = vec![b.i64(0); spec.outer.len()];
+        for (a, axis) in rows_axes.iter().enumerate().rev() {
+            at[a] = b.urem(row, b.i64(axis.n as i64));
+            row = b.udiv(row, b.i64(axis.n as i64));
+        }
+        at[rows_axes.len()] = first;
+        let (mut x_at, mut w_at) = (b.i64(0), b.i64(0));
+        for (&i, axis) in at.iter().zip(&spec.outer) {
+            x_at = b.add(x_at, b.mul(i, b.i64(axis.x * x_size)));
+            if axis.w != 0 {
+                w_at = b.add(w_at, b.mul(i, b.i64(axis.w * 4)));
+            }
+        }
+        let w = b.row(b.at(w, w_at), panel_index, panel_bytes);
+        let step = tiled.x * x_size;
+        let product = Product { b, spec, windows: tile.windows, vectors: tile.vectors, step, x_size };
+        let sums = product.sums(b.at(x, x_at), w);
+        let finish = Finish { b, spec, nums: &nums, inputs: &inputs, out, panel };
+        let column = b.mul(panel_index, b.i64(panel as i64));
+        for (i, row) in sums.chunks(tile.vectors as usize).enumerate() {
+            let mut index = vec![b.i64(0); usize::from(spec.rank)];
+            for (a, axis) in spec.outer.iter().enumerate() {
+                let Some(y) = axis.y else { continue };
+                let tiled = a == rows_axes.len();
+                index[usize::from(y)] = if tiled { b.add(at[a], b.i64(i as i64)) } else { at[a] };
+            }
+            for (v, &total) in row.iter().enumerate() {
+                finish.vector(&index, b.add(column, b.i64(v as i64 * i64::from(lanes))), total);
+            }
+        }
+    });
+}
+
+/// What becomes of sums.
+struct Finish<'p, 'u, 'c> {
+    b: &'p VecBuilder<'u, 'c>,
+    spec: &'p ConvSpec,
+    nums: &'p [Num],
+    inputs: &'p [PointerValue<'c>],
+    out: PointerValue<'c>,
+    panel: u64,
+}
+
+impl<'c> Finish<'_, '_, 'c> {
+    /// Stores numbers of outputs from `begin` on, where `index` says besides.
+    fn store(&self, index: &[Val<'c>], lanes: u32, begin: Val<'c>, total: Val<'c>) {
+        let mut index = index.to_vec();
+        index[usize::from(self.spec.axis)] = begin;
+        let place = Place {
+            b: self.b,
+            nodes: &self.spec.nodes,
+            nums: self.nums,
+            inputs: self.inputs,
+            index,
+            axis: usize::from(self.spec.axis),
+            lanes,
+            folded: Some(total),
+            known: RefCell::default(),
+        };
+        place.store(self.out, self.spec.out, &self.spec.to, self.spec.value);
+    }
+
+    /// Stores a vector, of which the last of a panel may reach beyond the last output.
+    fn vector(&self, index: &[Val<'c>], begin: Val<'c>, total: Val<'c>) {
+        let (b, lanes) = (self.b, self.b.width());
+        if self.spec.outs.is_multiple_of(self.panel) {
+            self.store(index, lanes, begin, total);
+            return;
+        }
+        let outs = b.i64(self.spec.outs as i64);
+        let whole = b.icmp(IntCmp::SLE, b.add(begin, b.i64(lanes.into())), outs);
+        let all = || {
+            self.store(index, lanes, begin, total);
+            vec![]
+        };
+        let some = || {
+            let left = (self.spec.outs % u64::from(lanes)) as u32;
+            b.when(b.icmp(IntCmp::SLT, begin, outs), || {
+                for lane in 0..left {
+                    self.store(index, 1, b.add(begin, b.i64(lane.into())), b.extract(total, lane));
+                }
+            });
+            vec![]
+        };
+        b.if_else(whole, all, some);
+    }
+}
+
+struct Product<'p, 'u, 'c> {
+    b: &'p VecBuilder<'u, 'c>,
+    spec: &'p ConvSpec,
+    windows: u64,
+    vectors: u64,
+    /// Bytes from one window to the next.
+    step: i64,
+    x_size: i64,
+}
+
+impl<'c> Product<'_, '_, 'c> {
+    /// The sums of all windows with all vectors, window by window.
+    fn sums(&self, x: PointerValue<'c>, w: PointerValue<'c>) -> Vec<Val<'c>> {
+        let b = self.b;
+        let elem = match self.spec.factors {
+            Factors::F32 => Elem::F32,
+            Factors::Bytes => Elem::I32,
+        };
+        let zero = b.ty(elem, b.width()).const_zero();
+        let start = vec![zero; (self.windows * self.vectors) as usize];
+        self.window(0, b.i64(0), b.i64(0), x, w, start)
+    }
+
+    /// Adds what the axes of the window from `axis` on give; `x_at` and `step` count bytes of the array and elements of the
+    /// window.
+    fn window(
+        &self,
+        axis: usize,
+        x_at: Val<'c>,
+        step: Val<'c>,
+        x: PointerValue<'c>,
+        w: PointerValue<'c>,
+        sums: Vec<Val<'c>>,
+    ) -> Vec<Val<'c>> {
+        let b = self.b;
+        let Some(a) = self.spec.window.get(axis) else { return self.channels(x_at, step, x, w, sums) };
+        b.for_const(0, a.n as i64, 1, &sums, |i, sums| {
+            let x_at = b.add(x_at, b.mul(i, b.i64(a.x * self.x_size)));
+            let step = b.add(b.mul(step, b.i64(a.n as i64)), i);
+            self.window(axis + 1, x_at, step, x, w, sums.to_vec())
+        })
+    }
+
+    fn channels(
+        &self,
+        x_at: Val<'c>,
+        step: Val<'c>,
+        x: PointerValue<'c>,
+        w: PointerValue<'c>,
+        sums: Vec<Val<'c>>,
+    ) -> Vec<Val<'c>> {
+        let (b, lanes) = (self.b, self.b.width());
+        let together = self.spec.factors.together() as i64;
+        let steps = self.spec.channels as i64 / together;
+        let vector = i64::from(lanes) * 4;
+        let step_bytes = self.vectors as i64 * vector;
+        let x = b.at(x, x_at);
+        let w = b.at(w, b.mul(step, b.i64(steps * step_bytes)));
+        b.for_const(0, steps, 1, &sums, |k, sums| {
+            let from = b.row(w, k, step_bytes);
+            let x = b.row(x, k, 4);
+            let weights: Vec<PointerValue<'c>> =
+                (0..self.vectors as i64).map(|v| b.offset(from, v * vector)).collect();
+            let mut next = Vec::with_capacity(sums.len());
+            match self.spec.factors {
+                Factors::F32 => {
+                    let weights: Vec<Val<'c>> = weights.iter().map(|&p| b.load(p, Elem::F32, lanes)).collect();
+                    for (i, sums) in sums.chunks(weights.len()).enumerate() {
+                        let a = b.load(b.offset(x, i as i64 * self.step), Elem::F32, 1);
+                        let a = b.splat(a, lanes);
+                        next.extend(sums.iter().zip(&weights).map(|(&s, &w)| b.fma(a, w, s)));
+                    }
+                }
+                Factors::Bytes => {
+                    let weights: Vec<Signed<'c>> = weights.iter().map(|&p| Signed::load(b, p)).collect();
+                    for (i, sums) in sums.chunks(weights.len()).enumerate() {
+                        let a = b.load_aligned(b.offset(x, i as i64 * self.step), Elem::I32, 1, 1);
+                        let a = Unsigned::of(b, b.splat(a, lanes));
+                        next.extend(sums.iter().zip(&weights).map(|(&s, w)| a.times(b, w, s)));
+                    }
+                }
+            }
+            next
+        })
+    }
+}
+
+/// Four signed bytes a lane.
+enum Signed<'c> {
+    Bytes(Val<'c>),
+    /// The even and the odd ones, as pairs of i16.
+    Pairs(Val<'c>, Val<'c>),
+}
+
+/// Four unsigned bytes a lane.
+enum Unsigned<'c> {
+    Bytes(Val<'c>),
+    Pairs(Val<'c>, Val<'c>),
+}
+
+fn vnni(b: &VecBuilder<'_, '_>) -> bool {
+    b.target().cpu.dots.contains(&Dot::Vnni)
+}
+
+impl<'c> Signed<'c> {
+    fn load(b: &VecBuilder<'_, 'c>, ptr: PointerValue<'c>) -> Signed<'c> {
+        let v = b.load(ptr, Elem::I32, b.width());
+        if vnni(b) {
+            return Signed::Bytes(v);
+        }
+        let halves = b.width() * 2;
+        let v = b.bitcast(v, Elem::I16, halves);
+        let eight = b.int(Elem::I16, halves, 8);
+        Signed::Pairs(b.ashr(b.shl(v, eight), eight), b.ashr(v, eight))
+    }
+}
+
+impl<'c> Unsigned<'c> {
+    fn of(b: &VecBuilder<'_, 'c>, v: Val<'c>) -> Unsigned<'c> {
+        if vnni(b) {
+            return Unsigned::Bytes(v);
+        }
+        let halves = b.width() * 2;
+        let v = b.bitcast(v, Elem::I16, halves);
+        let low = b.and(v, b.int(Elem::I16, halves, 0xff));
+        Unsigned::Pairs(low, b.lshr(v, b.int(Elem::I16, halves, 8)))
+    }
+
+    fn times(&self, b: &VecBuilder<'_, 'c>, w: &Signed<'c>, sum: Val<'c>) -> Val<'c> {
+        let bits = b.target().cpu.vector_bits;
+        match (self, w) {
+            (Unsigned::Bytes(x), Signed::Bytes(w)) => {
+                let name = match bits {
+                    512 => "llvm.x86.avx512.vpdpbusd.512",
+                    256 => "llvm.x86.avx512.vpdpbusd.256",
+                    _ => "llvm.x86.avx512.vpdpbusd.128",
+                };
+                b.intrinsic(name, &[], &[sum, *x, *w])
+            }
+            (Unsigned::Pairs(xe, xo), Signed::Pairs(we, wo)) => {
+                let name = match bits {
+                    512 => "llvm.x86.avx512.pmaddw.d.512",
+                    256 => "llvm.x86.avx2.pmadd.wd",
+                    _ => "llvm.x86.sse2.pmadd.wd",
+                };
+                let even = b.intrinsic(name, &[], &[*xe, *we]);
+                let odd = b.intrinsic(name, &[], &[*xo, *wo]);
+                b.add(sum, b.add(even, odd))
+            }
+            _ => unreachable!("both are prepared for the same target"),
+        }
+    }
+}
