@@ -22,7 +22,8 @@
 //! | [`sample`] | tokens from logits: the largest, or drawn with temperature, top-k and top-p |
 //! | [`plain`] | appends and attention for caches that the others do not have: f32, f16, and heads of odd widths |
 //!
-//! [`plan`] chooses the template for each launch of a lowered module.
+//! [`plan`] chooses the template for each launch of a lowered module. It does not choose products of groups of warps yet:
+//! [`mixed`], [`group`] and [`tiles`] are proven and compiled, and no engine has them. Nor is [`sample`] part of an engine.
 
 pub mod attention;
 pub mod backend;
