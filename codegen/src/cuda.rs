@@ -11,18 +11,19 @@
 //! |---|---|
 //! | [`row`] | kernels over rows: norms, softmax, quantization, elementwise arithmetic |
 //! | [`rope`] | tables of rotations, and the rotation of heads |
-//! | [`gather`] | rows of tables for tokens |
-//! | [`cache`] | rows into paged caches of bf16, int8 or fp8, perhaps rotated on the way |
-//! | [`attention`] | over such caches or over the rows of the call: of single tokens, with keys split among blocks, and of many |
-//! | [`sample`] | tokens from logits: the largest, or drawn with temperature, top-k and top-p |
 //! | [`skinny`] | products of up to 64 tokens: int4, int8, fp8, e2m1 and bf16 weights with bf16 rows, int4 and int8 weights with int8 rows |
 //! | [`wide`] | products of many tokens, of the same formats from the same packed weights |
 //! | [`mixed`] | the same by groups of warps, on sm_90a |
 //! | [`group`] | products of many tokens by groups of warps, on sm_90a: bf16, int8 and fp8 with scales of rows or of blocks |
 //! | [`tiles`] | rows of activations as the tiles that groups of warps multiply, quantized where that is asked |
+//! | [`gather`] | rows of tables |
+//! | [`cache`] | rows into paged caches of bf16, int8 or fp8, perhaps rotated |
+//! | [`attention`] | over such caches or the rows of the call: few tokens with keys split among blocks, and many tokens |
+//! | [`sample`] | tokens from logits: the largest, or drawn with temperature, top-k and top-p |
 //! | [`plain`] | appends and attention for caches that the others do not have: f32, f16, and heads of odd widths |
 //!
-//! [`plan`] chooses the template for each launch of a lowered module.
+//! [`plan`] chooses the template for each launch of a lowered module. It does not choose products of groups of warps yet:
+//! [`mixed`], [`group`] and [`tiles`] are proven and compiled, and no engine has them. Nor is [`sample`] part of an engine.
 
 pub mod attention;
 pub mod backend;

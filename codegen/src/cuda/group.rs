@@ -579,12 +579,11 @@ impl Product<'_> {
                         b.when(there, |b| {
                             let mut accs = vec![];
                             for (p, of_columns) in of_columns.iter().enumerate() {
-                                let mut values = vec![];
-                                for e in 0..width as usize {
-                                    let at = p * sums_each + 4 * j as usize + 2 * half + part as usize + e;
-                                    let of_column = of_columns[e];
-                                    values.push(self.scaled(b, acc[at].into(), scale, sum, of_column));
-                                }
+                                let first = p * sums_each + 4 * j as usize + 2 * half + part as usize;
+                                let own = acc[first..].iter().zip(of_columns);
+                                let values: Vec<Val> = own
+                                    .map(|(&v, &of_column)| self.scaled(b, v.into(), scale, sum, of_column))
+                                    .collect();
                                 accs.push(values);
                             }
                             let at = At { row, out_row: row, col, width };
