@@ -147,7 +147,8 @@ impl Form {
 pub(super) fn of_op(op: &Op, args: &[(Option<Form>, &TensorTy)], out: &TensorTy) -> Option<Form> {
     let form = raw(op, args, out)?.tidy(&out.shape)?;
     // Indices are exact in these elements, as large as contexts are.
-    let exact = matches!(out.elem, ElemTy::F32 | ElemTy::F64) || out.elem.int().is_some_and(|i| i.bits() >= 32);
+    let exact =
+        matches!(out.elem, ElemTy::F32 | ElemTy::F64) || out.elem.int().is_some_and(|i| i.bits() >= 32);
     (exact || !matches!(form, Form::Affine(_))).then_some(form)
 }
 
@@ -275,7 +276,8 @@ fn compare(order: Order, a: &Form, b: &Form, args: &[(Option<Form>, &TensorTy)],
             Order::Less => Some(Form::choice(vec![difference.plus(&Affine::constant(1), -1)?], 1.0, 0.0)),
             // Equal nowhere, when one is always larger.
             Order::Equal => {
-                let never = |d: &Affine| d.plus(&Affine::constant(1), -1).is_some_and(|d| d.sign() == Some(true));
+                let never =
+                    |d: &Affine| d.plus(&Affine::constant(1), -1).is_some_and(|d| d.sign() == Some(true));
                 let turned = Affine::constant(0).plus(&difference, -1)?;
                 (never(&difference) || never(&turned)).then_some(Form::Uniform(0.0))
             }
@@ -298,7 +300,13 @@ fn zip(a: &Form, b: &Form, f: impl Fn(f64, f64) -> Option<f64>) -> Option<Form> 
 
 fn select(cond: &Form, a: Option<&Form>, b: Option<&Form>) -> Option<Form> {
     match cond {
-        Form::Uniform(c) => if *c != 0.0 { a.cloned() } else { b.cloned() },
+        Form::Uniform(c) => {
+            if *c != 0.0 {
+                a.cloned()
+            } else {
+                b.cloned()
+            }
+        }
         Form::Choice { atoms, yes, no } => {
             let (a, b) = (a?.uniform()?, b?.uniform()?);
             let pick = |c: f64| if c != 0.0 { a } else { b };
@@ -367,7 +375,12 @@ fn hides(yes: f64, no: f64) -> bool {
 }
 
 /// The form of a constant.
-pub(super) fn of_weight(ty: &TensorTy, store: &Store, module: &Module, id: quantc_ir::entity::WeightId) -> Option<Form> {
+pub(super) fn of_weight(
+    ty: &TensorTy,
+    store: &Store,
+    module: &Module,
+    id: quantc_ir::entity::WeightId,
+) -> Option<Form> {
     let dims = ty.shape.dims()?;
     let n = ty.shape.elements().filter(|&n| n > 0)?;
     if ty.elem.scheme().is_some() {
