@@ -418,7 +418,8 @@ fn inputs_that_follow_from_nothing_are_named() {
 
 #[test]
 fn minilm_has_the_kernels_and_vectors_of_its_checkpoint() {
-    let (Some(checkpoint), Some(text)) = (outer_models("all-MiniLM-L6-v2"), outer_models("text/tinystories_calib.txt"))
+    let (Some(checkpoint), Some(text)) =
+        (outer_models("all-MiniLM-L6-v2"), outer_models("text/tinystories_calib.txt"))
     else {
         return;
     };

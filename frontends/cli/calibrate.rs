@@ -1,9 +1,9 @@
 //! `quantc calibrate`: statistics of a model on a text, in a file.
 
 use crate::compile::{LayerProgress, PREPARE, default_store, read_data};
-use crate::text_model::{TextArgs, read_model};
 use crate::failure::Outcome;
 use crate::layer_exec::Compiled;
+use crate::text_model::{TextArgs, read_model};
 use crate::{opt, output};
 use quantc_codegen::targets;
 use quantc_ir::diag::Diag;

@@ -9,7 +9,7 @@ use quantc_ir::diag::{Diag, Diags};
 use quantc_ir::module::Module;
 use quantc_ir::ops::{Attention, Op};
 use quantc_ir::weights::Store;
-use quantc_passes::pass::{Env, Session};
+use quantc_passes::pass::{Env, Remark, Session};
 use quantc_passes::raise;
 use quantc_passes::{Registry, pipeline};
 use std::collections::BTreeMap;
@@ -54,7 +54,8 @@ pub fn read_model(path: &Path, store: &Store, context: Option<u32>, text: &TextA
         return Ok(quantc_frontends::import(path, store, &ImportOptions { context })?);
     }
     if !onnx::is_onnx(path) {
-        let diag = Diag::input("a model is a folder with config.json and safetensors files, or an `.onnx` file");
+        let diag =
+            Diag::input("a model is a folder with config.json and safetensors files, or an `.onnx` file");
         return Err(diag.in_file(path.display().to_string()).into());
     }
     let options = TextOptions {
@@ -65,13 +66,15 @@ pub fn read_model(path: &Path, store: &Store, context: Option<u32>, text: &TextA
     };
     let mut imported = onnx::import_text(path, store, &options).map_err(Diags::from)?;
     opt::verify(&imported.module)?;
-    run(&mut imported.module, store, raise::PIPELINE)?;
+    let told = run(&mut imported.module, store, raise::PIPELINE)?;
+    let left = told.iter().filter(|r| r.pass == "raise-attention" && r.text.starts_with("left"));
+    imported.notes.extend(left.map(|r| format!("attention of {} is {}", r.place, r.text)));
     let place = path.display().to_string();
     finish(&mut imported, context).map_err(|e| e.in_file(place))?;
     if imported.module.main.ops().any(|(_, n)| n.op.is::<Attention>().is_some_and(|a| a.causal)) {
         // Why a decoder could not go on from call to call is told in a remark.
         let told = run(&mut imported.module, store, "add-cache")?;
-        imported.notes.extend(told);
+        imported.notes.extend(told.into_iter().map(|remark| remark.text));
         if imported.module.facts.get("kind").is_some_and(|kind| kind == Kind::Decoder.name()) {
             imported.facts.kind = Kind::Decoder;
         }
@@ -79,29 +82,33 @@ pub fn read_model(path: &Path, store: &Store, context: Option<u32>, text: &TextA
     Ok(imported)
 }
 
-/// Runs passes; what they told of `main`.
-fn run(module: &mut Module, store: &Store, text: &str) -> Outcome<Vec<String>> {
+/// Runs passes; what they told.
+fn run(module: &mut Module, store: &Store, text: &str) -> Outcome<Vec<Remark>> {
     let parsed = pipeline::parse(text)?;
     let checked = pipeline::check(&parsed, &Registry::builtin(), module, None, None)?;
     let (env, show) = (Env::new(store), opt::Show::default());
     let report = opt::run_pipeline(module, &checked, env, Session::default(), &show, &mut [])?;
-    Ok(report.remarks.0.into_iter().map(|remark| remark.text).collect())
+    Ok(report.remarks.0)
 }
 
 /// Makes the facts true for the graph as it is now, and says what engines cannot do with it.
 fn finish(imported: &mut Imported, context: Option<u32>) -> Result<(), Diag> {
     let module = &mut imported.module;
-    let (rows, mixes) = (position_rows(module), module.main.ops().any(|(_, n)| matches!(n.op, Op::Attention(_))));
+    let (rows, mixes) =
+        (position_rows(module), module.main.ops().any(|(_, n)| matches!(n.op, Op::Attention(_))));
     if let Some(rows) = rows.and_then(|n| u32::try_from(n).ok()) {
         if let Some(asked) = context.filter(|&n| n > rows) {
-            let text = format!("a context of {asked} tokens is asked for, but the model has {rows} positions");
+            let text =
+                format!("a context of {asked} tokens is asked for, but the model has {rows} positions");
             return Err(Diag::input(text));
         }
         imported.facts.context = imported.facts.context.min(rows);
     }
     let scores = module.main.ops().any(|(_, n)| matches!(n.op, Op::Dot(_)));
     if scores || !mixes {
-        imported.notes.push("not every product of the graph was understood: `quantc import --raise` shows it".into());
+        imported
+            .notes
+            .push("not every product of the graph was understood: `quantc import --raise` shows it".into());
     }
     module.facts.insert("context".into(), imported.facts.context.to_string());
     Ok(())

@@ -12,8 +12,9 @@ use quantc_ir::eval::{Tensor, eval_pure};
 use quantc_ir::graph::{Def, Graph};
 use quantc_ir::module::Module;
 use quantc_ir::ops::{
-    Add, Binary, BinaryKind, BitcastStorage, Cast, Compare, Concat, Cumulate, Dequantize, Expand, InferCx, Mul,
-    Op, OpSpec, Order, Positions, Reduce, ReduceKind, Reshape, Select, Slice, Transpose, Unary, UnaryKind,
+    Add, Binary, BinaryKind, BitcastStorage, Cast, Compare, Concat, Cumulate, Dequantize, Expand, InferCx,
+    Mul, Op, OpSpec, Order, Positions, Reduce, ReduceKind, Reshape, Select, Slice, Transpose, Unary,
+    UnaryKind,
 };
 use quantc_ir::scheme::Group;
 use quantc_ir::ty::{Dim, ElemTy, Float, Shape, TensorTy};

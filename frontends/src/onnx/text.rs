@@ -144,8 +144,10 @@ fn binds(path: &Path, options: &TextOptions, notes: &mut Vec<String>) -> Result<
         // A model of one input reads tokens with it, whatever it is called.
         let usual = Bind::usual(name).or((names.len() == 1).then_some(Bind::Tokens));
         let bind = options.binds.get(name).copied().or(usual).ok_or_else(|| {
-            Diag::input(format!("what the input `{}` is follows from nothing", shown(name)))
-                .help(format!("say it: --bind {}=tokens, types, positions, ones, zeros or empty", shown(name)))
+            Diag::input(format!("what the input `{}` is follows from nothing", shown(name))).help(format!(
+                "say it: --bind {}=tokens, types, positions, ones, zeros or empty",
+                shown(name)
+            ))
         })?;
         found.insert(name.clone(), bind);
     }
@@ -155,10 +157,8 @@ fn binds(path: &Path, options: &TextOptions, notes: &mut Vec<String>) -> Result<
     }
     let chosen = names.iter().filter(|n| !options.binds.contains_key(*n)).map(|n| (n, found[n]));
     let kept = chosen.clone().filter(|(_, b)| *b == Bind::Empty).count();
-    let mut all: Vec<String> = chosen
-        .filter(|(_, b)| *b != Bind::Empty)
-        .map(|(n, b)| format!("`{}` is {b}", shown(n)))
-        .collect();
+    let mut all: Vec<String> =
+        chosen.filter(|(_, b)| *b != Bind::Empty).map(|(n, b)| format!("`{}` is {b}", shown(n))).collect();
     if kept > 0 {
         all.push(format!("{kept} inputs of earlier tokens are empty"));
     }
@@ -198,7 +198,8 @@ impl Main<'_, '_> {
         let dims = shape(info)?;
         for (axis, (fixed, name)) in dims.iter().enumerate() {
             let sequence = axis + 1 == dims.len() && bind != Bind::Empty;
-            if let (true, Some(n)) = (sequence, fixed) {
+            let counts = sequence && !matches!(bind, Bind::Number(_));
+            if let (true, Some(n)) = (counts, fixed) {
                 let text = format!("the model reads exactly {n} tokens; sequences of any length are needed");
                 return Err(Diag::input(text).help("export it with an axis of its own for the sequence"));
             }
@@ -240,6 +241,16 @@ impl Main<'_, '_> {
             };
             return Ok(build.constant(Tensor::new(&ty, data)?));
         }
+        if let Bind::Number(x) = bind {
+            let number = build.scalar(elem, x)?;
+            let last = dims.len().saturating_sub(1);
+            let extent = |(axis, (fixed, _)): (usize, &(Option<u64>, Option<String>))| match fixed {
+                Some(n) => Dim::Static(*n),
+                None if axis == last => Dim::Sym('t'),
+                None => Dim::Static(1),
+            };
+            return build.expand(&number, dims.iter().enumerate().map(extent).collect());
+        }
         let mut shape = vec![Dim::Static(1); dims.len()];
         if let Some((fixed, _)) = dims.first().filter(|_| dims.len() > 1)
             && !matches!(fixed, None | Some(1))
@@ -247,15 +258,14 @@ impl Main<'_, '_> {
             return Err(Diag::input("the batch is not one").help("export it for one sequence, or any number"));
         }
         if dims.len() > 2 {
-            let text = format!("it has {} axes; what is bound has one for the batch and one for the sequence", dims.len());
+            let text = format!(
+                "it has {} axes; what is bound has one for the batch and one for the sequence",
+                dims.len()
+            );
             return Err(Diag::input(text));
         }
         if let Some(last) = shape.last_mut() {
             *last = Dim::Sym('t');
-        }
-        if let Bind::Number(x) = bind {
-            let number = build.scalar(elem, x)?;
-            return build.expand(&number, shape);
         }
         if elem.int().is_none() || dims.is_empty() {
             return Err(Diag::input(format!("it cannot be the {bind}: its elements are {elem}")));
@@ -273,7 +283,11 @@ impl Main<'_, '_> {
 /// Extents of an input: the number, or the name.
 fn shape(info: &ValueInfoProto) -> Result<Vec<(Option<u64>, Option<String>)>> {
     let tensor = info.r#type.as_ref().and_then(|t| t.tensor_type.as_ref());
-    let shape = tensor.and_then(|t| t.shape.as_ref()).ok_or_else(|| Diag::input("`type.shape` is missing"))?;
+    let shape =
+        tensor.and_then(|t| t.shape.as_ref()).ok_or_else(|| Diag::input("`type.shape` is missing"))?;
+    if shape.dim.len() > quantc_ir::text::MAX_RANK {
+        return Err(Diag::input(format!("`type.shape` has {} axes", shape.dim.len())));
+    }
     let one = |d: &proto::Dimension| {
         let fixed = d.dim_value.and_then(|n| u64::try_from(n).ok());
         (fixed, d.dim_param.clone().filter(|p| !p.is_empty()))
@@ -300,8 +314,7 @@ fn finish(
     let kept = |v: &&String| v.starts_with("present");
     let lost: Vec<&String> = outputs.iter().enumerate().filter(|(i, _)| *i != at).map(|(_, n)| n).collect();
     let states = lost.iter().filter(|n| kept(n)).count();
-    let others: Vec<String> =
-        lost.iter().filter(|n| !kept(n)).map(|n| format!("`{}`", shown(n))).collect();
+    let others: Vec<String> = lost.iter().filter(|n| !kept(n)).map(|n| format!("`{}`", shown(n))).collect();
     if !others.is_empty() {
         notes.push(format!("outputs are left out: {}", others.join(", ")));
     }
@@ -310,7 +323,8 @@ fn finish(
     }
     module.main.results = vec![result];
     module.main.drop_dead();
-    module.name = arch::module_name(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")));
+    module.name =
+        arch::module_name(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")));
 
     let vocab = vocabulary(&module)?;
     let mut config = match beside(path, "config.json") {
@@ -322,7 +336,8 @@ fn finish(
     config.finish()?;
     let context = match (options.context, says) {
         (Some(n), Some(most)) if u64::from(n) > most => {
-            let text = format!("a context of {n} tokens is asked for, but the model was made for 1 to {most}");
+            let text =
+                format!("a context of {n} tokens is asked for, but the model was made for 1 to {most}");
             return Err(Diag::input(text).into());
         }
         (Some(n), _) => u64::from(n),
@@ -378,7 +393,9 @@ fn vocabulary(module: &Module) -> Result<u32> {
     let is_tokens = |mut v: ValueId| loop {
         match graph.value(v).def {
             Def::Param(p) => return p == 0,
-            Def::Op(op) if matches!(graph.node(op).op, Op::Cast(_) | Op::Reshape(_)) => v = graph.node(op).args[0],
+            Def::Op(op) if matches!(graph.node(op).op, Op::Cast(_) | Op::Reshape(_)) => {
+                v = graph.node(op).args[0]
+            }
             _ => return false,
         }
     };

@@ -43,7 +43,7 @@ impl Pass for RaiseActivations {
 /// `gelu` where a product of several factors is one.
 fn gelu(b: &mut Rebuild<'_>, op: &Op, args: &[ValueId], ty: &TensorTy) -> Result<Option<ValueId>> {
     let mut product = Product { number: 1.0, factors: vec![] };
-    if !product.takes_op(b, op, args) || !ty.elem.is_real() {
+    if !product.takes_op(b, op, args, DEPTH) || !ty.elem.is_real() {
         return Ok(None);
     }
     // 0.5 x (1 + f) has two factors that are not numbers, if x is none.
@@ -60,6 +60,9 @@ fn gelu(b: &mut Rebuild<'_>, op: &Op, args: &[ValueId], ty: &TensorTy) -> Result
     Ok(None)
 }
 
+/// Products in products that are looked through, at most.
+const DEPTH: u32 = 4;
+
 /// A product: a number, and factors that are not numbers.
 struct Product {
     number: f64,
@@ -68,28 +71,28 @@ struct Product {
 
 impl Product {
     /// Takes the factors of an op apart, as far as it is a product; whether it is one.
-    fn takes_op(&mut self, b: &mut Rebuild<'_>, op: &Op, args: &[ValueId]) -> bool {
+    fn takes_op(&mut self, b: &mut Rebuild<'_>, op: &Op, args: &[ValueId], depth: u32) -> bool {
         match op {
-            Op::Mul(_) => args.iter().for_each(|&a| self.take(b, a)),
+            Op::Mul(_) => args.iter().for_each(|&a| self.take(b, a, depth)),
             Op::Binary(k) if k.kind == BinaryKind::Div => {
                 let Some(n) = b.number(args[1]).filter(|&n| n != 0.0) else { return false };
                 self.number /= n;
-                self.take(b, args[0]);
+                self.take(b, args[0], depth);
             }
             _ => return false,
         }
         true
     }
 
-    fn take(&mut self, b: &mut Rebuild<'_>, v: ValueId) {
+    /// Takes a value apart, `depth` products deep at most.
+    fn take(&mut self, b: &mut Rebuild<'_>, v: ValueId, depth: u32) {
         if let Some(n) = b.number(v) {
             self.number *= n;
             return;
         }
         let node = b.graph.def(v).map(|(_, n)| (n.op.clone(), n.args.clone()));
-        if let Some((op, args)) = node
-            && self.factors.len() < 8
-            && self.takes_op(b, &op, &args)
+        if let (Some((op, args)), Some(depth)) = (node, depth.checked_sub(1))
+            && self.takes_op(b, &op, &args, depth)
         {
             return;
         }
@@ -111,7 +114,7 @@ fn one_more(b: &mut Rebuild<'_>, v: ValueId) -> Option<(ValueId, f64)> {
 /// Which form of gelu's function `v / c` is of `x`, when it is one.
 fn phi(b: &mut Rebuild<'_>, v: ValueId, c: f64, x: ValueId) -> Option<bool> {
     let mut product = Product { number: 1.0, factors: vec![] };
-    product.take(b, v);
+    product.take(b, v, DEPTH);
     let [f] = product.factors[..] else { return None };
     if !near(product.number, c) {
         return None;
@@ -126,10 +129,10 @@ fn phi(b: &mut Rebuild<'_>, v: ValueId, c: f64, x: ValueId) -> Option<bool> {
 /// Whether `v` is `times * x`.
 fn multiple_of(b: &mut Rebuild<'_>, v: ValueId, x: ValueId, times: f64) -> bool {
     let mut product = Product { number: 1.0, factors: vec![] };
-    product.take(b, v);
+    product.take(b, v, DEPTH);
     // x may be a product itself.
     let mut own = Product { number: 1.0, factors: vec![] };
-    own.take(b, x);
+    own.take(b, x, DEPTH);
     product.factors.sort();
     own.factors.sort();
     product.factors == own.factors && near(product.number, times * own.number)

@@ -91,6 +91,10 @@ fn attention(
     if b.dims(v) != kd || width != d || groups == 0 || heads % groups != 0 || !scale.is_finite() {
         return Ok(None);
     }
+    // Queries are the last of the keys' tokens; without earlier tokens they are all of them, as the mask counts them.
+    if seen.causal && kd[0] != t {
+        return Ok(None);
+    }
     // A scale that is the usual one up to a rounding is the usual one.
     let usual = 1.0 / (d as f64).sqrt();
     let scale = Real(if near(scale, usual) { usual } else { super::raise_norms::as_written(scale) });
@@ -147,14 +151,14 @@ fn scores_of(b: &mut Rebuild<'_>, scores: ValueId) -> Result<Option<Scores>> {
             // Heads of a batch of one that a mask was added to before and after.
             Op::Reshape(_) if without_units(&b.dims(args[0])) == without_units(&ty.shape.0) => v = args[0],
             Op::Add(_) => {
-                let scores = [0, 1].into_iter().find(|&i| has_scores(b, args[i]));
+                let scores = [0, 1].into_iter().find(|&i| has_scores(b, args[i], STEPS));
                 let Some(at) = scores.filter(|&i| *b.ty(args[i]) == ty) else { return Ok(None) };
                 let form = b.form(args[1 - at]);
                 mask = mask.and_added(form, factor);
                 v = args[at];
             }
             Op::Select(_) => {
-                let Some(at) = [1, 2].into_iter().find(|&i| has_scores(b, args[i])) else { return Ok(None) };
+                let Some(at) = [1, 2].into_iter().find(|&i| has_scores(b, args[i], STEPS)) else { return Ok(None) };
                 if *b.ty(args[at]) != ty {
                     return Ok(None);
                 }
@@ -171,13 +175,16 @@ fn without_units(dims: &[Dim]) -> Vec<Dim> {
     dims.iter().copied().filter(|d| *d != Dim::Static(1)).collect()
 }
 
+/// Ops that stand between a product and the softmax of its scores, at most.
+const STEPS: u32 = 8;
+
 /// Whether `v` comes from a product of two values, through what may stand between scores and their softmax.
-fn has_scores(b: &Rebuild<'_>, v: ValueId) -> bool {
-    let Some((_, node)) = b.graph.def(v) else { return false };
+fn has_scores(b: &Rebuild<'_>, v: ValueId, steps: u32) -> bool {
+    let (Some((_, node)), Some(steps)) = (b.graph.def(v), steps.checked_sub(1)) else { return false };
     match node.op {
         Op::Dot(_) => true,
-        Op::Mul(_) | Op::Add(_) | Op::Select(_) => node.args.iter().any(|&a| has_scores(b, a)),
-        Op::Binary(_) | Op::Cast(_) | Op::Reshape(_) => has_scores(b, node.args[0]),
+        Op::Mul(_) | Op::Add(_) | Op::Select(_) => node.args.iter().any(|&a| has_scores(b, a, steps)),
+        Op::Binary(_) | Op::Cast(_) | Op::Reshape(_) => has_scores(b, node.args[0], steps),
         _ => false,
     }
 }

@@ -21,6 +21,10 @@ pub(super) struct Rebuild<'a> {
     pub(super) store: &'a Store,
     forms: SecondaryMap<ValueId, Option<Option<Form>>>,
     leaves: BTreeMap<WeightId, ValueId>,
+    /// Whether values depend on weights alone.
+    constants: SecondaryMap<ValueId, bool>,
+    /// Constants of few numbers, by their types and bytes.
+    numbers: BTreeMap<(String, Vec<u8>), WeightId>,
     /// What reads each value in the old function, by what it became.
     readers: SecondaryMap<ValueId, Readers>,
 }
@@ -56,6 +60,8 @@ pub(super) fn rebuild(cx: &mut PassCx<'_>, look: &mut Look<'_>) -> Result<Replac
         store,
         forms: SecondaryMap::new(),
         leaves: BTreeMap::new(),
+        constants: SecondaryMap::new(),
+        numbers: BTreeMap::new(),
         readers: SecondaryMap::new(),
     };
     let mut at: BTreeMap<ValueId, ValueId> = BTreeMap::new();
@@ -156,8 +162,12 @@ impl Rebuild<'_> {
             args.iter().map(|&a| (self.form(a), self.ty(a).clone())).collect();
         let known: Vec<(Option<Form>, &TensorTy)> = known.iter().map(|(f, t)| (f.clone(), t)).collect();
         let form = forms::of_op(&op, &known, &ty);
+        let constant =
+            |&a: &ValueId| self.graph.is_none(a) || self.graph.as_weight(a).is_some() || self.constants[a];
+        let constant = !op.has_effect() && !args.is_empty() && args.iter().all(constant);
         let v = self.graph.push(op, args, ty, None);
         self.forms[v] = Some(form);
+        self.constants[v] = constant;
         v
     }
 
@@ -223,16 +233,10 @@ impl Rebuild<'_> {
 
     /// Whether `v` is the same in every run.
     pub(super) fn is_constant(&self, v: ValueId) -> bool {
-        match self.graph.value(v).def {
-            Def::Weight(_) => true,
-            Def::Op(op) => {
-                let node = self.graph.node(op);
-                !node.op.has_effect()
-                    && !node.args.is_empty()
-                    && node.args.iter().all(|&a| self.graph.is_none(a) || self.is_constant(a))
-            }
-            _ => false,
+        if self.ty(v).shape.dims().is_none() {
+            return false;
         }
+        self.constants[v] || self.graph.as_weight(v).is_some()
     }
 
     /// A constant of one number.
@@ -247,6 +251,10 @@ impl Rebuild<'_> {
             None => Tensor::from_reals(&ty, numbers)?,
         };
         let bytes = tensor.to_stored();
+        let key = (ty.to_string(), bytes.clone());
+        if let Some(&id) = self.numbers.get(&key) {
+            return Ok(self.weight(id, &ty));
+        }
         let same = |w: &WeightDecl| w.ty == ty && w.source == WeightSource::Inline(bytes.clone());
         let known = self.module.weights.iter().find(|(_, w)| same(w)).map(|(id, _)| id);
         let id = match known {
@@ -260,6 +268,7 @@ impl Rebuild<'_> {
                 })
             }
         };
+        self.numbers.insert(key, id);
         Ok(self.weight(id, &ty))
     }
 
@@ -294,11 +303,17 @@ impl Rebuild<'_> {
 
     /// `x` without a factor that is one number: what it is without, and the factor. Looks through moves of elements.
     pub(super) fn unscaled(&mut self, x: ValueId) -> Result<Option<(ValueId, f64)>> {
-        let Some((_, node)) = self.graph.def(x) else { return Ok(None) };
+        self.unscaled_within(x, 8)
+    }
+
+    fn unscaled_within(&mut self, x: ValueId, moves: u32) -> Result<Option<(ValueId, f64)>> {
+        let (Some((_, node)), Some(moves)) = (self.graph.def(x), moves.checked_sub(1)) else {
+            return Ok(None);
+        };
         let (op, args) = (node.op.clone(), node.args.clone());
         match op {
             Op::Transpose(_) | Op::Reshape(_) => {
-                let Some((inner, factor)) = self.unscaled(args[0])? else { return Ok(None) };
+                let Some((inner, factor)) = self.unscaled_within(args[0], moves)? else { return Ok(None) };
                 Ok(Some((self.emit(op, &[inner])?, factor)))
             }
             op => Ok(self.factor(&op, &args, self.ty(x).clone())),
