@@ -770,7 +770,9 @@ impl Manifest {
         }
         if offset.checked_add(bytes).is_none_or(|end| end > self.arena_bytes) {
             let have = self.arena_bytes;
-            return Err(Error::format(format!("{bytes} bytes at {offset} are not within the arena's {have}")));
+            return Err(Error::format(format!(
+                "{bytes} bytes at {offset} are not within the arena's {have}"
+            )));
         }
         Ok(())
     }

@@ -98,7 +98,13 @@ impl Lowering<'_> {
         Ok(Value::View(View::dense(view.place, view.mem, dims)))
     }
 
-    pub(super) fn concat(&mut self, g: &Graph, parts: &[ValueId], axis: usize, out: &TensorTy) -> Result<Value> {
+    pub(super) fn concat(
+        &mut self,
+        g: &Graph,
+        parts: &[ValueId],
+        axis: usize,
+        out: &TensorTy,
+    ) -> Result<Value> {
         let dims = dims_of(out)?;
         let parts: Vec<Value> = parts.iter().map(|&p| self.value(g, p)).collect::<Result<_>>()?;
         if let [one] = &parts[..] {
@@ -205,4 +211,3 @@ fn margins(op: &Pad, axis: usize, n: i64, to: i64) -> Vec<i64> {
     };
     (0..to).map(one).collect()
 }
-
