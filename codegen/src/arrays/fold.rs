@@ -66,6 +66,7 @@ impl Lowering<'_> {
     }
 
     /// A reduction of a value whose axes keep an extent of one.
+    #[expect(clippy::too_many_arguments, reason = "what is folded, how, and what becomes of it")]
     fn reduction(
         &mut self,
         name: &'static str,

@@ -475,7 +475,8 @@ impl Lowering<'_> {
         }
         map[out_axis] = output.clone();
         map[channel_axis] = Affine::axis(at_channel, rank);
-        let guards = if outs % panel == 0 { vec![] } else { vec![Guard { at: output, below: outs as i64 }] };
+        let guards =
+            if outs.is_multiple_of(panel) { vec![] } else { vec![Guard { at: output, below: outs as i64 }] };
         let mut body = Body::new(rank);
         let mut root = body.absorb_within(&w, &map, &guards);
         if !guards.is_empty() && !matches!(w, Value::View(_)) {
@@ -872,7 +873,10 @@ impl Padding {
     fn needed(&self, x: &Value, together: u64) -> bool {
         let Value::View(v) = x else { return true };
         let n = v.dims[self.channels];
-        self.grows() || n % together != 0 || v.at.base != 0 || (n != 1 && v.at.strides[self.channels] != 1)
+        self.grows()
+            || !n.is_multiple_of(together)
+            || v.at.base != 0
+            || (n != 1 && v.at.strides[self.channels] != 1)
     }
 }
 
