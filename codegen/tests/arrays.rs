@@ -548,3 +548,50 @@ fn what_has_no_kernel_is_refused_by_name() {
     let said = net.refused();
     assert!(said.contains("no fixed extents") && said.contains("--dim"), "{said}");
 }
+
+#[test]
+fn calls_with_other_arrays_are_refused() {
+    let mut net = Net::new();
+    let x = net.f32(&[3, 4]);
+    let cond = net.input(ElemTy::BOOL, &[4], 0.0..1.0);
+    net.out(Select {}, &[cond, x, x]);
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("engine");
+    let store = Store::in_memory();
+    let names: Vec<String> = vec!["x".into(), "cond".into()];
+    let request = GraphRequest {
+        module: &net.module,
+        store: &store,
+        target: TARGETS[0],
+        inputs: &names,
+        outputs: &names[..1],
+        facts: vec![],
+        report: serde_json::Map::new(),
+    };
+    engine::write_graph(request, &out).unwrap();
+    let engine = Arc::new(Engine::open(&out, &OpenOptions::default()).unwrap());
+    let mut session = Session::new(engine, &SessionOptions::default()).unwrap();
+    let said = |e: quantc_runtime::Error| e.to_string();
+    assert!(said(session.run_arrays(&[&[0; 48]]).unwrap_err()).contains("1 arrays; the engine takes 2"));
+    let short = said(session.run_arrays(&[&[0; 44], &[0; 4]]).unwrap_err());
+    assert!(short.contains("input \"x\" has 44 bytes, f32 3x4 has 48"), "{short}");
+    let truth = said(session.run_arrays(&[&[0; 48], &[0, 1, 2, 0]]).unwrap_err());
+    assert!(truth.contains("truth values besides 0 and 1"), "{truth}");
+    assert!(said(session.decode(0, 0).unwrap_err()).contains("arrays, not tokens"));
+    session.run_arrays(&[&[0; 48], &[0; 4]]).unwrap();
+    assert!(session.array(1).is_err());
+    // The same graph gives the same bytes.
+    let bytes = |name: &str| std::fs::read(out.join(name)).unwrap();
+    let before: Vec<_> = ["manifest.pb", "kernels.o", "weights.bin"].map(bytes).to_vec();
+    let request = GraphRequest {
+        module: &net.module,
+        store: &store,
+        target: TARGETS[0],
+        inputs: &names,
+        outputs: &names[..1],
+        facts: vec![],
+        report: serde_json::Map::new(),
+    };
+    engine::write_graph(request, &out).unwrap();
+    assert_eq!(before, ["manifest.pb", "kernels.o", "weights.bin"].map(bytes).to_vec());
+}
