@@ -191,8 +191,9 @@ pub fn lower(
         given.push((ty.clone(), view.place));
         cx.values.insert(param, Value::View(view));
     }
-    for (_, node) in main.ops() {
-        cx.name = main.value(node.result).name.clone().unwrap_or_else(|| node.op.name().into());
+    for (i, (_, node)) in main.ops().enumerate() {
+        let numbered = || format!("{}.{i}", node.op.name());
+        cx.name = main.value(node.result).name.clone().unwrap_or_else(numbered);
         let name = cx.name.clone();
         let at = |e: Diag| e.at(Loc::Item(format!("%{name} = {}", node.op.name())));
         let value = cx.op(main, node).map_err(at)?;
@@ -201,7 +202,10 @@ pub fn lower(
             return Err(at(Diag::bug(format!("{:?} {:?} for {ty}", value.mem(), value.dims()))));
         }
         let uses = uses.get(&node.result).copied().unwrap_or(0) + usize::from(main.is_result(node.result));
-        let value = if uses > 1 && !value.is_cheap() { Value::View(cx.stored(&value)?) } else { value };
+        // Bytes end a product: those who multiply them look for them behind what makes numbers of them.
+        let bytes = value.product().is_some() && matches!(value.mem(), Mem::I8 | Mem::U8);
+        let kept = bytes || (uses > 1 && !value.is_cheap());
+        let value = if kept { Value::View(cx.stored(&value)?) } else { value };
         cx.values.insert(node.result, value);
     }
     let mut made = vec![];
@@ -225,8 +229,17 @@ impl Lowering<'_> {
         let out = g.ty(node.result);
         let args = node.args.clone();
         match &node.op {
-            Op::Add(_) | Op::Mul(_) | Op::Binary(_) | Op::Compare(_) | Op::Select(_) | Op::Unary(_) | Op::Relu(_)
-            | Op::Silu(_) | Op::Gelu(_) | Op::Tanh(_) | Op::Cast(_) => self.elementwise_op(g, node, out),
+            Op::Add(_)
+            | Op::Mul(_)
+            | Op::Binary(_)
+            | Op::Compare(_)
+            | Op::Select(_)
+            | Op::Unary(_)
+            | Op::Relu(_)
+            | Op::Silu(_)
+            | Op::Gelu(_)
+            | Op::Tanh(_)
+            | Op::Cast(_) => self.elementwise_op(g, node, out),
             Op::Reshape(_) => self.reshape(g, args[0], out),
             Op::Transpose(op) => self.transpose(g, args[0], &op.perm),
             Op::Slice(op) => self.slice(g, args[0], op, out),
@@ -331,9 +344,9 @@ impl Lowering<'_> {
     /// Fresh memory for an array, row after row.
     fn buffer(&mut self, mem: Mem, dims: &[u64]) -> Result<View> {
         let size = dims.iter().try_fold(mem.bytes(), |n, &d| n.checked_mul(d));
-        let size = size.filter(|&n| n < MAX_BUFFER_BYTES).ok_or_else(|| {
-            Diag::target(format!("an array of extents {dims:?} is too large"))
-        })?;
+        let size = size
+            .filter(|&n| n < MAX_BUFFER_BYTES)
+            .ok_or_else(|| Diag::target(format!("an array of extents {dims:?} is too large")))?;
         self.buffers.push(size.max(1));
         Ok(View::dense(Place::Buffer(self.buffers.len() - 1), mem, dims))
     }
@@ -357,7 +370,13 @@ impl Lowering<'_> {
         let mut args = body.inputs;
         args.push(out);
         let items = spec.items();
-        self.steps.push(Step { name: self.name.clone(), spec: KernelSpec::Nest(spec), args, items, part: self.part });
+        self.steps.push(Step {
+            name: self.name.clone(),
+            spec: KernelSpec::Nest(spec),
+            args,
+            items,
+            part: self.part,
+        });
     }
 
     /// The value in memory, in the order of axes that it likes.
@@ -533,7 +552,8 @@ impl Lowering<'_> {
         // A step may run beside those since the last barrier when none writes what the other touches; parts of one
         // array are written by steps of their own.
         let clash = |a: &Step, b: &Step| {
-            let (Some((to_a, from_a)), Some((to_b, from_b))) = (a.args.split_last(), b.args.split_last()) else {
+            let (Some((to_a, from_a)), Some((to_b, from_b))) = (a.args.split_last(), b.args.split_last())
+            else {
                 return true;
             };
             let parts = to_a == to_b && a.part && b.part;

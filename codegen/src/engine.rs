@@ -292,8 +292,8 @@ fn report_text(
     mut report: serde_json::Map<String, serde_json::Value>,
     kernels: &[KernelReport],
 ) -> Result<String> {
-    let kernels =
-        serde_json::to_value(kernels).map_err(|e| Diag::bug(format!("the report does not serialize: {e}")))?;
+    let kernels = serde_json::to_value(kernels)
+        .map_err(|e| Diag::bug(format!("the report does not serialize: {e}")))?;
     report.insert("kernels".into(), kernels);
     Ok(serde_json::to_string_pretty(&report).map_err(|e| Diag::bug(format!("the report: {e}")))? + "\n")
 }

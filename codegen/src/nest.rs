@@ -287,7 +287,9 @@ impl Node {
         match self {
             Node::Pos(a) => vec![a],
             Node::Inside(g) => g.iter().map(|g| &g.at).collect(),
-            Node::Load { at, guards, .. } => std::iter::once(at).chain(guards.iter().map(|g| &g.at)).collect(),
+            Node::Load { at, guards, .. } => {
+                std::iter::once(at).chain(guards.iter().map(|g| &g.at)).collect()
+            }
             _ => vec![],
         }
     }
@@ -508,7 +510,8 @@ impl NestSpec {
     }
 
     fn merge_axes(&mut self) {
-        let arg = self.fold.as_ref().is_some_and(|f| matches!(f.kind, FoldKind::Arg { .. }) || f.each.is_some());
+        let arg =
+            self.fold.as_ref().is_some_and(|f| matches!(f.kind, FoldKind::Arg { .. }) || f.each.is_some());
         let mut axis = self.rank();
         while axis > 0 {
             axis -= 1;

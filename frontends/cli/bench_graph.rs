@@ -62,7 +62,9 @@ pub fn run(path: &Path, threads: usize, repeat: usize, profile: bool, json: bool
     output::line(&format!("a call     {:.3} ms (least {:.3})", median * 1e3, sorted[0] * 1e3))?;
     if macs > 0 {
         let millions = macs as f64 / 1e6;
-        output::line(&format!("products   {millions:.1} million multiply-adds, {rate:.1} GMAC/s over all of the call"))?;
+        output::line(&format!(
+            "products   {millions:.1} million multiply-adds, {rate:.1} GMAC/s over all of the call"
+        ))?;
     }
     output::line(&format!("memory     {} of values", output::bytes(manifest.arena_bytes)))?;
     let mut rows = rows;
@@ -72,7 +74,8 @@ pub fn run(path: &Path, threads: usize, repeat: usize, profile: bool, json: bool
         .take(24)
         .map(|r| {
             let micros = r.nanos as f64 / 1e3 / repeat as f64;
-            let rate = work.get(&r.symbol).map_or(String::new(), |&m| format!("{:.1}", m as f64 / micros / 1e3));
+            let rate =
+                work.get(&r.symbol).map_or(String::new(), |&m| format!("{:.1}", m as f64 / micros / 1e3));
             vec![r.name.clone(), format!("{micros:.1}"), rate, r.symbol.clone()]
         })
         .collect();

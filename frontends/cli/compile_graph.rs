@@ -176,7 +176,9 @@ pub fn run(args: &compile::Args, registry: &Registry) -> Outcome {
     output::line(&format!("weights  {}", output::bytes(written.weight_bytes)))?;
     output::line(&format!("kernels  {}", written.kernels))?;
     if let Some(most) = agreement {
-        output::line(&format!("agrees   with the reference: largest difference {most:.1e} of the largest number"))?;
+        output::line(&format!(
+            "agrees   with the reference: largest difference {most:.1e} of the largest number"
+        ))?;
     }
     output::line(&format!("time     {seconds:.1} s"))
 }
@@ -237,11 +239,15 @@ impl Samples {
         let names = onnx::inputs(model)?;
         let text = data.display().to_string();
         let (name, file) = match (text.split_once('='), &names[..]) {
-            (Some((name, file)), _) if names.iter().any(|n| n == name) => (name.to_string(), PathBuf::from(file)),
+            (Some((name, file)), _) if names.iter().any(|n| n == name) => {
+                (name.to_string(), PathBuf::from(file))
+            }
             (_, [only]) => (only.clone(), data.to_path_buf()),
             _ => {
                 let diag = Diag::input(format!("`{text}` names no input of the model"));
-                return Err(diag.help(format!("give --data NAME=FILE; its inputs are {}", names.join(", "))).into());
+                return Err(diag
+                    .help(format!("give --data NAME=FILE; its inputs are {}", names.join(", ")))
+                    .into());
             }
         };
         let given = BTreeMap::from([(name, read_tensor(&file)?)]);

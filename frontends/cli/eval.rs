@@ -46,7 +46,10 @@ pub fn run(args: Args) -> Outcome {
     if args.classes.input.is_some() {
         return Err(Diag::input("--input is for `.onnx` files and their engines").into());
     }
-    let text = args.text.as_deref().ok_or_else(|| Diag::input("there is no text to score").help("give --text FILE"))?;
+    let text = args
+        .text
+        .as_deref()
+        .ok_or_else(|| Diag::input("there is no text to score").help("give --text FILE"))?;
     let open = |path: &Path| {
         subject::open(path).and_then(|engine| subject::decoder(engine, path, "scored on a text"))
     };

@@ -111,7 +111,9 @@ fn logits(path: &Path, name: &str, samples: &Tensor, threads: usize) -> Outcome<
     let engine = std::sync::Arc::clone(net.session().engine());
     let inputs = &engine.manifest().array_inputs;
     let [input] = &inputs[..] else {
-        return Err(Diag::input(format!("the engine has {} inputs, classifiers have one", inputs.len())).into());
+        return Err(
+            Diag::input(format!("the engine has {} inputs, classifiers have one", inputs.len())).into()
+        );
     };
     if input.name != name {
         let text = format!("the engine has no input `{name}`");
@@ -138,7 +140,12 @@ fn logits(path: &Path, name: &str, samples: &Tensor, threads: usize) -> Outcome<
 
 /// Opens an engine, or compiles a model for this machine, one sample at a time where it may be any number.
 #[cfg(feature = "llvm")]
-fn open(path: &Path, name: &str, samples: &Tensor, threads: usize) -> Outcome<(Net, Option<subject::Scratch>)> {
+fn open(
+    path: &Path,
+    name: &str,
+    samples: &Tensor,
+    threads: usize,
+) -> Outcome<(Net, Option<subject::Scratch>)> {
     if !onnx::is_onnx(path) {
         return Ok((Net::open(path, threads)?, None));
     }

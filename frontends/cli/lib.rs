@@ -20,6 +20,7 @@ pub use quantc_passes as passes;
 #[cfg(feature = "llvm")]
 mod agreement;
 mod bench;
+mod bench_graph;
 #[cfg(feature = "llvm")]
 mod cache_cost;
 #[cfg(feature = "llvm")]
@@ -29,7 +30,6 @@ mod compile;
 #[cfg(feature = "llvm")]
 mod compile_graph;
 mod embed;
-mod bench_graph;
 mod eval;
 mod eval_graph;
 mod explain;

@@ -117,7 +117,8 @@ impl Net {
         for (array, tensor) in engine.manifest().array_inputs.iter().zip(inputs) {
             let want = io::ty_of(array)?;
             if tensor.ty != want {
-                let text = format!("input `{}` is of type {}, the engine takes {want}", array.name, tensor.ty);
+                let text =
+                    format!("input `{}` is of type {}, the engine takes {want}", array.name, tensor.ty);
                 return Err(Diag::input(text).into());
             }
         }
@@ -180,7 +181,9 @@ fn tell(names: &[String], outputs: &[Tensor], args: &Arrays, json: bool, seconds
     if json {
         let outputs: Vec<_> =
             rows.iter().map(|(name, ty, file)| json!({ "name": name, "type": ty, "file": file })).collect();
-        return output::json(&json!({ "outputs": outputs, "seconds": seconds, "by": by.trim_start_matches("the ") }));
+        return output::json(
+            &json!({ "outputs": outputs, "seconds": seconds, "by": by.trim_start_matches("the ") }),
+        );
     }
     for (name, ty, file) in rows {
         output::line(&format!("{name}  {ty}{}", file.map(|f| format!("  {f}")).unwrap_or_default()))?;

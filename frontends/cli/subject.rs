@@ -107,7 +107,10 @@ pub fn decoder(engine: Arc<Engine>, path: &Path, used: &str) -> Outcome<Arc<Engi
     }
     if engine.manifest().kind() == Kind::Graph {
         let diag = Diag::input(format!("an engine over arrays cannot be {used}"));
-        return Err(diag.in_file(path.display().to_string()).help("use `quantc run --input NAME=FILE`").into());
+        return Err(diag
+            .in_file(path.display().to_string())
+            .help("use `quantc run --input NAME=FILE`")
+            .into());
     }
     Ok(engine)
 }

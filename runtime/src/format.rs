@@ -994,7 +994,9 @@ impl Manifest {
         }
         if offset.checked_add(bytes).is_none_or(|end| end > self.arena_bytes) {
             let have = self.arena_bytes;
-            return Err(Error::format(format!("{bytes} bytes at {offset} are not within the arena's {have}")));
+            return Err(Error::format(format!(
+                "{bytes} bytes at {offset} are not within the arena's {have}"
+            )));
         }
         Ok(())
     }
@@ -1375,6 +1377,11 @@ mod tests {
             (|m| m.files[1].name = KERNELS_FILE.into(), "listed twice"),
             (|m| m.files[1].digest.push(0), "digest has 33 bytes"),
             (|m| m.generation = Some(Generation { bos: Some(10), eos: vec![] }), "token 10"),
+            (|m| m.array_inputs = vec![array(Ref::arena(m.arena_bytes), &[4])], "are not within the arena's"),
+            (|m| m.array_outputs = vec![array(Ref::arena(2), &[1])], "not a multiple of an element"),
+            (|m| m.array_outputs = vec![array(Ref::null(), &[1])], "does not lie in the arena"),
+            (|m| m.array_inputs = vec![array(Ref::arena(0), &[1 << 40, 1 << 40])], "absurdly large"),
+            (|m| m.array_inputs = vec![Array { elem_bytes: 3, ..array(Ref::arena(0), &[1]) }], "elements of 3 bytes"),
         ];
         for (index, (change, part)) in cases.iter().enumerate() {
             let mut manifest = small();
@@ -1383,6 +1390,10 @@ mod tests {
             assert!(error.contains(part), "case {index}: {error:?} does not say {part:?}");
             manifest.to_text();
         }
+    }
+
+    fn array(at: Ref, dims: &[u64]) -> Array {
+        Array { name: "a".into(), elem: "f32".into(), elem_bytes: 4, dims: dims.to_vec(), at }
     }
 
     #[test]

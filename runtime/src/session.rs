@@ -405,7 +405,8 @@ impl Session {
         for (array, given) in manifest.array_inputs.iter().zip(inputs) {
             let bytes = array.bytes().unwrap_or(0);
             if given.len() as u64 != bytes {
-                let what = format!("input {:?} has {} bytes, {} has {bytes}", array.name, given.len(), array.ty());
+                let what =
+                    format!("input {:?} has {} bytes, {} has {bytes}", array.name, given.len(), array.ty());
                 return Err(Error::input(what));
             }
             if array.elem == "bool" && given.iter().any(|&b| b > 1) {

@@ -39,7 +39,8 @@ impl Lowering<'_> {
         let nodes: Vec<NodeId> = ready
             .iter()
             .map(|v| {
-                let map = if v.product().is_some() { identity(rank) } else { broadcast(v.dims(), dims, rank) };
+                let map =
+                    if v.product().is_some() { identity(rank) } else { broadcast(v.dims(), dims, rank) };
                 body.absorb(v, &map)
             })
             .collect();
@@ -292,4 +293,3 @@ pub(super) fn gelu(b: &mut Body, x: NodeId, approx: bool) -> NodeId {
     let x = b.bin(Bin::Mul, half, x);
     b.bin(Bin::Mul, x, sum)
 }
-

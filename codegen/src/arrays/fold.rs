@@ -66,6 +66,7 @@ impl Lowering<'_> {
     }
 
     /// A reduction of a value whose axes keep an extent of one.
+    #[expect(clippy::too_many_arguments, reason = "what is folded, how, and what becomes of it")]
     fn reduction(
         &mut self,
         name: &'static str,
@@ -97,8 +98,14 @@ impl Lowering<'_> {
         let axes: Vec<usize> = op.axes.iter().map(|&a| usize::from(a)).collect();
         let (mem, num) = (mem_of(out.elem)?, x.mem().num());
         let count: u64 = axes.iter().map(|&a| x.dims()[a]).product();
-        let whole = !num.is_float() && matches!(op.kind, K::Sum | K::Max | K::Min | K::Prod | K::L1 | K::SumSquare);
-        if whole && count == 0 && matches!(op.kind, K::Max | K::Min) && mem.num() == Num::I32 && mem != Mem::I32 {
+        let whole =
+            !num.is_float() && matches!(op.kind, K::Sum | K::Max | K::Min | K::Prod | K::L1 | K::SumSquare);
+        if whole
+            && count == 0
+            && matches!(op.kind, K::Max | K::Min)
+            && mem.num() == Num::I32
+            && mem != Mem::I32
+        {
             return Err(Diag::target("the largest of no numbers has no kernel for this type"));
         }
         // Sums of floats are taken in f64; of integers, in what holds them.
@@ -162,8 +169,14 @@ impl Lowering<'_> {
         let power = body.un(Un::Exp, less);
         let of = body.select(same, one, power);
         let layout: Vec<usize> = (0..dims.len()).collect();
-        let folding =
-            Folding { name: "log_sum_exp", dims: &dims, layout: &layout, over: &over, kind: FoldKind::Sum, mem };
+        let folding = Folding {
+            name: "log_sum_exp",
+            dims: &dims,
+            layout: &layout,
+            over: &over,
+            kind: FoldKind::Sum,
+            mem,
+        };
         self.folded(&folding, body, of, |b, sum| {
             let zero = b.real(Num::F64, 0.0);
             let none = b.cmp(Cmp::Equal, sum, zero);
@@ -174,7 +187,13 @@ impl Lowering<'_> {
         })
     }
 
-    pub(super) fn arg_reduce(&mut self, g: &Graph, x: ValueId, op: &ArgReduce, out: &TensorTy) -> Result<Value> {
+    pub(super) fn arg_reduce(
+        &mut self,
+        g: &Graph,
+        x: ValueId,
+        op: &ArgReduce,
+        out: &TensorTy,
+    ) -> Result<Value> {
         let ty = g.ty(x);
         let x = self.value(g, x)?;
         if x.mem().num() == Num::U64 || ty.elem.scheme().is_some() {
@@ -194,7 +213,8 @@ impl Lowering<'_> {
         let x = self.value(g, x)?;
         let x = Value::View(self.stored(&x)?);
         let (mem, axes, num) = (mem_of(out.elem)?, [usize::from(op.axis)], x.mem().num());
-        let top = self.reduction("softmax_max", &x, &axes, FoldKind::Max, num_mem(num), |_, x| x, |_, y| y)?;
+        let top =
+            self.reduction("softmax_max", &x, &axes, FoldKind::Max, num_mem(num), |_, x| x, |_, y| y)?;
         let dims = x.dims().to_vec();
         let mut one = dims.clone();
         one[axes[0]] = 1;
@@ -284,7 +304,9 @@ impl Lowering<'_> {
         let (dims, axis, to) = (x.dims().to_vec(), usize::from(op.axis), dims_of(out)?);
         let n = dims[axis];
         if n > LONGEST {
-            return Err(Diag::target(format!("`topk` has a kernel for axes of up to {LONGEST} elements, not {n}")));
+            return Err(Diag::target(format!(
+                "`topk` has a kernel for axes of up to {LONGEST} elements, not {n}"
+            )));
         }
         let rank = dims.len() + 1;
         let mut body = Body::new(rank);
@@ -292,7 +314,8 @@ impl Lowering<'_> {
         let (map, over) = Self::walked(&dims, &[axis]);
         let other = body.absorb(&x, &map);
         let (mine, other) = (key(&mut body, mine), key(&mut body, other));
-        let better = if op.least { body.cmp(Cmp::Less, other, mine) } else { body.cmp(Cmp::Less, mine, other) };
+        let better =
+            if op.least { body.cmp(Cmp::Less, other, mine) } else { body.cmp(Cmp::Less, mine, other) };
         let equal = body.cmp(Cmp::Equal, mine, other);
         let (at, at_other) = (body.pos(Affine::axis(axis, rank)), body.pos(Affine::axis(rank - 1, rank)));
         let earlier = body.cmp(Cmp::Less, at_other, at);
@@ -368,7 +391,8 @@ impl Lowering<'_> {
         let v = body.absorb_within(&x, &map, &guards);
         let num = body.num(v);
         let inside = (!guards.is_empty()).then(|| body.push(Node::Inside(guards.clone())));
-        let folding = |name, kind, mem| Folding { name, dims: &dims, layout: &layout, over: &over, kind, mem };
+        let folding =
+            |name, kind, mem| Folding { name, dims: &dims, layout: &layout, over: &over, kind, mem };
         match op.kind {
             PoolKind::Max if matches!(mem, Mem::Bool) => Err(self.refuse("pool", &ty)),
             PoolKind::Max => {
@@ -418,7 +442,13 @@ impl Lowering<'_> {
     }
 
     /// Means over windows that are cut at the edges: the number of elements is a product of one number for each axis.
-    fn pool_mean(&mut self, mut body: Body, term: NodeId, limits: Vec<Guard>, folding: &Folding<'_>) -> Result<Value> {
+    fn pool_mean(
+        &mut self,
+        mut body: Body,
+        term: NodeId,
+        limits: Vec<Guard>,
+        folding: &Folding<'_>,
+    ) -> Result<Value> {
         let (rank, outer) = (body.rank, folding.dims.len());
         let mut count = body.real(Num::F64, 1.0);
         for (a, &k) in folding.over.iter().enumerate() {
@@ -432,7 +462,13 @@ impl Lowering<'_> {
             let step = guard.at.strides[outer + a].max(1);
             let start = Affine {
                 base: guard.at.base,
-                strides: guard.at.strides.iter().enumerate().map(|(i, &s)| if i < outer { s } else { 0 }).collect(),
+                strides: guard
+                    .at
+                    .strides
+                    .iter()
+                    .enumerate()
+                    .map(|(i, &s)| if i < outer { s } else { 0 })
+                    .collect(),
             };
             let start = body.pos(start);
             let (zero, one, step) = (body.int(Num::I64, 0), body.int(Num::I64, 1), body.int(Num::I64, step));
@@ -541,7 +577,15 @@ impl Lowering<'_> {
                 let n = b.real(Num::F64, n);
                 b.bin(Bin::Div, y, n)
             };
-            Some(Value::View(self.reduction("norm_mean", &x, &[last], FoldKind::Sum, Mem::F64, each, finish)?))
+            Some(Value::View(self.reduction(
+                "norm_mean",
+                &x,
+                &[last],
+                FoldKind::Sum,
+                Mem::F64,
+                each,
+                finish,
+            )?))
         } else {
             None
         };
@@ -584,8 +628,7 @@ impl Lowering<'_> {
                 list.len() - 1
             })
         };
-        let (mean, gain, bias) =
-            (at(&mut operands, mean), at(&mut operands, gain), at(&mut operands, bias));
+        let (mean, gain, bias) = (at(&mut operands, mean), at(&mut operands, gain), at(&mut operands, bias));
         self.elementwise(&dims, mem, &operands, |b, x| {
             let mut y = b.convert(Num::F64, x[0]);
             if let Some(i) = mean {
@@ -647,4 +690,3 @@ fn truncated(b: &mut Body, y: NodeId, mem: Mem) -> NodeId {
     }
     b.convert(mem.num(), y)
 }
-

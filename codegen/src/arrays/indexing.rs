@@ -15,7 +15,14 @@ impl Lowering<'_> {
         if v.is_cheap() { Ok(v.clone()) } else { self.stored(v).map(Value::View) }
     }
 
-    pub(super) fn gather(&mut self, g: &Graph, x: ValueId, indices: ValueId, axis: usize, out: &TensorTy) -> Result<Value> {
+    pub(super) fn gather(
+        &mut self,
+        g: &Graph,
+        x: ValueId,
+        indices: ValueId,
+        axis: usize,
+        out: &TensorTy,
+    ) -> Result<Value> {
         let (x, indices) = (self.value(g, x)?, self.value(g, indices)?);
         let (x, indices) = (self.stored(&x)?, self.indices(&indices)?);
         let dims = dims_of(out)?;
@@ -55,7 +62,13 @@ impl Lowering<'_> {
         self.gathered_elements(&x, &indices, axis, &dims_of(out)?)
     }
 
-    pub(super) fn gathered_elements(&mut self, x: &Value, indices: &Value, axis: usize, dims: &[u64]) -> Result<Value> {
+    pub(super) fn gathered_elements(
+        &mut self,
+        x: &Value,
+        indices: &Value,
+        axis: usize,
+        dims: &[u64],
+    ) -> Result<Value> {
         let (x, indices) = (self.stored(x)?, self.indices(indices)?);
         let rank = dims.len();
         let mut body = Body::new(rank);
@@ -69,7 +82,14 @@ impl Lowering<'_> {
 
     /// The place that a list of indices names, from the axis `first` of an array on: the lists lie along the last axis of
     /// `indices`, and `map` says where its other axes are.
-    fn listed(&mut self, body: &mut Body, x: &View, indices: &Value, map: &[Affine], first: usize) -> Vec<(NodeId, i64)> {
+    fn listed(
+        &mut self,
+        body: &mut Body,
+        x: &View,
+        indices: &Value,
+        map: &[Affine],
+        first: usize,
+    ) -> Vec<(NodeId, i64)> {
         let depth = indices.dims().last().copied().unwrap_or(0) as usize;
         let one = |k: usize| {
             let mut at = map.to_vec();
@@ -80,7 +100,14 @@ impl Lowering<'_> {
         (0..depth).map(one).collect()
     }
 
-    pub(super) fn gather_nd(&mut self, g: &Graph, x: ValueId, indices: ValueId, batch: usize, out: &TensorTy) -> Result<Value> {
+    pub(super) fn gather_nd(
+        &mut self,
+        g: &Graph,
+        x: ValueId,
+        indices: ValueId,
+        batch: usize,
+        out: &TensorTy,
+    ) -> Result<Value> {
         let (x, indices) = (self.value(g, x)?, self.value(g, indices)?);
         let (x, indices) = (self.stored(&x)?, Value::View(self.stored(&indices)?));
         let dims = dims_of(out)?;
@@ -109,7 +136,8 @@ impl Lowering<'_> {
         combine: Combine,
         out: &TensorTy,
     ) -> Result<Value> {
-        let (x, indices, updates) = (self.value(g, args[0])?, self.value(g, args[1])?, self.value(g, args[2])?);
+        let (x, indices, updates) =
+            (self.value(g, args[0])?, self.value(g, args[1])?, self.value(g, args[2])?);
         let (indices, updates) = (self.without_product(&indices)?, self.without_product(&updates)?);
         let view = self.copied(&x)?;
         let dims = updates.dims().to_vec();
@@ -124,8 +152,15 @@ impl Lowering<'_> {
         self.scattered(view, body, at, update, &dims, combine, out)
     }
 
-    pub(super) fn scatter_nd(&mut self, g: &Graph, args: &[ValueId], combine: Combine, out: &TensorTy) -> Result<Value> {
-        let (x, indices, updates) = (self.value(g, args[0])?, self.value(g, args[1])?, self.value(g, args[2])?);
+    pub(super) fn scatter_nd(
+        &mut self,
+        g: &Graph,
+        args: &[ValueId],
+        combine: Combine,
+        out: &TensorTy,
+    ) -> Result<Value> {
+        let (x, indices, updates) =
+            (self.value(g, args[0])?, self.value(g, args[1])?, self.value(g, args[2])?);
         let (indices, updates) = (Value::View(self.stored(&indices)?), self.without_product(&updates)?);
         let view = self.copied(&x)?;
         let dims = updates.dims().to_vec();
@@ -192,4 +227,3 @@ impl Lowering<'_> {
         Ok(Value::View(view))
     }
 }
-

@@ -98,7 +98,13 @@ impl Lowering<'_> {
         Ok(Value::View(View::dense(view.place, view.mem, dims)))
     }
 
-    pub(super) fn concat(&mut self, g: &Graph, parts: &[ValueId], axis: usize, out: &TensorTy) -> Result<Value> {
+    pub(super) fn concat(
+        &mut self,
+        g: &Graph,
+        parts: &[ValueId],
+        axis: usize,
+        out: &TensorTy,
+    ) -> Result<Value> {
         let dims = dims_of(out)?;
         let parts: Vec<Value> = parts.iter().map(|&p| self.value(g, p)).collect::<Result<_>>()?;
         if let [one] = &parts[..] {
@@ -159,13 +165,13 @@ impl Lowering<'_> {
         let view = self.stored(&x)?;
         let mut parts = vec![];
         let mut base = Affine::constant(view.at.base, rank);
-        for a in 0..rank {
+        for (a, &extent) in dims.iter().enumerate() {
             let (n, stride) = (view.dims[a] as i64, view.at.strides[a]);
             if (op.before[a], op.after[a]) == (0, 0) {
                 base = base.plus(&Affine::axis(a, rank).scaled(stride, 0));
                 continue;
             }
-            let table = margins(op, a, n, dims[a] as i64);
+            let table = margins(op, a, n, extent as i64);
             let place = self.table("margins", &table);
             let input = body.input(place);
             let at = Affine::axis(a, rank);
@@ -205,4 +211,3 @@ fn margins(op: &Pad, axis: usize, n: i64, to: i64) -> Vec<i64> {
     };
     (0..to).map(one).collect()
 }
-

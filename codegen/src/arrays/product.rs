@@ -125,7 +125,8 @@ impl Lowering<'_> {
                 let Some(inner) = self.bytes(g, node.args[0])? else { return Ok(None) };
                 let same = g.ty(node.args[0]).shape == g.ty(v).shape;
                 let zero = self.known(g, node.args[1])?.filter(|z| same && one(z));
-                let fits = |z: i64| if inner.signed { (-128..128).contains(&z) } else { (0..256).contains(&z) };
+                let fits =
+                    |z: i64| if inner.signed { (-128..128).contains(&z) } else { (0..256).contains(&z) };
                 let zero = zero.map(|z| z.ints()[0] as i64 + inner.zero).filter(|&z| fits(z));
                 Ok(zero.map(|zero| Bytes { zero, ..inner }))
             }
@@ -138,7 +139,9 @@ impl Lowering<'_> {
         let fits = |x: &f64| x.fract() == 0.0 && (-128.0..128.0).contains(x);
         if g.ty(v).elem == ElemTy::I32 {
             let numbers = self.known(g, v)?.map(|t| t.reals());
-            return Ok(numbers.filter(|n| n.iter().all(fits)).map(|numbers| Weights { numbers, scale: None }));
+            return Ok(numbers
+                .filter(|n| n.iter().all(fits))
+                .map(|numbers| Weights { numbers, scale: None }));
         }
         let Some((_, node)) = g.def(v) else { return Ok(None) };
         if let Op::Transpose(op) = &node.op {
@@ -171,7 +174,8 @@ impl Lowering<'_> {
         if op.to != Float::F32 || !plain || !(by_output || scheme.group == Group::Tensor) {
             return Ok(None);
         }
-        let (Some(codes), Some(scale)) = (self.tensor(g, node.args[0])?, self.tensor(g, node.args[1])?) else {
+        let (Some(codes), Some(scale)) = (self.tensor(g, node.args[0])?, self.tensor(g, node.args[1])?)
+        else {
             return Ok(None);
         };
         let mut numbers = codes.reals();
@@ -227,13 +231,20 @@ impl Lowering<'_> {
             return self.stored(&x);
         }
         let signed = bytes.signed;
-        self.padded(&x, pad, 4, Mem::U8, move |b, v| {
-            if !signed {
-                return v;
-            }
-            let up = b.int(Num::I32, 128);
-            b.bin(Bin::Add, v, up)
-        }, zero as f64)
+        self.padded(
+            &x,
+            pad,
+            4,
+            Mem::U8,
+            move |b, v| {
+                if !signed {
+                    return v;
+                }
+                let up = b.int(Num::I32, 128);
+                b.bin(Bin::Add, v, up)
+            },
+            zero as f64,
+        )
     }
 
     /// A copy with channels side by side, `together` of them at a time, and margins.
@@ -312,7 +323,15 @@ impl Lowering<'_> {
     }
 
     /// The sums of a product as a value that what follows may be taken into. `axis` is that of outputs.
-    fn product(&mut self, what: Product, dims: &[u64], layout: Vec<usize>, axis: usize, mem: Mem, finish: &Finish) -> Result<Value> {
+    fn product(
+        &mut self,
+        what: Product,
+        dims: &[u64],
+        layout: Vec<usize>,
+        axis: usize,
+        mem: Mem,
+        finish: &Finish,
+    ) -> Result<Value> {
         let rank = dims.len();
         self.pending.push(Some(Pending { name: self.name.clone(), what, dims: dims.to_vec(), layout }));
         let mut body = Body::new(rank);
@@ -414,20 +433,29 @@ impl Lowering<'_> {
         if x.mem() == Mem::F32 && !pad.needed(&x, 1) {
             return self.stored(&x);
         }
-        let x = if let (Value::Lazy(_), true) = (&x, pad.grows()) { Value::View(self.stored(&x)?) } else { x };
+        let x =
+            if let (Value::Lazy(_), true) = (&x, pad.grows()) { Value::View(self.stored(&x)?) } else { x };
         self.padded(&x, pad, 1, Mem::F32, |_, v| v, 0.0)
     }
 
     /// Packs weights that are computed; other axes than those of outputs and channels are steps of the window, or, when
     /// they come before both, batches.
-    fn pack_computed(&mut self, w: &Value, out_axis: usize, channel_axis: usize, outs: u64, last: u64) -> Result<View> {
+    fn pack_computed(
+        &mut self,
+        w: &Value,
+        out_axis: usize,
+        channel_axis: usize,
+        outs: u64,
+        last: u64,
+    ) -> Result<View> {
         let w = self.without_product(w)?;
         let w = if w.is_cheap() { w } else { Value::View(self.stored(&w)?) };
         let lanes = u64::from(self.target.cpu.vector_bits / 32);
         let panel = tile(outs, last, lanes, self.target.cpu.vector_bits == 512).vectors * lanes;
         let panels = outs.div_ceil(panel);
         let first = out_axis.min(channel_axis);
-        let others: Vec<usize> = (0..w.dims().len()).filter(|&a| a != out_axis && a != channel_axis).collect();
+        let others: Vec<usize> =
+            (0..w.dims().len()).filter(|&a| a != out_axis && a != channel_axis).collect();
         let (batches, steps): (Vec<usize>, Vec<usize>) = others.iter().partition(|&&a| a < first);
         let mut dims: Vec<u64> = batches.iter().map(|&a| w.dims()[a]).collect();
         let panel_axis = dims.len();
@@ -436,7 +464,8 @@ impl Lowering<'_> {
         let at_channel = dims.len();
         dims.extend([w.dims()[channel_axis], panel]);
         let rank = dims.len();
-        let output = Affine::axis(panel_axis, rank).scaled(panel as i64, 0).plus(&Affine::axis(rank - 1, rank));
+        let output =
+            Affine::axis(panel_axis, rank).scaled(panel as i64, 0).plus(&Affine::axis(rank - 1, rank));
         let mut map = vec![origin(rank); w.dims().len()];
         for (i, &a) in batches.iter().enumerate() {
             map[a] = Affine::axis(i, rank);
@@ -447,7 +476,7 @@ impl Lowering<'_> {
         map[out_axis] = output.clone();
         map[channel_axis] = Affine::axis(at_channel, rank);
         let guards =
-            if outs % panel == 0 { vec![] } else { vec![Guard { at: output, below: outs as i64 }] };
+            if outs.is_multiple_of(panel) { vec![] } else { vec![Guard { at: output, below: outs as i64 }] };
         let mut body = Body::new(rank);
         let mut root = body.absorb_within(&w, &map, &guards);
         if !guards.is_empty() && !matches!(w, Value::View(_)) {
@@ -495,7 +524,11 @@ impl Lowering<'_> {
                 for step in 0..steps {
                     for o in 0..outs {
                         let n = numbers[(o * steps + step) as usize];
-                        if bytes { packed.push(n as i8 as u8) } else { packed.extend((n as f32).to_le_bytes()) }
+                        if bytes {
+                            packed.push(n as i8 as u8)
+                        } else {
+                            packed.extend((n as f32).to_le_bytes())
+                        }
                     }
                 }
                 let (len, name) = (packed.len() as u64, format!("{}.weights", self.name));
@@ -545,10 +578,8 @@ impl Lowering<'_> {
         for group in 0..groups {
             let mut body = Body::new(rank);
             let channel = dims.len();
-            let mut map = vec![
-                Affine::axis(0, rank),
-                Affine::axis(channel, rank).scaled(1, (group * each) as i64),
-            ];
+            let mut map =
+                vec![Affine::axis(0, rank), Affine::axis(channel, rank).scaled(1, (group * each) as i64)];
             let mut guards = vec![];
             for a in 0..space {
                 let place = Affine::axis(2 + a, rank).scaled(windows.strides[a], -windows.before[a]);
@@ -599,7 +630,13 @@ impl Lowering<'_> {
         self.part = false;
     }
 
-    pub(super) fn matmul(&mut self, g: &Graph, args: &[ValueId], steps: &[EpilogueStep], out: &TensorTy) -> Result<Value> {
+    pub(super) fn matmul(
+        &mut self,
+        g: &Graph,
+        args: &[ValueId],
+        steps: &[EpilogueStep],
+        out: &TensorTy,
+    ) -> Result<Value> {
         let dims = dims_of(out)?;
         let mem = mem_of(out.elem)?;
         let mut value = self.rows_times(g, args[0], args[1], true, &dims, mem)?;
@@ -723,7 +760,15 @@ impl Lowering<'_> {
         self.product(what, dims, (0..dims.len()).collect(), outer, mem, &finish)
     }
 
-    fn dot_by_folds(&mut self, g: &Graph, a: ValueId, b: ValueId, by_rows: bool, dims: &[u64], mem: Mem) -> Result<Value> {
+    fn dot_by_folds(
+        &mut self,
+        g: &Graph,
+        a: ValueId,
+        b: ValueId,
+        by_rows: bool,
+        dims: &[u64],
+        mem: Mem,
+    ) -> Result<Value> {
         let (x, w) = (self.value(g, a)?, self.value(g, b)?);
         let (x, w) = (Value::View(self.stored(&x)?), Value::View(self.stored(&w)?));
         let rank = dims.len() + 1;
@@ -741,7 +786,11 @@ impl Lowering<'_> {
         };
         xm.push(k.clone());
         let column = Affine::axis(dims.len() - 1, rank);
-        if by_rows { wm.extend([column, k]) } else { wm.extend([k, column]) }
+        if by_rows {
+            wm.extend([column, k])
+        } else {
+            wm.extend([k, column])
+        }
         let inner = x.dims()[x.dims().len() - 1];
         let mut body = Body::new(rank);
         let (xv, wv) = (body.absorb(&x, &xm), body.absorb(&w, &wm));
@@ -751,7 +800,13 @@ impl Lowering<'_> {
         Ok(Value::View(view))
     }
 
-    pub(super) fn einsum(&mut self, g: &Graph, args: &[ValueId], equation: &str, out: &TensorTy) -> Result<Value> {
+    pub(super) fn einsum(
+        &mut self,
+        g: &Graph,
+        args: &[ValueId],
+        equation: &str,
+        out: &TensorTy,
+    ) -> Result<Value> {
         let bad = || Diag::bug(format!("the equation `{equation}`"));
         let (inputs, output) = equation.split_once("->").ok_or_else(bad)?;
         let inputs: Vec<Vec<char>> = inputs.split(',').map(|i| i.chars().collect()).collect();
@@ -818,7 +873,10 @@ impl Padding {
     fn needed(&self, x: &Value, together: u64) -> bool {
         let Value::View(v) = x else { return true };
         let n = v.dims[self.channels];
-        self.grows() || n % together != 0 || v.at.base != 0 || (n != 1 && v.at.strides[self.channels] != 1)
+        self.grows()
+            || !n.is_multiple_of(together)
+            || v.at.base != 0
+            || (n != 1 && v.at.strides[self.channels] != 1)
     }
 }
 
@@ -837,7 +895,14 @@ fn each_index(dims: &[u64]) -> impl Iterator<Item = Vec<u64>> + use<> {
 }
 
 /// The spec of a convolution of an array with its margins, without expression and result.
-fn windowed(windows: &Windows, dims: &[u64], x: &View, outs: u64, channels: u64, factors: Factors) -> ConvSpec {
+fn windowed(
+    windows: &Windows,
+    dims: &[u64],
+    x: &View,
+    outs: u64,
+    channels: u64,
+    factors: Factors,
+) -> ConvSpec {
     let space = windows.kernel.len();
     let mut outer = vec![Axis { n: dims[0], x: x.at.strides[0], w: 0, y: Some(0) }];
     let mut window = vec![];
@@ -896,7 +961,13 @@ pub(super) fn flattened(mut spec: ConvSpec) -> ConvSpec {
 }
 
 /// Puts the nodes of an expression behind those of a body, with axes and inputs replaced; gives its root.
-pub(super) fn appended(body: &mut Body, nodes: &[Node], root: NodeId, map: &[Affine], inputs: &[u16]) -> NodeId {
+pub(super) fn appended(
+    body: &mut Body,
+    nodes: &[Node],
+    root: NodeId,
+    map: &[Affine],
+    inputs: &[u16],
+) -> NodeId {
     let rank = body.rank;
     let mut new: Vec<NodeId> = vec![];
     for node in nodes {
@@ -908,4 +979,3 @@ pub(super) fn appended(body: &mut Body, nodes: &[Node], root: NodeId, map: &[Aff
     }
     new[root as usize]
 }
-

@@ -25,14 +25,21 @@ impl Lowering<'_> {
     }
 
     /// Codes of floats: how many of the numbers at which the next code begins are not above the magnitude.
-    pub(super) fn encode(&mut self, x: &Value, format: &'static Format, saturate: bool, double: bool) -> Result<Value> {
+    pub(super) fn encode(
+        &mut self,
+        x: &Value,
+        format: &'static Format,
+        saturate: bool,
+        double: bool,
+    ) -> Result<Value> {
         if !matches!(format.class, Class::Float { .. }) || double || x.mem() != Mem::F32 {
             return Err(Diag::target(format!("no kernel makes codes of `{format}` from these numbers")));
         }
         let codes = |numbers: Vec<f32>| self.codes_of(numbers, format, saturate);
         // Magnitudes are ordered as their bits are; the code of each is looked for from both sides.
         let infinite = codes(vec![f32::INFINITY])?[0];
-        let (mut low, mut high) = (vec![0u32; infinite.into()], vec![f32::INFINITY.to_bits(); infinite.into()]);
+        let (mut low, mut high) =
+            (vec![0u32; infinite.into()], vec![f32::INFINITY.to_bits(); infinite.into()]);
         for _ in 0..32 {
             let middle: Vec<u32> = low.iter().zip(&high).map(|(l, h)| l + (h - l) / 2).collect();
             let found = codes(middle.iter().map(|&b| f32::from_bits(b)).collect())?;
@@ -52,14 +59,21 @@ impl Lowering<'_> {
         let map: Vec<Affine> = (0..dims.len()).map(|a| Affine::axis(a, rank)).collect();
         let v = body.absorb(&x, &map);
         let input = body.input(place);
-        let step = body.push(Node::Load { input, mem: Mem::F32, at: Affine::axis(rank - 1, rank), guards: vec![] });
+        let step =
+            body.push(Node::Load { input, mem: Mem::F32, at: Affine::axis(rank - 1, rank), guards: vec![] });
         let size = body.un(Un::Abs, v);
         let reached = body.cmp(Cmp::LessEqual, step, size);
         let of = body.convert(Num::I32, reached);
         let layout = x.layout();
         let over = [u64::from(infinite)];
-        let folding =
-            Folding { name: "encode", dims: &dims, layout: &layout, over: &over, kind: FoldKind::Sum, mem: Mem::U8 };
+        let folding = Folding {
+            name: "encode",
+            dims: &dims,
+            layout: &layout,
+            over: &over,
+            kind: FoldKind::Sum,
+            mem: Mem::U8,
+        };
         let sign = i64::from((format.mask() >> 1) + 1);
         let view = self.folded(&folding, body, of, |b, code| {
             let (nan, zero) = (b.int(Num::I32, i64::from(nan)), b.int(Num::I32, 0));
@@ -158,7 +172,13 @@ impl Lowering<'_> {
         self.lazy(mem, &dims, body, y)
     }
 
-    pub(super) fn quantize(&mut self, g: &Graph, args: &[ValueId], to: Scheme, out: &TensorTy) -> Result<Value> {
+    pub(super) fn quantize(
+        &mut self,
+        g: &Graph,
+        args: &[ValueId],
+        to: Scheme,
+        out: &TensorTy,
+    ) -> Result<Value> {
         let (x, scale) = (self.value(g, args[0])?, self.value(g, args[1])?);
         let zero = self.optional(g, args, 2)?;
         let (dims, mem) = (dims_of(out)?, mem_of(out.elem)?);
@@ -211,7 +231,13 @@ impl Lowering<'_> {
         self.lazy_after(mem, &dims, body, code, product)
     }
 
-    pub(super) fn dynamic_scale(&mut self, g: &Graph, x: ValueId, to: Scheme, out: &TensorTy) -> Result<Value> {
+    pub(super) fn dynamic_scale(
+        &mut self,
+        g: &Graph,
+        x: ValueId,
+        to: Scheme,
+        out: &TensorTy,
+    ) -> Result<Value> {
         Err(Diag::target(format!(
             "`dynamic_scale` to `{to}` has no kernel for graphs over arrays: operand {} makes {out}",
             g.ty(x)

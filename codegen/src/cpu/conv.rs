@@ -200,7 +200,8 @@ impl<'c> Product<'_, '_, 'c> {
             let mut next = Vec::with_capacity(sums.len());
             match self.spec.factors {
                 Factors::F32 => {
-                    let weights: Vec<Val<'c>> = weights.iter().map(|&p| b.load(p, Elem::F32, lanes)).collect();
+                    let weights: Vec<Val<'c>> =
+                        weights.iter().map(|&p| b.load(p, Elem::F32, lanes)).collect();
                     for (i, sums) in sums.chunks(weights.len()).enumerate() {
                         let a = b.load(b.offset(x, i as i64 * self.step), Elem::F32, 1);
                         let a = b.splat(a, lanes);

@@ -81,8 +81,9 @@ pub const EXTERNAL: [&str; 8] = ["expf", "exp2f", "sinf", "cosf", "tanhf", "erff
 
 /// The same for functions of f64, whose names no compiler knows: none is turned into another.
 pub const EXTERNAL_F64: [&str; 21] = [
-    "qc_acos", "qc_acosh", "qc_asin", "qc_asinh", "qc_atan", "qc_atanh", "qc_ceil", "qc_cos", "qc_cosh", "qc_erf", "qc_exp",
-    "qc_floor", "qc_log", "qc_log1p", "qc_pow", "qc_rem", "qc_round", "qc_sin", "qc_sinh", "qc_tan", "qc_tanh",
+    "qc_acos", "qc_acosh", "qc_asin", "qc_asinh", "qc_atan", "qc_atanh", "qc_ceil", "qc_cos", "qc_cosh",
+    "qc_erf", "qc_exp", "qc_floor", "qc_log", "qc_log1p", "qc_pow", "qc_rem", "qc_round", "qc_sin",
+    "qc_sinh", "qc_tan", "qc_tanh",
 ];
 
 /// What the builder promises: it always stands in a block.
@@ -586,7 +587,8 @@ impl<'u, 'c> VecBuilder<'u, 'c> {
         let func = self.unit.module.get_function(name).unwrap_or_else(|| {
             let ty: BasicTypeEnum<'c> = self.ty(elem, 1);
             let params: Vec<BasicMetadataTypeEnum<'c>> = args.iter().map(|_| ty.into()).collect();
-            let func = self.unit.module.add_function(name, ty.fn_type(&params, false), Some(Linkage::External));
+            let func =
+                self.unit.module.add_function(name, ty.fn_type(&params, false), Some(Linkage::External));
             for attribute in ["nounwind", "willreturn"] {
                 let kind = inkwell::attributes::Attribute::get_named_enum_kind_id(attribute);
                 func.add_attribute(AttributeLoc::Function, self.unit.cx.create_enum_attribute(kind, 0));

@@ -641,7 +641,13 @@ struct Nest<'p, 'u, 'c> {
 }
 
 impl<'c> Nest<'_, '_, 'c> {
-    fn place(&self, index: Vec<Val<'c>>, axis: usize, lanes: u32, folded: Option<Val<'c>>) -> Place<'_, '_, 'c> {
+    fn place(
+        &self,
+        index: Vec<Val<'c>>,
+        axis: usize,
+        lanes: u32,
+        folded: Option<Val<'c>>,
+    ) -> Place<'_, '_, 'c> {
         Place {
             b: self.b,
             nodes: &self.spec.nodes,
@@ -662,7 +668,11 @@ impl<'c> Nest<'_, '_, 'c> {
             if let To::Computed(at) = self.spec.to {
                 let at = place.value(at);
                 let value = narrowed(self.b, self.spec.out, place.value(self.spec.value));
-                self.b.store(self.b.row(self.out, at, self.spec.out.bytes() as i64), value, raw(self.spec.out));
+                self.b.store(
+                    self.b.row(self.out, at, self.spec.out.bytes() as i64),
+                    value,
+                    raw(self.spec.out),
+                );
             }
             return;
         }
@@ -707,7 +717,14 @@ impl<'c> Nest<'_, '_, 'c> {
     }
 
     /// Folds over the axes from `axis` of the fold on, going on from `acc`.
-    fn fold(&self, index: &mut Vec<Val<'c>>, axis: usize, acc: Val<'c>, lanes: u32, inner: Option<u32>) -> Val<'c> {
+    fn fold(
+        &self,
+        index: &mut Vec<Val<'c>>,
+        axis: usize,
+        acc: Val<'c>,
+        lanes: u32,
+        inner: Option<u32>,
+    ) -> Val<'c> {
         let (b, spec) = (self.b, self.spec);
         let Some(fold) = &spec.fold else { return acc };
         let (last, num) = (spec.dims.len() - 1, self.nums[fold.of as usize]);

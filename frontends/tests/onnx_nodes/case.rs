@@ -199,7 +199,12 @@ impl Case {
         }
     }
 
-    fn run_engine(&self, folder: &Path, imported: &Imported, options: &Options) -> Result<Vec<Tensor>, String> {
+    fn run_engine(
+        &self,
+        folder: &Path,
+        imported: &Imported,
+        options: &Options,
+    ) -> Result<Vec<Tensor>, String> {
         let engine = Engine::open(folder, &OpenOptions::default()).map_err(|e| e.to_string())?;
         // What was never written shows.
         let session = SessionOptions { threads: 2, poison: true, ..SessionOptions::default() };
