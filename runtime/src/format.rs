@@ -1381,7 +1381,10 @@ mod tests {
             (|m| m.array_outputs = vec![array(Ref::arena(2), &[1])], "not a multiple of an element"),
             (|m| m.array_outputs = vec![array(Ref::null(), &[1])], "does not lie in the arena"),
             (|m| m.array_inputs = vec![array(Ref::arena(0), &[1 << 40, 1 << 40])], "absurdly large"),
-            (|m| m.array_inputs = vec![Array { elem_bytes: 3, ..array(Ref::arena(0), &[1]) }], "elements of 3 bytes"),
+            (
+                |m| m.array_inputs = vec![Array { elem_bytes: 3, ..array(Ref::arena(0), &[1]) }],
+                "elements of 3 bytes",
+            ),
         ];
         for (index, (change, part)) in cases.iter().enumerate() {
             let mut manifest = small();
