@@ -362,10 +362,10 @@ fn finish(
 fn choose(module: &Module, outputs: &[String], asked: Option<&str>) -> Result<usize> {
     let rows = |i: usize| {
         let ty = module.main.ty(module.main.results[i]);
-        let fits = match ty.shape.0[..] {
-            [Dim::Static(1), Dim::Sym('t'), Dim::Static(_)] | [Dim::Sym('t'), Dim::Static(_)] => true,
-            _ => false,
-        };
+        let fits = matches!(
+            ty.shape.0[..],
+            [Dim::Static(1), Dim::Sym('t'), Dim::Static(_)] | [Dim::Sym('t'), Dim::Static(_)]
+        );
         fits && ty.elem.is_float()
     };
     let typed = |i: usize| format!("`{}` is {}", shown(&outputs[i]), module.main.ty(module.main.results[i]));

@@ -417,7 +417,7 @@ pub(super) fn of_weight(
     let step = all[1] - all[0];
     let even = all.iter().enumerate().all(|(i, &x)| x == all[0] + step * i as f64);
     let whole = |x: f64| (x.fract() == 0.0 && x.abs() < 1e9).then_some(x as i64);
-    if !even || !ty.elem.int().is_some_and(|i| i.bits() >= 32) {
+    if !even || ty.elem.int().is_none_or(|i| i.bits() < 32) {
         return None;
     }
     let mut factors = vec![0; rank];
