@@ -16,7 +16,7 @@ pub struct Args {
     /// An engine, or a model, which is compiled to f32 for this machine first.
     subject: PathBuf,
     /// The text to score, or token ids in rows, as a NumPy array (`.npy`), in front of which no BOS is put.
-    #[arg(long)]
+    #[arg(long, required_unless_present = "input")]
     text: Option<PathBuf>,
     /// Tokens of a window, BOS included; by default the context, at most 2048.
     #[arg(long)]
