@@ -30,8 +30,9 @@ use std::time::Instant;
 #[derive(clap::Args)]
 #[group(id = "how", required = true, multiple = false, args = ["preset", "pipeline"])]
 pub struct Args {
-    /// A model folder with config.json, safetensors and tokenizer.json; or an `.onnx` file: a model of text when there is a
-    /// tokenizer.json beside it or something is said with --bind, else a graph over arrays.
+    /// A model folder with config.json, safetensors and tokenizer.json; or an `.onnx` file: a model of text when a
+    /// tokenizer.json lies beside it, when its inputs are called as those of one, or when --bind says so; else a graph over
+    /// arrays.
     pub model: PathBuf,
     /// The machine to compile for: a name from `quantc targets`, or `host`.
     #[arg(long)]

@@ -50,7 +50,7 @@ pub fn is_graph(args: &compile::Args) -> bool {
     if !onnx::is_onnx(model) || args.text.says_something() {
         return false;
     }
-    !args.graph.fixed.is_empty() || !model.with_file_name("tokenizer.json").is_file()
+    !args.graph.fixed.is_empty() || !onnx::is_text(model)
 }
 
 /// What to build.

@@ -22,7 +22,7 @@ pass! {
     /// number, and nothing of the largest of a head, which the scale fits: that should be one that counts. With `aim=usual` only
     /// channels change that are out of proportion to what they are multiplied with: `m[c]` is the square root of the
     /// largest magnitude by the size of the matrix rows (of the queries) or columns (behind attention) that read it, a factor is
-    /// `m[c]` by the median over the head, and where it is between 1/4 and 4 the channel stays as it is.
+    /// `m[c]` by the (lower) median over the head, and where it is between 1/4 and 4 the channel stays as it is.
     "smooth-cache" => pub struct SmoothCache {
         /// What is aimed at: `even` makes channels alike, `usual` only brings those back that are out of proportion.
         aim: Aim = Aim::Even,
@@ -295,7 +295,7 @@ impl SmoothCache {
             Aim::Even => logs.iter().sum::<f64>() / logs.len().max(1) as f64,
             Aim::Usual => {
                 logs.sort_by(f64::total_cmp);
-                logs.get(logs.len() / 2).copied().unwrap_or(0.0)
+                logs.get(logs.len().saturating_sub(1) / 2).copied().unwrap_or(0.0)
             }
         };
         let stays = |log: f64| self.aim == Aim::Usual && log.abs() <= USUAL.ln();
