@@ -138,8 +138,7 @@ fn channels_out_of_proportion_are_brought_back_and_others_stay() {
     let store = Store::in_memory();
     let numbers = |module: &Module, name: &str| -> Vec<f32> {
         // What was made last.
-        let found =
-            module.weights.iter().filter(|(_, w)| w.name == name || w.name == format!("{name}.even")).last();
+        let found = module.weights.iter().rfind(|(_, w)| w.name == name || w.name == format!("{name}.even"));
         store.view(&module.weights, found.expect("it is declared").0).unwrap().read_all_f32().unwrap()
     };
     let changed = |twin: bool, aim: &str| -> Vec<f32> {
