@@ -305,3 +305,30 @@ fn coverage_is_known_before_weights_are_read() {
         }
     }
 }
+/// The manifest for people, without digests and sizes of files, which change with every kernel.
+#[test]
+fn the_plan_of_a_small_engine() {
+    for target in ["cuda-sm80", "cuda-sm89", "cuda-sm90"] {
+        let built = tiny("tiny-llama3", "w4a8-g32", target).built();
+        let text = std::fs::read_to_string(built.path.join("manifest.txt")).expect("every engine has one");
+        let short = |line: &str| match line.split_once(" blake3 ") {
+            Some((line, _)) if line.contains(" bytes at ") => line.to_owned(),
+            Some((line, _)) => line.split_whitespace().next().unwrap_or_default().to_owned(),
+            None => line.to_owned(),
+        };
+        let lines: Vec<String> = text.lines().filter(|l| !l.starts_with("pipeline")).map(short).collect();
+        insta::assert_snapshot!(target, lines.join("\n"));
+    }
+}
+
+/// What plain kernels are as CUDA C++; texts of the others are snapshots of their own tests.
+#[test]
+fn the_texts_of_plain_kernels() {
+    let engine = cached("tiny-llama3", "w8a16", "cuda-sm90", "f16").built().open();
+    for (kind, name) in [("attention", "plain_attention"), ("cache_append", "plain_append")] {
+        let entry = engine.gpu_kernels().iter().find(|k| k.symbol.starts_with(kind)).expect("it has one");
+        // Helpers are the same for all kernels.
+        let text = entry.source.split_once("extern \"C\"").map_or("", |(_, text)| text);
+        insta::assert_snapshot!(name, text);
+    }
+}
