@@ -12,6 +12,7 @@ use quantc_codegen::cuda::cache::{CacheLayout, PAGE};
 use quantc_codegen::cuda::interp::{self, Schedule};
 use quantc_codegen::cuda::tile::{Kernel, Stmt};
 use quantc_codegen::eexpr::{EExpr, F32, MemTy};
+use quantc_codegen::spec::Rows as Counted;
 use quantc_ir::formats;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -207,6 +208,43 @@ fn check_prefill(call: &AttentionCall, tile: PrefillTile, sequences: &[Sequence]
     let what = format!("{:?} {tile:?} {sequences:?}", call.spec);
     let kernel = prefill::build("prefill", call, tile).unwrap_or_else(|e| panic!("{what}: {e}"));
     check(&what, &kernel, case(call, sequences, rng));
+}
+
+/// The case with queries and results of the last `rows` tokens only.
+fn wanted(call: &AttentionCall, case: Case, rows: u32) -> Case {
+    let Case { mut buffers, mut want, t, largest } = case;
+    let before = (t - rows) as usize;
+    buffers[0].drain(..before * call.spec.q_stride as usize * 4);
+    want.drain(..want.len() / t as usize * before);
+    *buffers.last_mut().unwrap() = vec![0; want.len() * 4];
+    Case { buffers, want, t, largest }
+}
+
+/// Attention of the last rows of a call, by all templates.
+#[test]
+fn wanted_rows_only() {
+    let mut rng = ChaCha8Rng::seed_from_u64(70);
+    for (ty, rows, window) in [(CacheTy::Bf16, 1, None), (CacheTy::I8, 3, None), (CacheTy::Bf16, 9, Some(30))]
+    {
+        let mut call = call(4, 2, 64, ty, true);
+        (call.spec.rows, call.spec.window) = (Counted::R, window);
+        let sequences = [(80, 5), (150, 4), (40, 7)];
+        let decode = DecodeTile { unit: 64, warps: 2, stages: 2, splits: 2 };
+        let prefill = PrefillTile { unit: 64, warps: 2, stages: 2 };
+        let kernels = [
+            decode::build("decode", &call, decode).unwrap(),
+            prefill::build("prefill", &call, prefill).unwrap(),
+        ];
+        for kernel in kernels {
+            let case = wanted(&call, case(&call, &sequences, &mut rng), rows);
+            let out = case.buffers.len() - 1;
+            let mut buffers = case.buffers;
+            buffers.extend(workspace(&kernel, case.t));
+            let got = run(&kernel, &buffers, &[case.t, rows]);
+            let near = Near { relative: 0.0, absolute: case.largest / 250.0 };
+            compare(&format!("{} {rows} rows", kernel.name), MemTy::F32, &got.buffers[out], &case.want, near);
+        }
+    }
 }
 
 /// Attention over a cache.
