@@ -145,10 +145,13 @@ fn long_prompts_go_through_groups_of_warps() {
             // What is told of it: templates, and the launches of such calls.
             let path = built.path.to_str().expect("UTF-8");
             let told = common::ok(["explain", path]);
-            for template in ["mixed", "row_tiles", "skinny", "prefill_attention", "decode_attention", "sample"] {
+            for template in
+                ["mixed", "row_tiles", "skinny", "prefill_attention", "decode_attention", "sample"]
+            {
                 assert!(told.contains(template), "{template}: {told}");
             }
-            let text = std::fs::read_to_string(built.path.join("manifest.txt")).expect("every engine has one");
+            let text =
+                std::fs::read_to_string(built.path.join("manifest.txt")).expect("every engine has one");
             let program = text.split("\nprogram for ").last().unwrap_or_default();
             insta::assert_snapshot!("many-tokens", program);
         }

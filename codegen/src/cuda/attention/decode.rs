@@ -70,7 +70,7 @@ fn line(call: &AttentionCall) -> u32 {
 pub fn build(name: &str, call: &AttentionCall, tile: DecodeTile) -> Result<Kernel> {
     call.check()?;
     let spec = &call.spec;
-    let unit = Unit::new(call, tile.unit)?;
+    let unit = Unit { spread: true, ..Unit::new(call, tile.unit)? };
     if spec.group() > ROWS || call.cache().is_none() {
         return Err(Diag::target(format!(
             "attention of single tokens, with {} heads for one of keys, has no CUDA kernel",
@@ -268,7 +268,8 @@ impl Decode<'_> {
                 let line = b.mad(kv_head, PAGE, key);
                 let line = b.mul(line, 4);
                 let from = plus(b, page, line);
-                let to = b.mad(piece, 16, slot);
+                let place = unit.scale_place(b, piece);
+                let to = b.mad(place, 16, slot);
                 let to = b.add(to, unit.scales_at());
                 for (first, (scales, plus)) in
                     [(of_keys, 0), (of_values, 4 * unit.tokens)].into_iter().enumerate()
