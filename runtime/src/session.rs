@@ -779,10 +779,11 @@ impl Session {
         if choose {
             chosen.clear();
             chosen.resize(rows as usize * 4, 0xff);
-            return gpu.fetch_chosen(chosen);
+            gpu.fetch_chosen(chosen)?;
+        } else {
+            let results = *output..*output + rows as usize * manifest.vocab as usize * 4;
+            gpu.fetch(&mut arena[results.clone()], results.start as u64)?;
         }
-        let results = *output..*output + rows as usize * manifest.vocab as usize * 4;
-        gpu.fetch(&mut arena[results.clone()], results.start as u64)?;
         for more in &manifest.row_outputs {
             let range = place(&more.at, t, more.width);
             gpu.fetch(&mut arena[range.clone()], range.start as u64)?;
