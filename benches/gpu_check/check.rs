@@ -175,7 +175,13 @@ fn run(folder: &Path, only: Option<&str>) -> Result<bool> {
     let device_error = |e: quantc_runtime::Error| Diag::target(format!("no GPU to check: {e}"));
     let mut driver: Box<dyn Driver> = gpu::driver().map_err(device_error)?;
     let device = driver.device().map_err(device_error)?;
-    let gpu = Gpu { arch: target.gpu.arch.into(), page_rows: plan::PAGE, cuda: 0, kernels: vec![] };
+    let gpu = Gpu {
+        arch: target.gpu.arch.into(),
+        page_rows: plan::PAGE,
+        cuda: 0,
+        kernels: vec![],
+        sampler: String::new(),
+    };
     println!("# {} with kernels for {}\n", device.name, target.name);
     if asked("facts") {
         println!("| fact | |\n|---|---|");

@@ -4,7 +4,11 @@ use half::{bf16, f16};
 use quantc::ir::diag::{Diag, Result};
 use quantc_codegen::cpu::attention::KvSource;
 use quantc_codegen::cuda::layout::FragmentLayout;
+use quantc_codegen::cuda::mixed::MixedTile;
 use quantc_codegen::cuda::plan::{self, Want};
+use quantc_codegen::cuda::sample::RowOptions;
+use quantc_codegen::cuda::tile::GroupKind;
+use quantc_codegen::cuda::tiles::rows::{From, RowTilesSpec};
 use quantc_codegen::eexpr::{EExpr, InputKind, MemTy, OutputKind};
 use quantc_codegen::layout::WeightRows;
 use quantc_codegen::spec::{AFmt, Code, KernelSpec, ScaleTy, Zero, bf16_row_stride, i8_row_stride};
@@ -114,7 +118,7 @@ pub fn of(want: &Want, m: u32, random: &mut Random) -> Result<Vec<Buffer>> {
     let positions = || integers((0..m).map(|i| first + if i < half { i } else { i - half }));
     let slot = |i: u32| u32::from(i >= half);
     Ok(match &want.spec {
-        KernelSpec::Matmul(s) => {
+        KernelSpec::Matmul(s) | KernelSpec::TiledMatmul(s) => {
             let layout = FragmentLayout::of(s)?;
             let groups = s.groups() as usize;
             let k = s.k as usize;
@@ -139,6 +143,10 @@ pub fn of(want: &Want, m: u32, random: &mut Random) -> Result<Vec<Buffer>> {
                 }
                 AFmt::F32 => return Err(Diag::bug("products of f32 rows are in no table")),
             };
+            if let KernelSpec::TiledMatmul(_) = &want.spec {
+                let tiles = MixedTile::tokens_spec(s)?;
+                buffers[0] = Buffer::Given(numbers_of_tiles(&tiles, m, random));
+            }
             for _ in 0..s.products() {
                 let mut blob = vec![];
                 let mut weights = Weights { random, code: s.w.code };
@@ -170,6 +178,27 @@ pub fn of(want: &Want, m: u32, random: &mut Random) -> Result<Vec<Buffer>> {
             Buffer::Given(random.numbers(s.ty, (s.table_rows * s.width) as usize)),
             Buffer::Made { bytes: rows * s.width as usize * 4, ty: MemTy::F32 },
         ],
+        KernelSpec::RowTiles(s) => {
+            let From::Same { stride } = s.from else {
+                return Err(Diag::bug("tiles of floats are in no table"));
+            };
+            let ty = if s.kind == GroupKind::Bf16 { MemTy::Bf16 } else { MemTy::I8 };
+            let rows = random.numbers(ty, rows * stride as usize / ty.bytes());
+            let bytes = s.tiled(m).bytes() as usize;
+            vec![Buffer::Given(rows), Buffer::Made { bytes, ty }]
+        }
+        KernelSpec::Sample(s) => {
+            let options = (0..m).flat_map(|i| {
+                let temperature = if i % 2 == 0 { 0.0 } else { 0.7 };
+                RowOptions { temperature, top_k: 9, top_p: 0.8, seed: random.bits() as u32 }.to_bytes()
+            });
+            let options = options.collect();
+            vec![
+                Buffer::Given(random.numbers(MemTy::F32, rows * s.stride as usize)),
+                Buffer::Given(options),
+                Buffer::Made { bytes: rows * 4, ty: MemTy::I32 },
+            ]
+        }
         KernelSpec::Nest(_) | KernelSpec::Conv(_) => {
             return Err(Diag::bug("a kernel of a graph over arrays among those of GPUs"));
         }
@@ -224,6 +253,12 @@ pub fn of(want: &Want, m: u32, random: &mut Random) -> Result<Vec<Buffer>> {
             buffers
         }
     })
+}
+
+/// Tiles of so many rows, which are numbers at random.
+fn numbers_of_tiles(spec: &RowTilesSpec, m: u32, random: &mut Random) -> Vec<u8> {
+    let ty = if spec.kind == GroupKind::Bf16 { MemTy::Bf16 } else { MemTy::I8 };
+    random.numbers(ty, spec.tiled(m).bytes() as usize / ty.bytes())
 }
 
 /// Pages of two slots, the last one first.
