@@ -515,6 +515,86 @@ fn products_of_bytes_are_exact() {
     }
 }
 
+impl Net {
+    /// Numbers as codes with one scale and zero point, read again.
+    fn coded(&mut self, x: ValueId, format: &'static formats::Format, scale: f64, zero: i32) -> ValueId {
+        let scheme = Scheme { format, group: Group::Tensor, zero: Zero::Point(format), scale: Float::F32 };
+        let rank = self.module.main.ty(x).rank();
+        let ones = vec![1; rank];
+        let scale = self.weight(ElemTy::F32, &ones, scale..scale * 1.01);
+        let zero_ty = ElemTy::Q(zero_scheme(scheme, format));
+        let zero = self.codes(zero_ty, &ones, |_| zero as u8);
+        let q = self.op(Quantize { to: scheme }, &[x, scale, zero]);
+        self.op(Dequantize { to: Float::F32 }, &[q, scale, zero])
+    }
+
+    /// Constant codes.
+    fn codes(&mut self, elem: ElemTy, dims: &[u64], mut code: impl FnMut(&mut ChaCha8Rng) -> u8) -> ValueId {
+        let ty = TensorTy::fixed(elem, dims);
+        let n: u64 = dims.iter().product();
+        let bytes: Vec<u8> = (0..n).map(|_| code(&mut self.rng)).collect();
+        let name = format!("w{}", self.module.weights.len());
+        let source = WeightSource::Inline(bytes);
+        let id = self.module.weights.push(WeightDecl { name, ty: ty.clone(), source });
+        self.module.main.weight(id, &ty)
+    }
+
+    /// Weights of signed bytes with a scale for each output, read. Those of `wide` have a zero point that makes them
+    /// numbers beyond signed bytes.
+    fn coded_weights(&mut self, dims: &[u64], wide: bool) -> ValueId {
+        let format = if wide { &formats::UINT8 } else { &formats::INT8 };
+        let zero = if wide { Zero::Point(format) } else { Zero::Symmetric };
+        let group = if wide { Group::Tensor } else { Group::Axis(0) };
+        let scheme = Scheme { format, group, zero, scale: Float::F32 };
+        let shape = scheme.scale_shape(&Shape::fixed(dims)).unwrap().dims().unwrap();
+        let q = self.codes(ElemTy::Q(scheme), dims, |rng| rng.random());
+        let scale = self.weight(ElemTy::F32, &shape, 0.001..0.003);
+        let zero = match wide {
+            true => self.codes(ElemTy::Q(zero_scheme(scheme, format)), &shape, |_| 101),
+            false => self.module.main.none(),
+        };
+        self.op(Dequantize { to: Float::F32 }, &[q, scale, zero])
+    }
+}
+
+#[test]
+fn quantized_networks_give_the_same_codes() {
+    for (format, zero) in [(&formats::UINT8, 121), (&formats::INT8, -7)] {
+        for (channels, wide) in [(3, false), (16, false), (48, false), (20, true)] {
+            let mut net = Net::new();
+            let x = net.f32(&[2, 4, 9, 11]);
+            let x = net.coded(x, format, 0.02, zero);
+            let w = net.coded_weights(&[channels, 4, 3, 3], wide);
+            let y = net.op(conv(&[], &[], &[1, 1], &[1, 1], 1), &[x, w]);
+            let bias = net.weight(ElemTy::F32, &[channels, 1, 1], -1.0..1.0);
+            let y = net.op(Add {}, &[y, bias]);
+            let y = net.op(Relu {}, &[y]);
+            // What follows wants margins of two kinds around the same array.
+            let y = net.coded(y, format, 0.03, zero);
+            for (kernel, pads) in [([3, 3], [1, 0]), ([5, 2], [2, 1]), ([1, 4], [0, 2])] {
+                let w = net.coded_weights(&[channels, 1, kernel[0], kernel[1]], wide);
+                let [before, after] = pads;
+                let op = conv(&[1, 2], &[], &[before, before], &[after, before], channels as u32);
+                let z = net.op(op, &[y, w]);
+                let six = net.weight(ElemTy::F32, &[], 2.0..2.1);
+                let none = net.weight(ElemTy::F32, &[], -0.5..-0.4);
+                let z = net.op(Binary { kind: BinaryKind::Max }, &[z, none]);
+                let z = net.op(Binary { kind: BinaryKind::Min }, &[six, z]);
+                let z = net.coded(z, format, 0.021, zero);
+                net.module.main.results.push(z);
+            }
+            let w = net.coded_weights(&[7, channels, 1, 1], wide);
+            let z = net.op(conv(&[], &[], &[], &[], 1), &[y, w]);
+            let z = net.coded(z, format, 0.05, zero);
+            let w = net.coded_weights(&[5, 7, 2, 2], wide);
+            let z = net.op(conv(&[], &[], &[0, 1], &[1, 0], 1), &[z, w]);
+            let z = net.coded(z, format, 0.01, zero);
+            net.module.main.results.extend([z, y]);
+            net.check(1e-6);
+        }
+    }
+}
+
 #[test]
 fn codes_are_made_and_read() {
     let mut net = Net::new();

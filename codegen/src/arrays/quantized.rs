@@ -195,6 +195,9 @@ impl Lowering<'_> {
             let ratio = self.lazy(Mem::F32, &dims, body, ratio)?;
             return self.encode(&ratio, format, true, false);
         }
+        if let Some(codes) = self.requantized(g, args, &x, to, &dims, mem)? {
+            return Ok(codes);
+        }
         // The expression goes on from the value's own, so that products take the rounding with them.
         let product = x.product();
         let mut body = Body::new(rank);
