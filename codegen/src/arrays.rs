@@ -10,6 +10,7 @@
 //! input: an index outside of its axis, which the evaluator refuses, becomes the nearest one, and an integer divided
 //! by 0 gives 0.
 
+mod coded;
 mod elementwise;
 mod fold;
 mod indexing;

@@ -21,13 +21,21 @@ pub enum Factors {
     Bytes,
     /// The same where output `c` sees channel `c` alone: four rows of the window at a time.
     Single,
+    /// f32, and codes of 4 or 8 bits whose numbers are `(code - zero) * scale`, with scales and zero points for each output
+    /// and each block of channels; summed in f32.
+    Codes {
+        /// Bits of a code.
+        bits: u8,
+        /// Channels of a block: an even number.
+        block: u32,
+    },
 }
 
 impl Factors {
     /// Channels that lie together in a lane of the weights.
     pub fn together(self) -> u64 {
         match self {
-            Factors::F32 | Factors::Single => 1,
+            Factors::F32 | Factors::Single | Factors::Codes { .. } => 1,
             Factors::Bytes => 4,
         }
     }
@@ -38,6 +46,8 @@ impl Factors {
             Factors::F32 => "f32",
             Factors::Bytes => "bytes",
             Factors::Single => "single",
+            Factors::Codes { bits: 4, .. } => "codes4",
+            Factors::Codes { .. } => "codes8",
         }
     }
 }
@@ -126,6 +136,18 @@ impl ConvSpec {
             return rows.len().div_ceil(4) as u64 * last.n;
         }
         self.window.iter().map(|a| a.n).product::<u64>() * (self.channels / self.factors.together())
+    }
+
+    /// Bytes of a panel of weights of so many lanes.
+    pub fn panel_bytes(&self, lanes: u64) -> u64 {
+        match self.factors {
+            // Scales and zero points of a block, then its codes.
+            Factors::Codes { bits, block } => {
+                let block = u64::from(block);
+                self.channels.div_ceil(block) * (8 + block * u64::from(bits) / 8) * lanes
+            }
+            _ => self.steps() * lanes * 4,
+        }
     }
 
     /// Panels of outputs.

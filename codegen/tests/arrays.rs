@@ -3,6 +3,7 @@
 
 use quantc_codegen::arrays::{self, io};
 use quantc_codegen::engine::{self, GraphRequest};
+use quantc_codegen::nest::{Bin, Node};
 use quantc_codegen::spec::KernelSpec;
 use quantc_codegen::targets::{self, TARGETS};
 use quantc_ir::entity::ValueId;
@@ -558,6 +559,43 @@ impl Net {
 }
 
 #[test]
+fn matrices_of_codes_in_blocks_keep_them() {
+    let formats =
+        [(&formats::UINT4, true), (&formats::INT4, false), (&formats::UINT8, true), (&formats::INT8, true)];
+    for (format, pointed) in formats {
+        let mut net = Net::new();
+        for (rows, outs, axis) in [(1u64, 40u64, 1u8), (9, 70, 0), (5, 3, 1)] {
+            let zero = if pointed { Zero::Point(format) } else { Zero::Symmetric };
+            let scheme = Scheme { format, group: Group::Block { axis, size: 8 }, zero, scale: Float::F32 };
+            let dims = if axis == 1 { [outs, 48] } else { [48, outs] };
+            let shape = scheme.scale_shape(&Shape::fixed(&dims)).unwrap().dims().unwrap();
+            let mask = format.mask() as u8;
+            let q = net.codes(ElemTy::Q(scheme), &dims, |rng| rng.random::<u8>() & mask);
+            let scale = net.weight(ElemTy::F32, &shape, 0.01..0.1);
+            let zero = match pointed {
+                true => {
+                    net.codes(ElemTy::Q(zero_scheme(scheme, format)), &shape, |rng| rng.random::<u8>() & mask)
+                }
+                false => net.module.main.none(),
+            };
+            let w = net.op(Dequantize { to: Float::F32 }, &[q, scale, zero]);
+            let x = net.f32(&[rows, 48]);
+            if axis == 1 {
+                let y = net.op(MatMul::default(), &[x, w]);
+                net.out(Relu {}, &[y]);
+            } else {
+                net.out(Dot {}, &[x, w]);
+            }
+        }
+        net.check(2e-5);
+        let lowered = arrays::lower(&net.module, &Store::in_memory(), targets::host(), &[], &[]).unwrap();
+        let codes =
+            |l: &&arrays::Launch| matches!(&l.spec, KernelSpec::Conv(c) if c.name.starts_with("codes"));
+        assert_eq!(lowered.launches.iter().filter(codes).count(), 3, "{format}");
+    }
+}
+
+#[test]
 fn quantized_networks_give_the_same_codes() {
     for (format, zero) in [(&formats::UINT8, 121), (&formats::INT8, -7)] {
         for (channels, wide) in [(3, false), (16, false), (48, false), (20, true)] {
@@ -591,6 +629,21 @@ fn quantized_networks_give_the_same_codes() {
             let z = net.coded(z, format, 0.01, zero);
             net.module.main.results.extend([z, y]);
             net.check(1e-6);
+            let lowered = arrays::lower(&net.module, &Store::in_memory(), targets::host(), &[], &[]).unwrap();
+            let of = |name: &str| {
+                let named = |l: &&arrays::Launch| matches!(&l.spec, KernelSpec::Conv(c) if c.name == name);
+                lowered.launches.iter().filter(named).count()
+            };
+            assert_eq!((of("single"), of("bytes")), if wide { (0, 0) } else { (3, 3) });
+            let divides = |l: &&arrays::Launch| match &l.spec {
+                KernelSpec::Conv(c) => c.nodes.iter().any(|n| matches!(n, Node::Binary(Bin::Div, ..))),
+                _ => false,
+            };
+            assert_eq!(
+                lowered.launches.iter().any(|l| divides(&l)),
+                wide,
+                "sums of bytes are scaled at once"
+            );
         }
     }
 }

@@ -3,8 +3,10 @@
 //! f32 products go to the kernel of [`crate::conv`], with weights packed when the engine is made, or by a nest when they
 //! are computed. Products of integers that are bytes less a zero point, with weights that are signed bytes, go there too:
 //! the zero point is taken off the sums. So are products of what `dequantize` makes of such codes, whose sums are then
-//! scaled. Everything else is a fold.
+//! scaled. Weights that `dequantize` makes of codes in blocks keep their codes ([`super::coded`]). Everything else is a
+//! fold.
 
+use super::coded::Coded;
 use super::value::{Body, Lazy, Value, View, broadcast};
 use super::{Lowering, Pending, Place, Product, dims_of, mem_of, origin};
 use crate::conv::{Axis, ConvSpec, Factors, tile};
@@ -312,6 +314,12 @@ impl Lowering<'_> {
         Ok(view)
     }
 
+    /// Outputs of a panel of weights.
+    fn panel(&self, factors: Factors, outs: u64, last: u64) -> u64 {
+        let lanes = u64::from(self.target.cpu.vector_bits / 32);
+        tile(factors, outs, last, lanes, self.target.cpu.vector_bits == 512).vectors * lanes
+    }
+
     /// Weights packed for the kernel when the engine is made. `at(output, step)` is the number of an output at a step of
     /// the window, its channels last.
     fn packed(
@@ -323,8 +331,7 @@ impl Lowering<'_> {
         last: u64,
         at: impl Fn(u64, u64, u64) -> f64,
     ) -> Place {
-        let lanes = u64::from(self.target.cpu.vector_bits / 32);
-        let panel = tile(factors, outs, last, lanes, self.target.cpu.vector_bits == 512).vectors * lanes;
+        let panel = self.panel(factors, outs, last);
         let together = factors.together();
         let blocks = channels.div_ceil(together);
         let mut bytes = vec![];
@@ -335,8 +342,8 @@ impl Lowering<'_> {
                         for c in block * together..(block + 1) * together {
                             let x = if o < outs && c < channels { at(o, step, c) } else { 0.0 };
                             match factors {
-                                Factors::F32 => bytes.extend((x as f32).to_le_bytes()),
                                 Factors::Bytes | Factors::Single => bytes.push(x as i8 as u8),
+                                _ => bytes.extend((x as f32).to_le_bytes()),
                             }
                         }
                     }
@@ -581,9 +588,7 @@ impl Lowering<'_> {
     ) -> Result<View> {
         let w = self.without_product(w)?;
         let w = if w.is_cheap() { w } else { Value::View(self.stored(&w)?) };
-        let lanes = u64::from(self.target.cpu.vector_bits / 32);
-        let wide = self.target.cpu.vector_bits == 512;
-        let panel = tile(Factors::F32, outs, last, lanes, wide).vectors * lanes;
+        let panel = self.panel(Factors::F32, outs, last);
         let panels = outs.div_ceil(panel);
         let first = out_axis.min(channel_axis);
         let others: Vec<usize> =
@@ -860,20 +865,30 @@ impl Lowering<'_> {
         }
         let pad = Padding { channels: ad.len() - 1, margins: vec![(0, 0); ad.len()] };
         let last = dims.len().checked_sub(2).map_or(1, |i| dims[i]);
+        let mut coded = None;
         let (factors, x, finish, numbers) = match of_bytes {
             Some((bytes, numbers, finish)) => {
                 (Factors::Bytes, self.unsigned(g, &bytes, &pad, 4)?, finish, Some(numbers))
             }
             None => {
                 let x = self.value(g, a)?;
-                let numbers = if alone { self.known(g, b)?.map(|t| t.reals()) } else { None };
-                (Factors::F32, self.floats(&x, &pad)?, Finish::Plain, numbers)
+                coded = if alone && mem == Mem::F32 { self.coded(g, b, by_rows)? } else { None };
+                let known = alone && coded.is_none();
+                let numbers = if known { self.known(g, b)?.map(|t| t.reals()) } else { None };
+                let factors = coded.as_ref().map_or(Factors::F32, Coded::factors);
+                (factors, self.floats(&x, &pad)?, Finish::Plain, numbers)
             }
         };
         let run = run(outs, inner);
         let read = factors == Factors::F32 && numbers.is_some() && reads_codes(g, a);
         let run = (read && run < inner).then_some(run);
         let (w, w_strides) = match numbers {
+            None if coded.is_some() => {
+                let panel = self.panel(factors, outs, last);
+                let bytes = coded.iter().flat_map(|c| c.packed(panel)).collect::<Vec<u8>>();
+                let (len, name) = (bytes.len() as u64, format!("{}.weights", self.name));
+                (self.blob(&name, BlobSource::Made(bytes), len), vec![0; rank - 2])
+            }
             Some(numbers) => {
                 let place = self.packed(outs, 1, inner, factors, last, |o, _, c| {
                     numbers[(if by_rows { o * inner + c } else { c * outs + o }) as usize]

@@ -6,16 +6,17 @@
 //! makes of the same nodes. Now and then, where the exact number lies half way between two codes, rounding step by step
 //! gives the other one.
 
-use super::Lowering;
 use super::product::Scaled;
-use super::value::{Body, Value};
+use super::value::{Body, Value, View, broadcast};
+use super::{Lowering, mem_of};
+use crate::lower::BlobSource;
 use crate::nest::{Bin, Mem, Node, Num};
 use quantc_ir::diag::Result;
 use quantc_ir::entity::ValueId;
 use quantc_ir::graph::Graph;
-use quantc_ir::ops::{BinaryKind, Op};
+use quantc_ir::ops::{BinaryKind, Op, UnaryKind};
 use quantc_ir::scheme::{Scheme, Zero};
-use quantc_ir::ty::ElemTy;
+use quantc_ir::ty::{ElemTy, Int};
 
 /// Largest sum of a bias and a shift: together with products of bytes it stays an `i32`.
 const MOST: i64 = 1 << 30;
@@ -89,6 +90,75 @@ impl Lowering<'_> {
             root = body.bin(Bin::Add, root, zero);
         }
         self.lazy_after(mem, dims, body, root, Some(product)).map(Some)
+    }
+
+    /// The codes that `QLinearConv` and its like make of the sums of bytes: what is rounded, moved by a zero point and cut
+    /// to the range of `to`, and then cast, is cut first and rounded once.
+    pub(super) fn recast(
+        &mut self,
+        g: &Graph,
+        v: ValueId,
+        to: ElemTy,
+        dims: &[u64],
+    ) -> Result<Option<Value>> {
+        let (least, most) = match to {
+            ElemTy::Int(Int::I8) => (-128.0, 127.0),
+            ElemTy::Int(Int::U8) => (0.0, 255.0),
+            _ => return Ok(None),
+        };
+        let Some(product) = self.values.get(&v).and_then(Value::product) else { return Ok(None) };
+        // The operand of an op that belongs to the product, and the other one.
+        let step = |v: ValueId| {
+            let (_, node) = g.def(v).filter(|_| g.ty(v).elem == ElemTy::F32)?;
+            let follows = |v: &ValueId| self.values.get(v).and_then(Value::product) == Some(product);
+            let i = node.args.iter().position(follows)?;
+            Some((&node.op, node.args[i], node.args.get(1 - i.min(1)).copied()))
+        };
+        let is = |op: &Op, kind: BinaryKind| matches!(op, Op::Binary(b) if b.kind == kind);
+        let Some((_, v, Some(high))) = step(v).filter(|s| is(s.0, BinaryKind::Min)) else { return Ok(None) };
+        let Some((_, v, Some(low))) = step(v).filter(|s| is(s.0, BinaryKind::Max)) else { return Ok(None) };
+        if (self.single(g, low)?, self.single(g, high)?) != (Some(least), Some(most)) {
+            return Ok(None);
+        }
+        let Some((op, operand, other)) = step(v) else { return Ok(None) };
+        let (zero, v) = match (op, other) {
+            (Op::Add(_), Some(zero)) => (self.single(g, zero)?, operand),
+            _ => (Some(0.0), v),
+        };
+        let Some(zero) = zero.filter(|z| z.fract() == 0.0 && (least..=most).contains(z)) else {
+            return Ok(None);
+        };
+        let round = |op: &Op| matches!(op, Op::Unary(u) if u.kind == UnaryKind::Round);
+        let Some((_, scaled, _)) = step(v).filter(|s| round(s.0)) else { return Ok(None) };
+        let Some((Op::Mul(_), real, Some(factor))) = step(scaled) else { return Ok(None) };
+        let Some((Op::Cast(_), sum, _)) = step(real) else { return Ok(None) };
+        let Some(factor) = self.known(g, factor)?.filter(|f| f.reals().iter().all(|x| x.is_finite())) else {
+            return Ok(None);
+        };
+        let Some(Value::Lazy(sum)) = self.values.get(&sum).filter(|s| s.mem() == Mem::I32).cloned() else {
+            return Ok(None);
+        };
+        if sum.dims != dims || factor.dims().len() > dims.len() {
+            return Ok(None);
+        }
+        let bytes: Vec<u8> = factor.reals().iter().flat_map(|&x| (x as f32).to_le_bytes()).collect();
+        let extents: Vec<u64> = factor.dims().iter().map(|&d| d as u64).collect();
+        let (len, name) = (bytes.len() as u64, format!("{}.factor", self.name));
+        let place = self.blob(&name, BlobSource::Made(bytes), len);
+        let factor = Value::View(View::dense(place, Mem::F32, &extents));
+        let mut body = sum.body.clone();
+        let real = body.convert(Num::F32, sum.root);
+        let factor = body.absorb(&factor, &broadcast(&extents, dims, dims.len()));
+        let mut root = body.bin(Bin::Mul, real, factor);
+        let ends = [least - zero, most - zero].map(|x| body.real(Num::F32, x.into()));
+        root = body.bin(Bin::Max, ends[0], root);
+        root = body.bin(Bin::Min, ends[1], root);
+        root = body.push(Node::Nearest(root));
+        if zero != 0.0 {
+            let zero = body.int(Num::I32, zero as i64);
+            root = body.bin(Bin::Add, root, zero);
+        }
+        self.lazy_after(mem_of(to)?, dims, body, root, Some(product)).map(Some)
     }
 
     /// What stands between a product and `v`: the range it is cut to, and the bias before that.

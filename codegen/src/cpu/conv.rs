@@ -26,11 +26,10 @@ fn items<'c>(b: &VecBuilder<'_, 'c>, spec: &ConvSpec) {
     let lanes = b.width();
     let panel = tile.vectors * u64::from(lanes);
     let x_size = match spec.factors {
-        Factors::F32 => 4,
+        Factors::F32 | Factors::Codes { .. } => 4,
         Factors::Bytes | Factors::Single => 1,
     };
-    // Bytes of a panel: every element of the window, with `panel` lanes of four bytes for what lies together.
-    let panel_bytes = (spec.steps() * panel * 4) as i64;
+    let panel_bytes = spec.panel_bytes(panel) as i64;
     let nums = nums(&spec.nodes);
     let (x, w) = (b.arg(0), b.arg(1));
     let inputs: Vec<PointerValue<'c>> = (0..u32::from(spec.inputs)).map(|i| b.arg(2 + i)).collect();
@@ -152,13 +151,14 @@ impl<'c> Product<'_, '_, 'c> {
     fn sums(&self, x: PointerValue<'c>, w: PointerValue<'c>) -> Vec<Val<'c>> {
         let b = self.b;
         let elem = match self.spec.factors {
-            Factors::F32 => Elem::F32,
+            Factors::F32 | Factors::Codes { .. } => Elem::F32,
             Factors::Bytes | Factors::Single => Elem::I32,
         };
         let zero = b.ty(elem, b.width()).const_zero();
         let start = vec![zero; (self.windows * self.vectors) as usize];
         match (self.spec.factors, self.spec.run) {
             (Factors::Single, _) => self.single(x, w, start),
+            (Factors::Codes { bits, block }, _) => self.codes(x, w, bits, block.into(), &start),
             (_, Some(run)) => self.runs(x, w, run as i64, &start),
             _ => self.window(0, b.i64(0), b.i64(0), x, w, start),
         }
@@ -239,17 +239,65 @@ impl<'c> Product<'_, '_, 'c> {
         })
     }
 
+    /// Sums of f32 with weights that are made of codes as they are met, block by block.
+    fn codes(
+        &self,
+        x: PointerValue<'c>,
+        w: PointerValue<'c>,
+        bits: u8,
+        block: i64,
+        start: &[Val<'c>],
+    ) -> Vec<Val<'c>> {
+        let (b, lanes) = (self.b, self.b.width());
+        let wide = i64::from(lanes);
+        let panel = self.vectors as i64 * wide;
+        // Codes that a byte holds, one after another.
+        let each = i64::from(8 / bits);
+        let code_bytes = block / each * panel;
+        let mask = b.int(Elem::I32, lanes, (1 << bits) - 1);
+        let vectors = |from: PointerValue<'c>| -> Vec<Val<'c>> {
+            (0..self.vectors as i64).map(|v| b.load(b.offset(from, v * wide * 4), Elem::F32, lanes)).collect()
+        };
+        b.for_const(0, self.spec.channels as i64 / block, 1, start, |i, sums| {
+            let from = b.row(w, i, 8 * panel + code_bytes);
+            let (scales, zeros) = (vectors(from), vectors(b.offset(from, 4 * panel)));
+            let (codes, x) = (b.offset(from, 8 * panel), b.row(x, i, block * 4));
+            b.for_const(0, block / each, 1, sums, |k, sums| {
+                let (codes, x) = (b.row(codes, k, panel), b.row(x, k, each * 4));
+                let bytes: Vec<Val<'c>> = (0..self.vectors as i64)
+                    .map(|v| b.zext(b.load(b.offset(codes, v * wide), Elem::I8, lanes), Elem::I32))
+                    .collect();
+                let mut sums = sums.to_vec();
+                for part in 0..each {
+                    let by = b.int(Elem::I32, lanes, part * i64::from(bits));
+                    let number = |(v, &byte): (usize, &Val<'c>)| {
+                        let code = b.and(b.lshr(byte, by), mask);
+                        b.fmul(b.fsub(b.sitofp(code, Elem::F32), zeros[v]), scales[v])
+                    };
+                    let weights: Vec<Val<'c>> = bytes.iter().enumerate().map(number).collect();
+                    sums = self.multiplied(b.offset(x, part * 4), &weights, &sums);
+                }
+                sums
+            })
+        })
+    }
+
     /// The sums after one more product each: of a number for each window with a vector of weights for each vector.
     fn floats(&self, x: PointerValue<'c>, from: PointerValue<'c>, sums: &[Val<'c>]) -> Vec<Val<'c>> {
         let (b, lanes) = (self.b, self.b.width());
         let vector = i64::from(lanes) * 4;
         let weights: Vec<Val<'c>> =
             (0..self.vectors as i64).map(|v| b.load(b.offset(from, v * vector), Elem::F32, lanes)).collect();
+        self.multiplied(x, &weights, sums)
+    }
+
+    fn multiplied(&self, x: PointerValue<'c>, weights: &[Val<'c>], sums: &[Val<'c>]) -> Vec<Val<'c>> {
+        let b = self.b;
         let mut next = Vec::with_capacity(sums.len());
         for (i, sums) in sums.chunks(weights.len()).enumerate() {
             let a = b.load(b.offset(x, i as i64 * self.step), Elem::F32, 1);
-            let a = b.splat(a, lanes);
-            next.extend(sums.iter().zip(&weights).map(|(&s, &w)| b.fma(a, w, s)));
+            let a = b.splat(a, b.width());
+            next.extend(sums.iter().zip(weights).map(|(&s, &w)| b.fma(a, w, s)));
         }
         next
     }
