@@ -460,6 +460,12 @@ fn arrays_are_convolved() {
     }
     let computed = net.f32(&[6, 5, 2, 2]);
     net.out(conv(&[], &[], &[], &[], 1), &[x, computed]);
+    // An array with margins, and a part of it, whose margins are others.
+    let positive = net.op(Relu {}, &[x]);
+    let w = net.weight(ElemTy::F32, &[4, 5, 3, 3], -1.0..1.0);
+    net.out(conv(&[], &[], &[1, 1], &[1, 1], 1), &[positive, w]);
+    let part = net.op(Slice { axis: 2, start: 0, len: 6, step: 1 }, &[positive]);
+    net.out(conv(&[], &[], &[1, 1], &[1, 1], 1), &[part, w]);
     let grouped = net.f32(&[2, 6, 8]);
     let w = net.weight(ElemTy::F32, &[4, 3, 3], -1.0..1.0);
     net.out(conv(&[2], &[], &[1], &[0], 2), &[grouped, w]);

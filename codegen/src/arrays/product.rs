@@ -47,6 +47,8 @@ pub(super) struct Frame {
     fill: i64,
     /// Where the midst lies.
     at: Affine,
+    /// Its extents.
+    dims: Vec<u64>,
 }
 
 /// What becomes of the sums of a product of bytes: `(sum + shift) * scale`, by output.
@@ -435,7 +437,7 @@ impl Lowering<'_> {
             if !xd[1].is_multiple_of(together) {
                 continue;
             }
-            let frame = Frame { margins: pad.margins, fill, at: origin(xd.len()) };
+            let frame = Frame { margins: pad.margins, fill, at: origin(xd.len()), dims: xd };
             let merged = match wanted.remove(&value) {
                 None => Some(frame),
                 Some(Some(other)) if other.fill == fill => {
@@ -487,13 +489,16 @@ impl Lowering<'_> {
         };
         self.part = false;
         stored?;
-        self.frames.insert(inside.place, Frame { at: inside.at.clone(), ..wanted.clone() });
+        let frame = Frame { at: inside.at.clone(), dims: inside.dims.clone(), ..wanted.clone() };
+        self.frames.insert(inside.place, frame);
         Ok(inside)
     }
 
     /// The array with the margins that a convolution wants, if it was stored with such.
     fn within_frame(&self, v: &View, pad: &Padding, together: u64, fill: i64) -> Option<View> {
-        let frame = self.frames.get(&v.place).filter(|f| f.at == v.at && f.fill == fill)?;
+        // A part of the midst has no margins of its own.
+        let whole = |f: &&Frame| f.at == v.at && f.dims == v.dims && f.fill == fill;
+        let frame = self.frames.get(&v.place).filter(whole)?;
         let fits = pad.margins.iter().zip(&frame.margins).all(|(p, f)| p.0 <= f.0 && p.1 <= f.1);
         if !fits || pad.channels != 1 || !v.dims[1].is_multiple_of(together) {
             return None;

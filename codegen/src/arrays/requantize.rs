@@ -13,6 +13,7 @@ use crate::lower::BlobSource;
 use crate::nest::{Bin, Mem, Node, Num};
 use quantc_ir::diag::Result;
 use quantc_ir::entity::ValueId;
+use quantc_ir::formats;
 use quantc_ir::graph::Graph;
 use quantc_ir::ops::{BinaryKind, Op, UnaryKind};
 use quantc_ir::scheme::{Scheme, Zero};
@@ -45,6 +46,9 @@ impl Lowering<'_> {
         dims: &[u64],
         mem: Mem,
     ) -> Result<Option<Value>> {
+        if *to.format != formats::INT8 && *to.format != formats::UINT8 {
+            return Ok(None);
+        }
         let Some(product) = x.product() else { return Ok(None) };
         let Some(scaled) = self.scaled.get(&product).cloned() else { return Ok(None) };
         let Some(step) = self.single(g, args[1])? else { return Ok(None) };
