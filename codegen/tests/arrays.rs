@@ -539,7 +539,13 @@ impl Net {
     fn codes(&mut self, elem: ElemTy, dims: &[u64], mut code: impl FnMut(&mut ChaCha8Rng) -> u8) -> ValueId {
         let ty = TensorTy::fixed(elem, dims);
         let n: u64 = dims.iter().product();
-        let bytes: Vec<u8> = (0..n).map(|_| code(&mut self.rng)).collect();
+        let mut bytes: Vec<u8> = (0..n).map(|_| code(&mut self.rng)).collect();
+        if elem.scheme().is_some_and(|s| s.format.bits == 4) {
+            // Two codes a byte, each row for itself.
+            let row = dims.last().map_or(1, |&d| d as usize);
+            let byte = |pair: &[u8]| pair[0] | pair.get(1).map_or(0, |high| high << 4);
+            bytes = bytes.chunks(row).flat_map(|row| row.chunks(2).map(byte).collect::<Vec<_>>()).collect();
+        }
         let name = format!("w{}", self.module.weights.len());
         let source = WeightSource::Inline(bytes);
         let id = self.module.weights.push(WeightDecl { name, ty: ty.clone(), source });
