@@ -158,7 +158,8 @@ fn exporters_raise() {
     for (family, path) in folders(&models) {
         for (exporter, path) in folders(&path) {
             let name = format!("{family}-{exporter}");
-            if !name.contains(&only) {
+            let made = ["model.onnx", "failed.txt"].iter().any(|f| path.join(f).is_file());
+            if !made || !name.contains(&only) {
                 continue;
             }
             let verdict = verdict(&path, &name);
