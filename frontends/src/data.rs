@@ -130,7 +130,7 @@ pub fn npy_tokens(bytes: &[u8]) -> Result<(Vec<u32>, usize)> {
         return Err(bad(&format!("its elements are {}", array.ty.elem)));
     }
     let id = |n: i128| u32::try_from(n).map_err(|_| bad(&format!("{n} is no id")));
-    let row = array.dims().last().map_or(1, |&n| n as usize);
+    let row = array.dims().last().map_or(1, |&n| n);
     Ok((array.ints().into_iter().map(id).collect::<Result<_>>()?, row))
 }
 
