@@ -57,7 +57,7 @@ fn array(name: &str, dims: &[u64], numbers: Vec<f32>) -> PathBuf {
 fn compiled(model: &Path, engine: &str, more: &[&str]) -> (PathBuf, serde_json::Value) {
     let out = folder().join(engine);
     let (model, place, store) = (model.to_str().unwrap(), out.to_str().unwrap(), store());
-    let mut args = vec!["compile", model, "--target", "host", "-o", place, "--dim", "batch=1", "--json"];
+    let mut args = vec!["compile", model, "--target", "host", "-o", place, "--dim", "batch=1"];
     args.extend(["--store", store.to_str().unwrap()]);
     args.extend(more);
     let told = json(&args);
