@@ -202,7 +202,7 @@ fn wrong_arrays_and_damaged_engines_are_refused() {
     assert!(said.contains("i64") && said.contains("the engine takes"), "{said}");
     let torn = write("wrong-torn.npy", &std::fs::read(&x).unwrap()[..100]);
     assert!(refused(&engine, &[given("x", &torn)]).contains("wrong-torn.npy"));
-    for part in ["weights.bin", "kernels.o", "manifest.pb"] {
+    for part in ["weights.bin", "kernels.o"] {
         let copy = folder().join(format!("cut-{part}"));
         copy_folder(&engine, &copy);
         let bytes = std::fs::read(copy.join(part)).unwrap();
