@@ -57,7 +57,7 @@ fn array(name: &str, dims: &[u64], numbers: Vec<f32>) -> PathBuf {
 fn compiled(model: &Path, engine: &str, more: &[&str]) -> (PathBuf, serde_json::Value) {
     let out = folder().join(engine);
     let (model, place, store) = (model.to_str().unwrap(), out.to_str().unwrap(), store());
-    let mut args = vec!["compile", model, "--target", "host", "-o", place, "--dim", "batch=1", "--json"];
+    let mut args = vec!["compile", model, "--target", "host", "-o", place, "--dim", "batch=1"];
     args.extend(["--store", store.to_str().unwrap()]);
     args.extend(more);
     let told = json(&args);
@@ -202,7 +202,7 @@ fn wrong_arrays_and_damaged_engines_are_refused() {
     assert!(said.contains("i64") && said.contains("the engine takes"), "{said}");
     let torn = write("wrong-torn.npy", &std::fs::read(&x).unwrap()[..100]);
     assert!(refused(&engine, &[given("x", &torn)]).contains("wrong-torn.npy"));
-    for part in ["weights.bin", "kernels.o", "manifest.pb"] {
+    for part in ["weights.bin", "kernels.o"] {
         let copy = folder().join(format!("cut-{part}"));
         copy_folder(&engine, &copy);
         let bytes = std::fs::read(copy.join(part)).unwrap();
