@@ -110,7 +110,7 @@ fn classifiers_are_calibrated_and_scored() {
     let (bytes, told) = compiled(&model, "one-int8", &["--preset", "w8a8-static", "--data", data]);
     assert!(told["pipeline"].to_string().contains("quantize-products"), "{told}");
     let x = given("x", &samples);
-    // The classes are what the float engine says.
+    // Labels are some classes: both engines are scored by the same.
     let numbers = |engine: &Path| {
         let all = noise(40 * 84, 11.0);
         let one = |i: usize| {
@@ -138,7 +138,6 @@ fn classifiers_are_calibrated_and_scored() {
         labels.to_str().unwrap(),
         "--against",
         model.to_str().unwrap(),
-        "--json",
     ]);
     assert_eq!(scores["samples"], 40, "{scores}");
     let against = &scores["against"];
