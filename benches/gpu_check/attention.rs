@@ -21,10 +21,9 @@ use quantc_codegen::cuda::plan;
 use quantc_codegen::eexpr::MemTy;
 
 /// A kernel and its calls.
-pub struct Row {
+struct Row {
     ty: CacheTy,
-    /// What it is.
-    pub asked: Asked,
+    asked: Asked,
     /// Tokens of a call.
     tokens: u32,
     /// Keys that the last token of each sequence sees.
@@ -49,7 +48,7 @@ fn spec(ty: CacheTy, context: u32) -> AttentionSpec {
 }
 
 /// What is timed: bf16 first, which the others are compared with.
-pub fn table(small: bool) -> Vec<Row> {
+fn table(small: bool) -> Vec<Row> {
     let mut list = vec![];
     let context = if small { 256 } else { CONTEXT };
     for &tokens in if small { &BATCHES[..1] } else { &BATCHES[..] } {
@@ -110,6 +109,11 @@ const LARGE: u64 = 64 << 20;
 
 /// Shares that are wanted: of the rate of reading, and of the time with a cache of bf16.
 const WANTED: (f64, f64) = (0.75, 1.7);
+
+/// Its kernels.
+pub fn kernels(small: bool) -> Vec<Asked> {
+    table(small).into_iter().map(|row| row.asked).collect()
+}
 
 /// Times the kernels of the table.
 pub fn run(part: &Part<'_>, packed: &Packed) -> Result<Verdict> {

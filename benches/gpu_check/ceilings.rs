@@ -267,6 +267,17 @@ fn bytes(device: &mut Device<'_>) -> u64 {
     (1u64 << 30).min(most / u64::from(PIECE) * u64::from(PIECE))
 }
 
+const PRODUCTS: [Numbers; 3] = [Numbers::Bf16, Numbers::Int8, Numbers::Fp8];
+
+fn all() -> impl Iterator<Item = Ceiling> {
+    [Ceiling::Copy, Ceiling::Read].into_iter().chain(PRODUCTS.map(Ceiling::Products))
+}
+
+/// The kernels of all of them.
+pub fn kernels() -> Vec<Asked> {
+    all().map(Asked::Ceiling).collect()
+}
+
 /// Measures them, prints them and leaves them to the other parts.
 pub fn run(part: &Part<'_>, packed: &Packed) -> Result<Verdict> {
     let gpu = &packed.target.gpu;
@@ -277,9 +288,7 @@ pub fn run(part: &Part<'_>, packed: &Packed) -> Result<Verdict> {
     let bytes = bytes(&mut device);
     let pieces = (bytes / u64::from(PIECE)) as u32;
     let blocks = gpu.rates.multiprocessors;
-    let names = [Numbers::Bf16, Numbers::Int8, Numbers::Fp8];
-    let kernels: Vec<Ceiling> =
-        [Ceiling::Copy, Ceiling::Read].into_iter().chain(names.map(Ceiling::Products)).collect();
+    let kernels: Vec<Ceiling> = all().collect();
     let blas = Cublas::open(device.driver.stream());
     for (i, &ceiling) in kernels.iter().enumerate() {
         let Some(kernel) = packed.find(&Asked::Ceiling(ceiling)) else { continue };
@@ -331,9 +340,9 @@ pub fn run(part: &Part<'_>, packed: &Packed) -> Result<Verdict> {
     match blas {
         Err(why) => table.skipped(&format!("cuBLASLt is left out: {why}")),
         Ok(mut blas) => {
-            for (i, numbers) in (kernels.len()..).zip(names) {
+            for (i, numbers) in (kernels.len()..).zip(PRODUCTS) {
                 table.each(i, |say| {
-                    let (m, n, k) = (8192, 8192, 8192);
+                    let [m, n, k] = [if part.small { 512 } else { 8192 }; 3];
                     let time = blas.time(&mut device, numbers, m, n, k)?;
                     let rate = f64::from(m) * f64::from(n) * f64::from(k) / time.us / 1e6;
                     say(vec![

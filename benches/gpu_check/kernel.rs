@@ -222,8 +222,8 @@ pub fn pack(folder: &Path, target: &'static GpuTarget, wanted: Vec<Asked>) -> Re
     Ok(())
 }
 
-/// Reads a packed folder.
-pub fn unpack(folder: &Path) -> Result<Packed> {
+/// Reads a packed folder, and of its kernels those that are wanted.
+pub fn unpack(folder: &Path, wanted: &[Asked]) -> Result<Packed> {
     let at = folder.join(TARGET);
     let name = std::fs::read_to_string(&at)
         .map_err(|e| crate::system(&at, &e).help("`gpu-check pack` makes the folder"))?;
@@ -233,11 +233,13 @@ pub fn unpack(folder: &Path) -> Result<Packed> {
     let bytes = std::fs::read(&at).map_err(|e| crate::system(&at, &e))?;
     let place = |what: String| Diag::input(what).in_file(at.display().to_string());
     let code = GpuCode::decode_file(&bytes).map_err(|e| place(e.to_string()))?;
-    let read = |entry: GpuEntry| {
-        let asked = serde_json::from_str(&entry.spec)
+    let mut kernels = vec![];
+    for entry in code.kernels {
+        let asked: Asked = serde_json::from_str(&entry.spec)
             .map_err(|e| place(format!("the spec of {}: {e}", entry.symbol)))?;
-        ready(asked, entry.symbol, entry.cubin, &target.gpu)
-    };
-    let kernels = code.kernels.into_iter().map(read).collect::<Result<_>>()?;
+        if wanted.contains(&asked) {
+            kernels.push(ready(asked, entry.symbol, entry.cubin, &target.gpu)?);
+        }
+    }
     Ok(Packed { target, gpu: gpu_of(target), kernels })
 }

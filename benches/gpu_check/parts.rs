@@ -1,7 +1,7 @@
 //! The parts of a run. Each is a process of its own, with its own share of the time: one that fails, hangs or is cut off does
 //! not take the others with it. A part whose device is lost goes on in another process after the row that lost it.
 
-use crate::kernel::Packed;
+use crate::kernel::{Asked, Packed};
 use quantc::ir::diag::{Diag, Result};
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
@@ -101,20 +101,35 @@ impl<'f> Part<'f> {
     }
 }
 
-/// What is done in a part.
-type Does = fn(&Part<'_>, &Packed) -> Result<Verdict>;
+/// What is done in a part, and the kernels that it takes.
+struct Does {
+    name: &'static str,
+    /// Seconds of 505, with those of the sanitizer.
+    share: f64,
+    kernels: fn(small: bool) -> Vec<Asked>,
+    run: fn(&Part<'_>, &Packed) -> Result<Verdict>,
+}
 
-/// The parts in order: name, seconds of 510, what is done.
-pub const PARTS: [(&str, f64, Does); 9] = [
-    ("facts", 5.0, crate::facts::run),
-    ("ceilings", 25.0, crate::ceilings::run),
-    ("kernels", 85.0, crate::correctness::run),
-    ("engines", 45.0, crate::engines::run),
-    ("pytorch", 40.0, crate::torch::run),
-    ("rows", 20.0, crate::rows::run),
-    ("products", 125.0, crate::products::run),
-    ("attention", 35.0, crate::attention::run),
-    ("whole", 95.0, crate::whole::run),
+const fn part(
+    name: &'static str,
+    share: f64,
+    kernels: fn(small: bool) -> Vec<Asked>,
+    run: fn(&Part<'_>, &Packed) -> Result<Verdict>,
+) -> Does {
+    Does { name, share, kernels, run }
+}
+
+/// The parts in order.
+const PARTS: [Does; 9] = [
+    part("facts", 5.0, |_| vec![], crate::facts::run),
+    part("ceilings", 20.0, |_| crate::ceilings::kernels(), crate::ceilings::run),
+    part("kernels", 85.0, crate::table::kernels, crate::correctness::run),
+    part("engines", 45.0, |_| vec![], crate::engines::run),
+    part("pytorch", 40.0, |_| vec![], crate::torch::run),
+    part("rows", 20.0, crate::rows::kernels, crate::rows::run),
+    part("products", 125.0, crate::products::kernels, crate::products::run),
+    part("attention", 35.0, crate::attention::kernels, crate::attention::run),
+    part("whole", 95.0, |_| vec![], crate::whole::run),
 ];
 
 /// The last one, which runs the second one of them again.
@@ -122,7 +137,7 @@ pub const SANITIZER: (&str, f64) = ("sanitizer", 35.0);
 
 /// Names of all parts.
 pub fn names() -> Vec<&'static str> {
-    PARTS.iter().map(|(name, ..)| *name).chain([SANITIZER.0]).collect()
+    PARTS.iter().map(|part| part.name).chain([SANITIZER.0]).collect()
 }
 
 /// Options of a run.
@@ -143,19 +158,18 @@ pub struct Options {
 
 /// Runs a part in this process.
 pub fn inside(options: &Options, from: usize, scratch: &Path) -> Result<Verdict> {
-    let packed = crate::kernel::unpack(&options.folder)?;
-    let name = options.only.as_deref().unwrap_or_default();
     let part = Part::new(&options.folder, scratch, from, options.seconds, options.small);
-    match PARTS.iter().find(|(n, ..)| *n == name) {
-        Some((_, _, does)) => does(&part, &packed),
-        None => Err(Diag::bug(format!("no part `{name}` runs inside of one"))),
-    }
+    let name = options.only.as_deref().unwrap_or_default();
+    let does = PARTS.iter().find(|part| part.name == name);
+    let does = does.ok_or_else(|| Diag::bug(format!("no part `{name}` runs inside of one")))?;
+    let packed = crate::kernel::unpack(&options.folder, &(does.kernels)(options.small))?;
+    (does.run)(&part, &packed)
 }
 
 /// Runs the parts, one after the other, and tells what came of them.
 pub fn run(options: &Options) -> Result<ExitCode> {
     // What is wrong with the folder or the machine is told once, and not by every part.
-    let packed = crate::kernel::unpack(&options.folder)?;
+    let packed = crate::kernel::unpack(&options.folder, &[])?;
     let device = crate::device::Device::open(&packed)?.driver.device();
     let device = device.map_err(|e| Diag::target(format!("no GPU to check: {e}")))?;
     println!("# {} with kernels for {}\n", device.name, packed.target.name);
@@ -164,7 +178,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     std::fs::create_dir_all(&scratch).map_err(|e| crate::system(&scratch, &e))?;
     let scratch = Scratch(scratch);
     let shares: Vec<(&str, f64)> =
-        PARTS.iter().map(|(name, share, _)| (*name, *share)).chain([SANITIZER]).collect();
+        PARTS.iter().map(|part| (part.name, part.share)).chain([SANITIZER]).collect();
     let wanted = |name: &str| options.only.as_deref().is_none_or(|only| only == name);
     let all: f64 = shares.iter().filter(|(name, _)| wanted(name)).map(|(_, share)| share).sum();
     let (began, mut share_before) = (Instant::now(), 0.0);

@@ -26,17 +26,17 @@ use std::collections::BTreeMap;
 
 /// A matrix of a model.
 #[derive(Clone, Copy)]
-pub struct Matrix {
+struct Matrix {
     /// Model and name.
-    pub name: &'static str,
+    name: &'static str,
     /// Output columns.
-    pub n: u32,
+    n: u32,
     /// Length of the sums.
-    pub k: u32,
+    k: u32,
 }
 
 /// Matrices of Llama 3. The first is the one that wanted figures are about.
-pub const MATRICES: [Matrix; 8] = [
+const MATRICES: [Matrix; 8] = [
     Matrix { name: "70B o", n: 8192, k: 8192 },
     Matrix { name: "8B gate, up", n: 14336, k: 4096 },
     Matrix { name: "8B down", n: 4096, k: 14336 },
@@ -61,7 +61,7 @@ enum By {
 }
 
 /// What one matrix takes in one template.
-pub struct Item {
+struct Item {
     matrix: Matrix,
     by: By,
 }
@@ -99,7 +99,7 @@ impl Item {
     }
 
     /// The kernels that it takes.
-    pub fn kernels(&self) -> Vec<Asked> {
+    fn kernels(&self) -> Vec<Asked> {
         self.calls().into_iter().map(|(asked, _)| asked).collect()
     }
 
@@ -130,7 +130,7 @@ impl Item {
 }
 
 /// Every template with the matrices, the wanted ones first.
-pub fn table(small: bool) -> Vec<Item> {
+fn table(small: bool) -> Vec<Item> {
     let mut list = vec![];
     for matrix in MATRICES.into_iter().take(if small { 0 } else { MATRICES.len() }) {
         let formats = FORMATS.iter().take(6);
@@ -263,6 +263,11 @@ impl Beside {
         self.known.insert((numbers, m, n, k), us);
         Some(us)
     }
+}
+
+/// Its kernels.
+pub fn kernels(small: bool) -> Vec<Asked> {
+    table(small).into_iter().flat_map(|item| item.kernels()).collect()
 }
 
 /// Times the products of the table.

@@ -19,10 +19,9 @@ use quantc_codegen::eexpr::{MemTy, UnaryOp};
 use quantc_codegen::spec::Rows;
 
 /// A kernel that is timed.
-pub struct Row {
+struct Row {
     name: String,
-    /// What it is.
-    pub asked: Asked,
+    asked: Asked,
 }
 
 /// Columns of rows, and heads of 128 columns.
@@ -35,7 +34,7 @@ const SLOT_ROWS: u32 = 8192;
 const ROWS: u32 = 8192;
 
 /// What is timed.
-pub fn table(small: bool) -> Vec<Row> {
+fn table(small: bool) -> Vec<Row> {
     use MemTy::{Bf16, F32};
     let mut list = vec![];
     let mut add = |name: String, asked: Asked| list.push(Row { name, asked });
@@ -86,6 +85,11 @@ pub fn table(small: bool) -> Vec<Row> {
 
 /// What of the copy's rate is wanted.
 const WANTED: f64 = 0.9;
+
+/// Its kernels.
+pub fn kernels(small: bool) -> Vec<Asked> {
+    table(small).into_iter().map(|row| row.asked).collect()
+}
 
 /// Times the kernels of the table.
 pub fn run(part: &Part<'_>, packed: &Packed) -> Result<Verdict> {

@@ -1,9 +1,7 @@
 //! The kernels that are checked and timed.
 
-use crate::ceilings::Ceiling;
-use crate::cublas::Numbers;
 use crate::kernel::Asked;
-use crate::{attention, products, rows};
+use crate::{attention, ceilings, products, rows};
 use quantc_codegen::cpu::attention::{AttentionSpec, KvSource};
 use quantc_codegen::cpu::cache::{CacheAppendSpec, CacheTy, Role};
 use quantc_codegen::cpu::gather::GatherSpec;
@@ -218,10 +216,13 @@ pub fn kernels(small: bool) -> Vec<Asked> {
 /// Everything that a folder has.
 pub fn all(small: bool) -> Vec<Asked> {
     let mut list = kernels(small);
-    list.extend([Ceiling::Copy, Ceiling::Read].map(Asked::Ceiling));
-    list.extend([Numbers::Bf16, Numbers::Int8, Numbers::Fp8].map(|n| Asked::Ceiling(Ceiling::Products(n))));
-    list.extend(rows::table(small).into_iter().map(|row| row.asked));
-    list.extend(products::table(small).into_iter().flat_map(|item| item.kernels()));
-    list.extend(attention::table(small).into_iter().map(|row| row.asked));
+    if !small {
+        // What the sanitizer looks at.
+        list.extend(kernels(true));
+    }
+    list.extend(ceilings::kernels());
+    list.extend(rows::kernels(small));
+    list.extend(products::kernels(small));
+    list.extend(attention::kernels(small));
     list
 }
