@@ -16,7 +16,10 @@ fn check(args: &[&str], libraries: Option<&Path>, variables: &[(&str, &str)]) ->
     let nothing = folder().join("nothing");
     std::fs::create_dir_all(&nothing).expect("the target folder is writable");
     let libraries = libraries.unwrap_or(&nothing);
-    command.env("LD_LIBRARY_PATH", libraries).env("QUANTC_CUBLASLT", libraries).envs(variables.iter().copied());
+    command
+        .env("LD_LIBRARY_PATH", libraries)
+        .env("QUANTC_CUBLASLT", libraries)
+        .envs(variables.iter().copied());
     let out = command.output().expect("the tool starts");
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("it prints UTF-8");
     (out.status.code().unwrap_or(-1), text(out.stdout), text(out.stderr))
@@ -41,14 +44,26 @@ fn rows<'a>(out: &'a str, about: &str) -> Vec<&'a str> {
     out.lines().filter(|l| l.starts_with('|') && l.contains(about)).collect()
 }
 
-const TEMPLATES: [&str; 14] = [
-    "skinny", "wide", "mixed", "group", "tiles", "row", "rope", "gather", "cache_append", "decode_attention",
-    "prefill_attention", "plain", "sample", "mixed",
+const TEMPLATES: [&str; 13] = [
+    "skinny",
+    "wide",
+    "mixed",
+    "group",
+    "tiles",
+    "row",
+    "rope",
+    "gather",
+    "cache_append",
+    "decode_attention",
+    "prefill_attention",
+    "plain",
+    "sample",
 ];
 
 #[test]
 fn arguments_are_checked() {
-    let parts = "parts are facts, ceilings, kernels, engines, pytorch, rows, products, attention, whole, sanitizer";
+    let parts =
+        "parts are facts, ceilings, kernels, engines, pytorch, rows, products, attention, whole, sanitizer";
     for (args, part) in [
         (&[][..], "usage:"),
         (&["pack"], "usage:"),
@@ -83,7 +98,8 @@ fn without_a_gpu_it_says_so() {
 /// References, bounds and inputs are right: kernels that are right, run by the interpreter, pass.
 #[test]
 fn kernels_that_are_right_pass() {
-    let (code, out, err) = check(&["run", packed(), "--only", "kernels", "--small", "--interpreted"], None, &[]);
+    let (code, out, err) =
+        check(&["run", packed(), "--only", "kernels", "--small", "--interpreted"], None, &[]);
     assert_eq!(code, 0, "{out}{err}");
     assert!(out.contains("All that was checked is right"), "{out}");
     for template in TEMPLATES {
@@ -113,27 +129,41 @@ fn a_lost_device_does_not_end_a_part() {
     let run = ["run", packed(), "--only", "kernels", "--small"];
     let (code, out, err) = check(&run, Some(libraries), &[("FAKE_CUDA_LOST", "4")]);
     assert_eq!(code, 1, "{err}");
-    let (lost, all) = (rows(&out, "GPU").len(), rows(&out, "**wrong**").len());
-    let (_, whole, _) = check(&run, Some(libraries), &[]);
-    assert_eq!(all, rows(&whole, "**wrong**").len(), "{out}");
-    assert!(lost >= all / 5, "{lost} of {all}: {out}");
+    let lost = rows(&out, "launch").len();
+    assert!(lost > 4, "{lost}: {out}");
+    for template in TEMPLATES {
+        assert!(!rows(&out, &format!("`{template}_")).is_empty(), "{template}: {out}");
+    }
 }
 
 /// Everything from the first part to the last, on a device that does nothing: each part says its own, none hides another.
 #[test]
 fn all_parts_are_told_whatever_becomes_of_them() {
     let Some(libraries) = common::fake_cuda() else { return };
-    let run = ["run", packed(), "--small", "--seconds", "60"];
+    let run = ["run", packed(), "--small"];
     let (code, out, err) = check(&run, Some(libraries), &[]);
     assert_eq!(code, 1, "{err}");
     for heading in [
-        "# Fake GPU with kernels for cuda-sm90", "## Facts", "## Ceilings", "## Kernels", "## Engines", "## PyTorch", "## Rows",
-        "## Products", "## Attention", "## Whole models", "## compute-sanitizer", "## Parts",
+        "# Fake GPU with kernels for cuda-sm90",
+        "## Facts",
+        "## Ceilings",
+        "## Kernels",
+        "## Engines",
+        "## PyTorch",
+        "## Rows",
+        "## Products",
+        "## Attention",
+        "## Whole models",
+        "## compute-sanitizer",
+        "## Parts",
     ] {
         assert!(out.lines().any(|l| l == heading), "{heading}: {out}");
     }
     for said in [
-        "| compute capability | 9.0 |", "| bf16 | cuBLASLt 13.1.0 |", "There are no engines", "There are no plans",
+        "| compute capability | 9.0 |",
+        "| bf16 | cuBLASLt 13.1.0 |",
+        "There are no engines",
+        "There are no plans",
         "RMS norm, f32 to bf16",
     ] {
         assert!(out.contains(said), "{said}: {out}");
@@ -142,7 +172,9 @@ fn all_parts_are_told_whatever_becomes_of_them() {
     assert!(rows(&out, "small 512 x 512, 1 tokens, token 0").len() >= 2, "{out}");
     assert!(out.contains("attention of 1 tokens, cache of bf16, token 0: number"), "{out}");
     let parts = out.split("## Parts").nth(1).expect("it is there");
-    for (part, verdict) in [("facts", "right"), ("kernels", "**wrong**"), ("products", "**wrong**"), ("engines", "right")] {
+    for (part, verdict) in
+        [("facts", "right"), ("kernels", "**wrong**"), ("products", "**wrong**"), ("engines", "right")]
+    {
         assert!(rows(parts, part).iter().any(|r| r.contains(verdict)), "{part}: {parts}");
     }
 }
@@ -155,7 +187,10 @@ fn time_is_kept() {
     let (code, out, err) = check(&run, Some(libraries), &[]);
     assert_eq!(code, 3, "{out}{err}");
     assert!(out.contains("more rows were left out: the part's time was over"), "{out}");
-    assert!(out.contains("Results are right; something is slower than wanted, or was not reached in time."), "{out}");
+    assert!(
+        out.contains("Results are right; something is slower than wanted, or was not reached in time."),
+        "{out}"
+    );
 }
 
 /// A plan is an engine without its large weights, which are made where it is run. What they give are numbers, and a device

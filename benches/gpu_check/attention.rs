@@ -6,9 +6,10 @@ use crate::ceilings::Ceilings;
 use crate::correctness::{POISON, workspace};
 use crate::cublas::Numbers;
 use crate::device::{Device, Fault, Held, Time};
-use crate::inputs::{self, Num, ROTATED, Random};
+use crate::inputs::{self};
 use crate::kernel::{Asked, Packed, Ready};
 use crate::parts::{Part, Verdict};
+use crate::random::{Num, ROTATED, Random};
 use crate::reference::{self, CacheAt, Wanted};
 use crate::report::{Table, judged, percent};
 use crate::torch::Torch;
@@ -276,7 +277,9 @@ fn measure(row: &Row, kernel: &Ready, device: &mut Device<'_>) -> std::result::R
             ))
         })?);
     }
-    let time =
-        held.time(copies as usize, &mut |held, i| held.launch(kernel, &buffers(&caches[i]), tokens, tokens))?;
+    let count = Held::launches(caches.len(), row.single());
+    let time = held.time(count, &mut |held, i| {
+        held.launch(kernel, &buffers(&caches[i % caches.len()]), tokens, tokens)
+    })?;
     Ok((time, worst))
 }

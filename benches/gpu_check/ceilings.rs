@@ -3,9 +3,9 @@
 
 use crate::cublas::{Cublas, Numbers};
 use crate::device::{Device, Held};
-use crate::inputs::Random;
 use crate::kernel::{Asked, Packed};
 use crate::parts::{Part, Verdict};
+use crate::random::Random;
 use crate::report::Table;
 use quantc::ir::diag::{Diag, Result};
 use quantc::ir::target::GpuDesc;

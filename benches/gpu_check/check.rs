@@ -25,6 +25,7 @@ mod kernel;
 mod model;
 mod parts;
 mod products;
+mod random;
 mod reference;
 mod report;
 mod rows;

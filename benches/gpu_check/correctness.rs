@@ -2,9 +2,10 @@
 //! what is not to be written must hold it after. So must inputs hold what they held.
 
 use crate::device::{Device, Fault, Held};
-use crate::inputs::{self, Buffer, Random};
+use crate::inputs::{self, Buffer};
 use crate::kernel::{Asked, Packed, Ready};
 use crate::parts::{Part, Verdict};
+use crate::random::Random;
 use crate::report::Table;
 use crate::{reference, table};
 use quantc::ir::diag::Result;

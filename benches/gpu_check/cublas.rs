@@ -4,7 +4,7 @@
 //! those of Python's packages. Functions and numbers are those of `cublasLt.h`, which versions 12 and 13 have alike.
 
 use crate::device::{Device, Fault, Held, Time};
-use crate::inputs::{ROTATED, Random};
+use crate::random::{ROTATED, Random};
 use libloading::Library;
 use serde::{Deserialize, Serialize};
 use std::ffi::{c_int, c_void};
@@ -248,7 +248,8 @@ impl Cublas {
         // One outside of a graph: whatever the library sets up, it sets up here.
         product.launch([w[0], x, out], workspace).map_err(Fault::Lost)?;
         held.wait()?;
-        held.time(copies, &mut |_, i| product.launch([w[i], x, out], workspace).map_err(Fault::Lost))
+        let count = Held::launches(copies, m <= 64);
+        held.time(count, &mut |_, i| product.launch([w[i % copies], x, out], workspace).map_err(Fault::Lost))
     }
 }
 

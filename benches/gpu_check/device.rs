@@ -58,6 +58,9 @@ pub struct Time {
     pub spread: f64,
 }
 
+/// Fewest launches of a graph of short ones.
+const SHORT: usize = 64;
+
 /// Bytes that are copied to the device at a time.
 const LONG: usize = 16 << 20;
 
@@ -187,6 +190,12 @@ impl<'d, 'a> Held<'d, 'a> {
             scalars: &scalars,
         };
         self.device.driver.launch(&call).map_err(lost)
+    }
+
+    /// Launches of a graph that goes through `copies` of something in turn: where they are short so many that what lies
+    /// between two replays does not count.
+    pub fn launches(copies: usize, short: bool) -> usize {
+        if short { copies * SHORT.div_ceil(copies) } else { copies }
     }
 
     /// The time of one of `count` launches in a graph, where `record` makes the one of this number. What one replay more

@@ -7,9 +7,10 @@ use crate::ceilings::Ceilings;
 use crate::correctness::{POISON, workspace};
 use crate::cublas::{Cublas, Numbers};
 use crate::device::{Device, Fault, Held, Time};
-use crate::inputs::{self, Buffer, Num, ROTATED, Random};
+use crate::inputs::{self, Buffer};
 use crate::kernel::{Asked, Packed, Ready};
 use crate::parts::{Part, Verdict};
+use crate::random::{self, Num, ROTATED, Random};
 use crate::reference;
 use crate::report::{Table, judged, percent};
 use crate::table::{FORMATS, Format, product};
@@ -218,7 +219,7 @@ fn fragments(s: &MatmulSpec, random: &mut Random) -> Result<Weights> {
     let matrix = random.matrix(n, s.k, s.w);
     let blob = inputs::packed(&piece, &matrix)?;
     let bytes = FragmentLayout::of(s)?.bytes();
-    Ok(Weights { parts: vec![(blob, bytes)], bytes, w: inputs::weights(&matrix, n, s.k, s.w) })
+    Ok(Weights { parts: vec![(blob, bytes)], bytes, w: random::weights(&matrix, n, s.k, s.w) })
 }
 
 fn group_weights(s: &GroupSpec, random: &mut Random) -> Result<Weights> {
@@ -426,7 +427,9 @@ fn measure(
     held.wait()?;
     let sides = Sides { x: &x, w: &weights.w, e4m3: is_e4m3(&kernel.asked) };
     let error = check(held, out, matrix, m, sides, random)?;
-    let time = held.time(blobs.len(), &mut |held, i| held.launch(kernel, &buffers(blobs[i]), m, m))?;
+    let count = Held::launches(blobs.len(), m <= 64);
+    let time =
+        held.time(count, &mut |held, i| held.launch(kernel, &buffers(blobs[i % blobs.len()]), m, m))?;
     let moved = weights.bytes + rows.iter().map(|(_, bytes)| bytes).sum::<u64>() + out_bytes;
     Ok((time, moved, error))
 }

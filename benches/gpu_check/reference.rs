@@ -1,8 +1,9 @@
 //! What kernels should give, in f64, by the definitions of what they compute; and how near a result must be, by the formats that
 //! numbers go through on the way. Bounds are those of the tests of kernels.
 
-use crate::inputs::{Buffer, Case, Num, cache_num, place};
+use crate::inputs::{Buffer, Case, cache_num, place};
 use crate::kernel::Asked;
+use crate::random::Num;
 use half::bf16;
 use quantc::ir::diag::{Diag, Result};
 use quantc::ir::formats;

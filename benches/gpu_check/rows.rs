@@ -3,9 +3,10 @@
 use crate::ceilings::Ceilings;
 use crate::correctness::workspace;
 use crate::device::{Device, Held};
-use crate::inputs::{self, Buffer, Random};
+use crate::inputs::{self, Buffer};
 use crate::kernel::{Asked, Packed};
 use crate::parts::{Part, Verdict};
+use crate::random::Random;
 use crate::report::{Table, judged, percent};
 use quantc::ir::diag::Result;
 use quantc_codegen::cpu::cache::{CacheAppendSpec, CacheTy, Role};
@@ -27,11 +28,11 @@ struct Row {
 /// Columns of rows, and heads of 128 columns.
 const WIDTH: u32 = 4096;
 
-/// Rows of a slot of caches: the two that [`inputs`] has hold all rows of a call.
-const SLOT_ROWS: u32 = 8192;
-
-/// Rows of a call: no cache holds what it reads and writes.
+/// Rows of a call: no cache of a GPU holds what it reads and writes.
 const ROWS: u32 = 8192;
+
+/// Rows of a call that puts keys or values into a cache, which has two slots of as many.
+const APPENDED: u32 = 32768;
 
 /// What is timed.
 fn table(small: bool) -> Vec<Row> {
@@ -71,7 +72,7 @@ fn table(small: bool) -> Vec<Row> {
                 ty,
                 role,
                 fixed_scales: false,
-                slot_rows: SLOT_ROWS,
+                slot_rows: APPENDED,
             };
             let rotation =
                 (role == Role::Keys).then_some(Rotation { rotary_dim: 128, style: RopeStyle::Half });
@@ -95,13 +96,17 @@ pub fn kernels(small: bool) -> Vec<Asked> {
 pub fn run(part: &Part<'_>, packed: &Packed) -> Result<Verdict> {
     let ceilings = Ceilings::read(part.scratch, &packed.target.gpu);
     let mut device = Device::open(packed)?;
-    let note = format!("{ROWS} rows; the share is of the copy's rate. {}", ceilings.note());
+    let note = format!(
+        "{ROWS} rows, and {APPENDED} into caches; the share is of the copy's rate. {}",
+        ceilings.note()
+    );
     let columns = ["kernel", "us", "±", "GB/s", "share", "wanted", ""];
     let mut table = Table::new(part, "Rows", &note, &columns);
     for (i, row) in self::table(part.small).into_iter().enumerate() {
         let Some(kernel) = packed.find(&row.asked) else { continue };
+        let rows = if matches!(row.asked, Asked::Append(_)) { APPENDED } else { ROWS };
         table.each(i, |say| {
-            let piece = inputs::of(&row.asked, ROWS, &mut Random(11 + i as u64))?;
+            let piece = inputs::of(&row.asked, rows, &mut Random(11 + i as u64))?;
             let mut held = Held::load(&mut device, kernel)?;
             let (mut at, mut bytes) = (vec![], 0);
             for buffer in &piece.buffers {
@@ -120,9 +125,9 @@ pub fn run(part: &Part<'_>, packed: &Packed) -> Result<Verdict> {
             if let Asked::Append(spec) = &row.asked {
                 bytes -= unwritten(&piece.buffers, spec);
             }
-            let extra = workspace(&mut held, kernel, ROWS)?;
+            let extra = workspace(&mut held, kernel, rows)?;
             at.extend(extra);
-            let time = held.time(8, &mut |held, _| held.launch(kernel, &at, ROWS, ROWS))?;
+            let time = held.time(8, &mut |held, _| held.launch(kernel, &at, rows, rows))?;
             let rate = bytes as f64 / time.us / 1e3;
             let share = rate / ceilings.copy;
             say(vec![
@@ -144,5 +149,5 @@ pub fn run(part: &Part<'_>, packed: &Packed) -> Result<Verdict> {
 fn unwritten(buffers: &[Buffer], spec: &AppendSpec) -> u64 {
     let made = buffers.iter().map(|b| if let Buffer::Made { bytes, .. } = b { *bytes as u64 } else { 0 });
     let all: u64 = made.sum();
-    all - all * u64::from(ROWS) / (2 * u64::from(spec.rows.slot_rows))
+    all - all * u64::from(APPENDED) / (2 * u64::from(spec.rows.slot_rows))
 }

@@ -5,10 +5,11 @@
 
 use crate::ceilings::Ceilings;
 use crate::device::Fault;
-use crate::inputs::{self, Random};
+use crate::inputs::{self};
 use crate::interpreted::Interpreter;
 use crate::kernel::Packed;
 use crate::parts::{Part, Verdict};
+use crate::random::Random;
 use crate::report::{Table, WRONG, judged, percent};
 use quantc::ir::diag::{Diag, Result};
 use quantc_codegen::cuda::plan::{self, Want};
@@ -16,8 +17,8 @@ use quantc_codegen::eexpr::{EExpr, MemTy};
 use quantc_codegen::spec::{AFmt, Code, KernelSpec, MatmulSpec};
 use quantc_runtime::engine::{Engine, OpenOptions, Pages, read_file, read_manifest};
 use quantc_runtime::format::{
-    BLOB_ALIGN, Blob, DIGEST_BYTES, File, GPU_KERNELS_FILE, GpuCode, GpuEntry, MANIFEST_FILE, Manifest, RefKind,
-    WEIGHTS_FILE,
+    BLOB_ALIGN, Blob, DIGEST_BYTES, File, GPU_KERNELS_FILE, GpuCode, GpuEntry, MANIFEST_FILE, Manifest,
+    RefKind, WEIGHTS_FILE,
 };
 use quantc_runtime::session::{Session, SessionOptions};
 use std::collections::BTreeMap;
