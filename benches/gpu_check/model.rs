@@ -59,7 +59,7 @@ pub fn write(folder: &Path) -> Result<()> {
         end += bytes;
     }
     let mut header = Value::Object(header).to_string();
-    while header.len() % 8 != 0 {
+    while !header.len().is_multiple_of(8) {
         header.push(' ');
     }
     let at = folder.join("model.safetensors");

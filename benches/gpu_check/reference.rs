@@ -52,7 +52,7 @@ impl Wanted {
             let off = (have - want).abs();
             let limit = self.absolute + self.relative * want.abs();
             // A number that is none is not near.
-            if !(off <= limit) {
+            if off > limit || off.is_nan() {
                 return Err(format!("number {i} is {have}, expected {want} within {limit:.1e}"));
             }
             worst = worst.max(off / largest);
