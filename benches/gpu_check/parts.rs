@@ -52,17 +52,13 @@ pub struct Part<'f> {
     pub until: Instant,
     /// Whether the small tables are wanted.
     pub small: bool,
-    /// When the row under way must be over, in seconds from `began`, and which one it is.
-    watch: &'static Watch,
     began: Instant,
-    asked: Cell<bool>,
+    /// Whether a thread looks at the time of rows.
+    watched: Cell<bool>,
 }
 
-struct Watch {
-    until: AtomicU64,
-}
-
-static WATCH: Watch = Watch { until: AtomicU64::new(u64::MAX) };
+/// When the row under way must be over, in seconds from the beginning of its part.
+static ROW_ENDS: AtomicU64 = AtomicU64::new(u64::MAX);
 
 /// Where the number of the row under way is written.
 const REACHED: &str = "reached.txt";
@@ -72,7 +68,7 @@ impl<'f> Part<'f> {
     pub fn new(folder: &'f Path, scratch: &'f Path, from: usize, seconds: f64, small: bool) -> Part<'f> {
         let began = Instant::now();
         let until = began + Duration::from_secs_f64(seconds);
-        Part { folder, scratch, from, until, small, watch: &WATCH, began, asked: Cell::new(false) }
+        Part { folder, scratch, from, until, small, began, watched: Cell::new(false) }
     }
 
     /// Whether its time is over.
@@ -84,17 +80,15 @@ impl<'f> Part<'f> {
     pub fn reached(&self, row: usize) -> Result<()> {
         let at = self.scratch.join(REACHED);
         std::fs::write(&at, row.to_string()).map_err(|e| crate::system(&at, &e))?;
-        self.watch.until.store(self.began.elapsed().as_secs() + ROW, Ordering::SeqCst);
-        if !self.asked.replace(true) {
-            let (watch, began) = (self.watch, self.began);
+        ROW_ENDS.store(self.began.elapsed().as_secs() + ROW, Ordering::SeqCst);
+        if !self.watched.replace(true) {
+            let began = self.began;
             std::thread::spawn(move || {
-                loop {
+                while began.elapsed().as_secs() <= ROW_ENDS.load(Ordering::SeqCst) {
                     std::thread::sleep(Duration::from_millis(500));
-                    if began.elapsed().as_secs() > watch.until.load(Ordering::SeqCst) {
-                        println!("| a row took more than {ROW} s | {} |", crate::report::WRONG);
-                        std::process::exit(LOST);
-                    }
                 }
+                println!("| a row took more than {ROW} s | {} |", crate::report::WRONG);
+                std::process::exit(LOST);
             });
         }
         Ok(())
