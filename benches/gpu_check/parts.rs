@@ -40,6 +40,9 @@ const MOST_STARTS: usize = 24;
 /// Seconds that one row may take.
 const ROW: u64 = 45;
 
+/// Looks at a row in a second.
+const LOOKS_A_SECOND: u64 = 2;
+
 /// A part as its process sees it.
 pub struct Part<'f> {
     /// The packed folder.
@@ -52,13 +55,12 @@ pub struct Part<'f> {
     pub until: Instant,
     /// Whether the small tables are wanted.
     pub small: bool,
-    began: Instant,
     /// Whether a thread looks at the time of rows.
     watched: Cell<bool>,
 }
 
-/// When the row under way must be over, in seconds from the beginning of its part.
-static ROW_ENDS: AtomicU64 = AtomicU64::new(u64::MAX);
+/// Looks that are taken at a row before it must be over.
+static LOOKS: AtomicU64 = AtomicU64::new(0);
 
 /// Where the number of the row under way is written.
 const REACHED: &str = "reached.txt";
@@ -66,9 +68,8 @@ const REACHED: &str = "reached.txt";
 impl<'f> Part<'f> {
     /// A part that has so many seconds.
     pub fn new(folder: &'f Path, scratch: &'f Path, from: usize, seconds: f64, small: bool) -> Part<'f> {
-        let began = Instant::now();
-        let until = began + Duration::from_secs_f64(seconds);
-        Part { folder, scratch, from, until, small, began, watched: Cell::new(false) }
+        let until = Instant::now() + Duration::from_secs_f64(seconds);
+        Part { folder, scratch, from, until, small, watched: Cell::new(false) }
     }
 
     /// Whether its time is over.
@@ -80,12 +81,12 @@ impl<'f> Part<'f> {
     pub fn reached(&self, row: usize) -> Result<()> {
         let at = self.scratch.join(REACHED);
         std::fs::write(&at, row.to_string()).map_err(|e| crate::system(&at, &e))?;
-        ROW_ENDS.store(self.began.elapsed().as_secs() + ROW, Ordering::SeqCst);
+        // Looks are counted, and not the time: a process that is stopped for a while has not taken it.
+        LOOKS.store(ROW * LOOKS_A_SECOND, Ordering::SeqCst);
         if !self.watched.replace(true) {
-            let began = self.began;
-            std::thread::spawn(move || {
-                while began.elapsed().as_secs() <= ROW_ENDS.load(Ordering::SeqCst) {
-                    std::thread::sleep(Duration::from_millis(500));
+            std::thread::spawn(|| {
+                while LOOKS.fetch_sub(1, Ordering::SeqCst) > 1 {
+                    std::thread::sleep(Duration::from_millis(1000 / LOOKS_A_SECOND));
                 }
                 println!("| a row took more than {ROW} s | {} |", crate::report::WRONG);
                 std::process::exit(LOST);
