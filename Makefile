@@ -3,7 +3,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 OUT ?= target/demo
 
-.PHONY: demo test lint deps nvrtc bench clean-demo onnx-nodes gpu-check
+.PHONY: demo test lint deps nvrtc bench clean-demo onnx-nodes onnx-text gpu-check
 
 # LLVM 19 from Debian's packages, unless it is there.
 deps:
@@ -35,6 +35,19 @@ onnx-nodes:
 	python3 -m venv target/onnx-venv
 	target/onnx-venv/bin/pip install --quiet onnx==1.23.2
 	target/onnx-venv/bin/python frontends/tests/onnx_nodes/make_cases.py target/onnx-nodes
+
+# Tiny text models of ONNX exporters, for `cargo test --test onnx_raising`. Needs Python and its packages; optimum has
+# its own, older ones.
+onnx-text:
+	python3 -m venv target/onnx-text-venv
+	target/onnx-text-venv/bin/pip install --quiet onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.31.1 \
+		onnxruntime-genai==0.18.0 torch==2.15.0 transformers==5.24.0
+	target/onnx-text-venv/bin/python frontends/tests/onnx_text/make_models.py target/onnx-text
+	python3 -m venv target/onnx-optimum-venv
+	target/onnx-optimum-venv/bin/pip install --quiet onnx==1.23.2 onnxruntime==1.31.1 torch==2.15.0 \
+		transformers==4.57.6 optimum-onnx==0.1.0
+	target/onnx-optimum-venv/bin/python frontends/tests/onnx_text/make_models.py target/onnx-text \
+		--exporter optimum --exporter optimum-past
 
 # What a machine with a GPU is asked, packed into one file: docs/gpu.md. Needs no GPU, and makes machine code with NVRTC.
 GPU ?= cuda-sm90

@@ -3,11 +3,16 @@
 //! ```text
 //! cargo bench --bench models -- [--model DIR] [--presets a,b] [--engine NAME=DIR]... [--threads N] [--rounds N]
 //!     [--prompt-tokens N] [--gen-tokens N] [--batch 1,8] [--decode-at N] [--store DIR] [--peers FOLDER]
-//!     [--llama-bench PATH --gguf FILE]... [--out FILE.md]
+//!     [--llama-bench PATH --gguf FILE]... [--keep FILE.json] [--out FILE.md]
 //! ```
 //!
 //! Contestants take turns, round after round, each in a process of its own; the table shows medians. Absolute figures
-//! mean nothing beside other jobs: run it on a quiet machine. Without `--model` the bundled model is used, with
+//! mean nothing beside other jobs: run it on a quiet machine. Where strangers share the memory's bandwidth, one
+//! contestant may meet half of what the next one gets, so plain reads of memory are timed before and behind every
+//! contestant, and a figure counts only when both were within an eighth of the fastest reads of the whole run. Rounds
+//! go on for those that were unlucky, up to four times as many; the table tells how many figures count. With `--keep`
+//! figures are kept in a file from run to run, and a run ends as soon as memory is slow: start it again, and again, until
+//! it says that nothing is left to measure. Without `--model` the bundled model is used, with
 //! `QUANTC_MODELS` set also every model folder in it that has a safetensors file.
 //!
 //! `--peers FOLDER` runs what it finds there for a model called M, and says what it does not find:
@@ -20,7 +25,10 @@
 //! Ratios are to the fastest peer whose weights have as many bits: up to 6, up to 10, or more. `--batch` and
 //! `--decode-at` add rows of quantc's engines only: sequences side by side, and decoding after a long prompt.
 
+use quantc::measure::Stream;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -40,6 +48,7 @@ struct Options {
     ggufs: Vec<PathBuf>,
     out: Option<PathBuf>,
     store: Option<PathBuf>,
+    keep: Option<PathBuf>,
 }
 
 fn options() -> Result<Options, String> {
@@ -60,6 +69,7 @@ fn options() -> Result<Options, String> {
         ggufs: vec![],
         out: None,
         store: None,
+        keep: None,
     };
     let mut args = std::env::args().skip(1);
     while let Some(flag) = args.next() {
@@ -87,6 +97,7 @@ fn options() -> Result<Options, String> {
             "--llama-bench" => o.llama_bench = Some(value.clone().into()),
             "--gguf" => o.ggufs.push(value.clone().into()),
             "--out" => o.out = Some(value.clone().into()),
+            "--keep" => o.keep = Some(value.clone().into()),
             "--store" => o.store = Some(value.clone().into()),
             _ => return Err(format!("unknown flag `{flag}`")),
         }
@@ -137,10 +148,23 @@ struct Row {
     prompt: usize,
     generated: usize,
     weights: f64,
-    prefill: Vec<f64>,
-    decode: Vec<f64>,
-    rss: Vec<f64>,
+    figures: Vec<Figures>,
 }
+
+/// What one run of an engine gave.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+struct Figures {
+    /// Tokens a second.
+    prefill: f64,
+    decode: f64,
+    /// Bytes, where the engine tells.
+    rss: Option<f64>,
+    /// Bytes a second that plain reads of memory gave: the slower one of before and behind.
+    stream: f64,
+}
+
+/// The share of the fastest reads of memory that reads around a run must reach for the run to count.
+const STEADY: f64 = 0.875;
 
 impl Row {
     fn new(o: &Options, name: String, engine: Engine) -> Row {
@@ -151,18 +175,48 @@ impl Row {
             prompt: o.prompt,
             generated: o.generated,
             weights: f64::NAN,
-            prefill: vec![],
-            decode: vec![],
-            rss: vec![],
+            figures: vec![],
         }
+    }
+
+    /// What tells this row from others in a file of kept figures.
+    fn key(&self, o: &Options, model: &str) -> String {
+        let Row { name, batch, prompt, generated, .. } = self;
+        format!("{model}, {name}, {batch} x {prompt} + {generated} tokens, {} threads", o.threads)
     }
 
     fn is_peer(&self) -> bool {
         !matches!(self.engine, Engine::Quantc { .. })
     }
 
-    /// Runs the engine once.
-    fn run(&mut self, o: &Options) -> Result<(), String> {
+    /// Whether the run counts when the fastest reads of memory gave `best` bytes a second.
+    fn steady(best: f64) -> impl Fn(&&Figures) -> bool {
+        move |f| f.stream >= STEADY * best
+    }
+
+    /// The medians of the runs that count, and how many those are. Where none counts, of all.
+    fn medians(&self, best: f64) -> (Figures, usize) {
+        let mut counted: Vec<Figures> = self.figures.iter().filter(Row::steady(best)).copied().collect();
+        let n = counted.len();
+        if n == 0 {
+            counted = self.figures.clone();
+        }
+        let of = |figure: fn(&Figures) -> f64| median(&counted.iter().map(figure).collect::<Vec<f64>>());
+        let (prefill, decode) = (of(|f| f.prefill), of(|f| f.decode));
+        let rss: Vec<f64> = counted.iter().filter_map(|f| f.rss).collect();
+        let rss = (!rss.is_empty()).then(|| median(&rss));
+        (Figures { prefill, decode, rss, stream: of(|f| f.stream) }, n)
+    }
+
+    /// Runs the engine once, between a reading of memory that was taken and another one.
+    fn run(&mut self, o: &Options, before: f64, stream: &Stream) -> Result<(), String> {
+        let figures = self.once(o)?;
+        self.figures.push(Figures { stream: before.min(stream.rate()), ..figures });
+        Ok(())
+    }
+
+    fn once(&mut self, o: &Options) -> Result<Figures, String> {
+        let mut found = Figures { prefill: f64::NAN, decode: f64::NAN, rss: None, stream: f64::NAN };
         let numbers = [self.prompt, self.generated, o.threads].map(|n| n.to_string());
         let [prompt, generated, threads] = &numbers;
         match &self.engine {
@@ -173,9 +227,9 @@ impl Row {
                 command.args(["--prompt-tokens", prompt, "--gen-tokens", generated, "--threads", threads]);
                 let v = json(command)?;
                 self.weights = number(&v, "decode_bytes_per_token");
-                self.prefill.push(number(&v, "prefill_tok_s"));
-                self.decode.push(number(&v, "decode_tok_s"));
-                self.rss.push(number(&v, "peak_rss_bytes"));
+                found.prefill = number(&v, "prefill_tok_s");
+                found.decode = number(&v, "decode_tok_s");
+                found.rss = v["peak_rss_bytes"].as_f64();
             }
             Engine::Llama { tool, gguf } => {
                 // It decodes from an empty context unless told how deep it is to begin.
@@ -188,7 +242,7 @@ impl Row {
                     let test = v.get(0).unwrap_or(&Value::Null);
                     self.weights = number(test, "model_size");
                     let rate = number(test, "avg_ts");
-                    if number(test, "n_gen") > 0.0 { self.decode.push(rate) } else { self.prefill.push(rate) }
+                    *if number(test, "n_gen") > 0.0 { &mut found.decode } else { &mut found.prefill } = rate;
                 }
             }
             Engine::Script { python, script, what, folder } => {
@@ -200,13 +254,13 @@ impl Row {
                 let rate = |name: String| {
                     figure(&text, &name).ok_or_else(|| format!("{name} is missing in: {text}"))
                 };
-                self.prefill.push(rate(format!("pp{prompt}="))?);
-                self.decode.push(rate(format!("tg{generated}="))?);
+                found.prefill = rate(format!("pp{prompt}="))?;
+                found.decode = rate(format!("tg{generated}="))?;
                 self.weights = mega("bin=").or(mega("file=")).unwrap_or(f64::NAN);
-                self.rss.extend(mega("peakRSS="));
+                found.rss = mega("peakRSS=");
             }
         }
-        Ok(())
+        Ok(found)
     }
 
     /// Bits of a weight, of `parameters` that every token reads, and the class they belong to.
@@ -387,6 +441,72 @@ fn parameters(model: &Path) -> Result<f64, String> {
     Ok(sum)
 }
 
+/// Lets `rows` take turns, and gives the fastest reads of memory seen.
+fn rounds(o: &Options, model: &str, rows: &mut [Row]) -> Result<f64, String> {
+    let host = quantc_codegen::targets::lookup("host").map_err(|e| e.to_string())?;
+    let stream = Stream::new(host, o.threads).map_err(|e| e.to_string())?;
+    let mut kept = match &o.keep {
+        Some(path) => Kept::read(path)?,
+        None => Kept::default(),
+    };
+    for row in &mut *rows {
+        if let Some((weights, figures)) = kept.rows.get(&row.key(o, model)) {
+            (row.weights, row.figures) = (*weights, figures.clone());
+        }
+    }
+    let wanting = |row: &Row, best| row.figures.iter().filter(Row::steady(best)).count() < o.rounds;
+    for round in 1..=4 * o.rounds {
+        for row in &mut *rows {
+            if !wanting(row, kept.best) {
+                continue;
+            }
+            let before = stream.rate();
+            kept.best = before.max(kept.best);
+            if o.keep.is_some() && before < STEADY * kept.best {
+                return Err(format!("memory is slow now, {:.1} GB/s: go on later", before / 1e9));
+            }
+            row.run(o, before, &stream)?;
+            if let Some(last) = row.figures.last() {
+                let (decode, rate) = (last.decode, last.stream / 1e9);
+                eprintln!("round {round}: {}: {decode:.1} tokens/s, memory {rate:.1} GB/s", row.name);
+            }
+            if let Some(path) = &o.keep {
+                kept.rows.insert(row.key(o, model), (row.weights, row.figures.clone()));
+                kept.write(path)?;
+            }
+        }
+        if !rows.iter().any(|row| wanting(row, kept.best)) {
+            break;
+        }
+    }
+    Ok(kept.best)
+}
+
+/// Figures of earlier runs.
+#[derive(Default, Serialize, Deserialize)]
+struct Kept {
+    /// The fastest reads of memory, in bytes a second.
+    best: f64,
+    /// Bytes of weights, and the figures, of rows by their keys.
+    rows: BTreeMap<String, (f64, Vec<Figures>)>,
+}
+
+impl Kept {
+    /// What `path` holds; nothing when it is not there.
+    fn read(path: &Path) -> Result<Kept, String> {
+        match std::fs::read(path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| format!("{}: {e}", path.display())),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Kept::default()),
+            Err(e) => Err(format!("{}: {e}", path.display())),
+        }
+    }
+
+    fn write(&self, path: &Path) -> Result<(), String> {
+        let text = serde_json::to_vec_pretty(self).map_err(|e| e.to_string())?;
+        std::fs::write(path, text).map_err(|e| format!("{}: {e}", path.display()))
+    }
+}
+
 fn measure(o: &Options, model: &Path) -> Result<String, String> {
     let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
     let store = o.store.clone().unwrap_or_else(|| folder.path().join("store"));
@@ -432,24 +552,24 @@ fn measure(o: &Options, model: &Path) -> Result<String, String> {
             rows.push(Row { prompt, ..Row::new(o, name.clone(), Engine::Quantc { folder: folder.clone() }) });
         }
     }
-    for round in 1..=o.rounds {
-        for row in &mut rows {
-            row.run(o)?;
-            eprintln!("round {round}: {}", row.name);
-        }
-    }
+    let best = rounds(o, &name, &mut rows)?;
     let (rows, more) = rows.split_at(main_rows);
     let mut text = format!("\n## {name}: {} tokens in, {} out\n\n", o.prompt, o.generated);
     let _ = writeln!(text, "{}.\n", versions(rows).join(", "));
-    text += &table(rows, parameters(model)?);
+    let _ = writeln!(text, "Plain reads of memory: up to {:.1} GB/s.\n", best / 1e9);
+    text += &table(rows, parameters(model)?, best);
     if !more.is_empty() {
-        text += "\n| engine | sequences | tokens in | prefill tok/s | decode tok/s | peak RSS MB |\n|---|--:|--:|--:|--:|--:|\n";
+        text += "\n| engine | sequences | tokens in | prefill tok/s | decode tok/s | peak RSS MB | runs |\n|---|--:|--:|--:|--:|--:|--:|\n";
         for row in more {
-            let (prefill, decode, rss) = (median(&row.prefill), median(&row.decode), median(&row.rss) / 1e6);
+            let (Figures { prefill, decode, rss, .. }, runs) = row.medians(best);
             let _ = writeln!(
                 text,
-                "| {} | {} | {} | {prefill:.1} | {decode:.1} | {rss:.0} |",
-                row.name, row.batch, row.prompt
+                "| {} | {} | {} | {prefill:.1} | {decode:.1} | {:.0} | {} |",
+                row.name,
+                row.batch,
+                row.prompt,
+                rss.unwrap_or(f64::NAN) / 1e6,
+                counted(runs)
             );
         }
     }
@@ -459,33 +579,43 @@ fn measure(o: &Options, model: &Path) -> Result<String, String> {
     Ok(text)
 }
 
+/// How many runs count, as the tables tell it.
+fn counted(runs: usize) -> String {
+    if runs == 0 { "none steady".into() } else { runs.to_string() }
+}
+
 /// The table of prefill and decode; with ratios when there are peers.
-fn table(rows: &[Row], parameters: f64) -> String {
-    let median_of = |row: &Row| [median(&row.prefill), median(&row.decode)];
+fn table(rows: &[Row], parameters: f64, stream: f64) -> String {
     // The fastest peer of each class of bits, for prefill and for decode.
     let mut best = [[f64::NAN; 2]; 3];
     for row in rows.iter().filter(|r| r.is_peer()) {
-        for (best, speed) in best[row.bits(parameters).1].iter_mut().zip(median_of(row)) {
+        let (f, _) = row.medians(stream);
+        for (best, speed) in best[row.bits(parameters).1].iter_mut().zip([f.prefill, f.decode]) {
             *best = best.max(speed);
         }
     }
     let ratios = rows.iter().any(Row::is_peer);
     let mut text = String::from(
-        "| engine | bits/weight | MB read a token | prefill tok/s | decode tok/s | decode GB/s | peak RSS MB |",
+        "| engine | bits/weight | MB read a token | prefill tok/s | decode tok/s | decode GB/s | of plain reads | peak RSS MB | runs |",
     );
     text += if ratios { " prefill ratio | decode ratio |\n" } else { "\n" };
-    text += "|---|--:|--:|--:|--:|--:|--:|";
+    text += "|---|--:|--:|--:|--:|--:|--:|--:|--:|";
     text += if ratios { "--:|--:|\n" } else { "\n" };
     for row in rows {
-        let [prefill, decode] = median_of(row);
+        let (f, runs) = row.medians(stream);
         let (bits, class) = row.bits(parameters);
-        let rss = if row.rss.is_empty() { "-".into() } else { format!("{:.0}", median(&row.rss) / 1e6) };
+        let rss = f.rss.map_or("-".into(), |rss| format!("{:.0}", rss / 1e6));
+        let rate = row.weights * f.decode;
         let _ = write!(
             text,
-            "| {} | {bits:.2} | {:.1} | {prefill:.1} | {decode:.1} | {:.1} | {rss} |",
+            "| {} | {bits:.2} | {:.1} | {:.1} | {:.1} | {:.1} | {:.0} % | {rss} | {} |",
             row.name,
             row.weights / 1e6,
-            row.weights * decode / 1e9
+            f.prefill,
+            f.decode,
+            rate / 1e9,
+            100.0 * rate / f.stream,
+            counted(runs)
         );
         let ratio = |speed: f64, best: f64| match (speed / best).is_finite() {
             true => format!("{:.2}", speed / best),
@@ -493,7 +623,7 @@ fn table(rows: &[Row], parameters: f64) -> String {
         };
         if ratios {
             let [p, d] = best[class];
-            let _ = write!(text, " {} | {} |", ratio(prefill, p), ratio(decode, d));
+            let _ = write!(text, " {} | {} |", ratio(f.prefill, p), ratio(f.decode, d));
         }
         text += "\n";
     }

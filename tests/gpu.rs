@@ -3,9 +3,14 @@
 
 mod common;
 
-use common::device::{Asked, Interpreter, Seen};
+use common::device::{Asked, Interpreter, Seen, launched};
 use common::{Built, Recipe, greedy, logits, models, quantc, relative};
+use quantc_codegen::cuda::plan::{self, Want};
+use quantc_codegen::spec::KernelSpec;
+use quantc_codegen::targets::GPUS;
+use quantc_passes::presets;
 use quantc_runtime::gpu::Loaded;
+use quantc_runtime::sample::{SampleOptions, Sampler};
 use quantc_runtime::session::{Session, SessionOptions};
 use quantc_runtime::{Engine, ErrorKind};
 use std::sync::{Arc, Mutex};
@@ -86,6 +91,205 @@ fn every_architecture_runs() {
     }
 }
 
+/// The engine on a device of its own, and what that was asked for.
+fn watched(built: &Built) -> (Arc<Engine>, Arc<Loaded>, Arc<Mutex<Seen>>) {
+    let engine = built.open();
+    let device = device(&engine);
+    let seen = device.seen.clone();
+    let loaded = engine.load_with(Box::new(device)).unwrap_or_else(|e| panic!("{e}"));
+    (engine, loaded, seen)
+}
+
+/// A small model whose prompts of up to 96 tokens run in one call.
+fn in_one_call(preset: &str, target: &str, cache: &str) -> Recipe {
+    let more = ["--chunk", "96", "--agreement", "0", "--kv-cache", cache];
+    Recipe::preset(models("tiny-llama3"), preset).target(target).with(&more)
+}
+
+/// A text of more tokens than warps take one by one.
+fn long() -> Vec<u32> {
+    (0..70).map(|i| (i * 13 + 5) % 47 + 1).collect()
+}
+
+/// Calls of more than 64 tokens on `sm_90`: products are those of groups of warps, which read tokens as tiles and the same
+/// packed weights as single warps do. Of a prompt only the last row goes through the last layer's end.
+#[test]
+fn long_prompts_go_through_groups_of_warps() {
+    for (preset, limit) in [
+        ("w4a16-g32", ATTENTION),
+        ("bf16", ATTENTION),
+        ("w8a16", ATTENTION),
+        ("fp8", 3.0 * ATTENTION),
+        ("w8a8", 3.0 * ATTENTION),
+        ("w4a8-g32", 3.0 * ATTENTION),
+    ] {
+        let recipe = |target: &str| in_one_call(preset, target, "bf16");
+        let built = recipe("cuda-sm90").built();
+        let (engine, _loaded, seen) = watched(&built);
+        let mut gpu = session(&engine, 1);
+        let mut host = recipe("host").built().session(1);
+        let text = long();
+        let (got, want) = (logits(&mut gpu, &text), logits(&mut host, &text));
+        let apart = relative(&got, &want);
+        gpu.reset(0).expect("slot 0 exists");
+        let last = gpu.prefill(0, &text, 1).expect("the prompt fits").to_vec();
+        let narrow = relative(&last, &want[want.len() - last.len()..]);
+        eprintln!("{preset}: {apart:.1e}, the last row {narrow:.1e}");
+        // One row may be further off than all are on average.
+        assert!(apart < limit && narrow < 4.0 * limit, "{preset}: {apart} {narrow}");
+        let launched = launched(&seen.lock().expect("nobody panics"));
+        for kind in ["tiled_matmul", "row_tiles"] {
+            assert!(launched.iter().any(|s| s.starts_with(kind)), "{preset}: {launched:?}");
+        }
+        if preset == "w4a16-g32" {
+            // What is told of it: templates, and the launches of such calls.
+            let path = built.path.to_str().expect("UTF-8");
+            let told = common::ok(["explain", path]);
+            for template in
+                ["mixed", "row_tiles", "skinny", "prefill_attention", "decode_attention", "sample"]
+            {
+                assert!(told.contains(template), "{template}: {told}");
+            }
+            let text =
+                std::fs::read_to_string(built.path.join("manifest.txt")).expect("every engine has one");
+            let program = text.split("\nprogram for ").last().unwrap_or_default();
+            insta::assert_snapshot!("many-tokens", program);
+        }
+        let products = |s: &&String| s.starts_with("matmul");
+        assert_eq!(launched.iter().find(products), None, "{preset}: all are of many tokens");
+    }
+}
+
+/// Of a prompt only the rows that are asked for go through the end of the last layer, and are what they are among all.
+#[test]
+fn wanted_rows_are_what_they_are_among_all() {
+    // A cache that attention reads as f32, so that sums differ in their order alone.
+    let recipe = |target: &str| in_one_call("w8a16", target, "f32");
+    let (engine, _loaded) = on_device(&recipe("cuda-sm90").built());
+    let mut gpu = session(&engine, 1);
+    let mut host = recipe("host").built().session(1);
+    let text = long();
+    let want = logits(&mut host, &text);
+    for rows in [1, 3] {
+        gpu.reset(0).expect("slot 0 exists");
+        let got = gpu.prefill(0, &text, rows).expect("the prompt fits");
+        let apart = relative(got, &want[want.len() - got.len()..]);
+        assert!(apart < 5e-3, "{rows} rows: {apart}");
+    }
+}
+
+/// Tokens are chosen where the kernels run: only they come back, and they are those that the logits say.
+#[test]
+fn tokens_are_chosen_on_the_device() {
+    let (engine, _loaded, seen) = watched(&tiny("tiny-llama3", "w4a16-g32", "cuda-sm90").built());
+    let width = engine.manifest().vocab as usize;
+    let sampler = |temperature, top_k, top_p, seed| {
+        Sampler::new(SampleOptions { temperature, top_k, top_p, seed }, width)
+            .expect("the options are in range")
+    };
+    let mut session = session(&engine, 2);
+    assert!(session.chooses());
+    let want = greedy(&mut session, &PROMPT, 4);
+    let tell = |session: &mut Session, mut sampler: Sampler| {
+        session.reset(0).expect("slot 0 exists");
+        let mut text = PROMPT.to_vec();
+        text.push(session.prefill_next(0, &PROMPT, &mut sampler).expect("the prompt fits"));
+        while text.len() < want.len() {
+            text.push(session.decode_next(0, text[text.len() - 1], &mut sampler).expect("the text fits"));
+        }
+        text
+    };
+    seen.lock().expect("nobody panics").asked.clear();
+    assert_eq!(tell(&mut session, sampler(0.0, 0, 1.0, 0)), want);
+    let back = |asked: &Asked| match asked {
+        Asked::Download(bytes) if *bytes > 0 => Some(*bytes),
+        _ => None,
+    };
+    let back: Vec<usize> = seen.lock().expect("nobody panics").asked.iter().filter_map(back).collect();
+    assert_eq!(back, [4; 4], "a token each time");
+    assert_eq!(tell(&mut session, sampler(0.7, 1, 1.0, 9)), want, "the largest one is left");
+    let drawn = tell(&mut session, sampler(1.5, 6, 1.0, 3));
+    assert_eq!(drawn, tell(&mut session, sampler(1.5, 6, 1.0, 3)), "seeds repeat");
+    let others: Vec<_> = (4..8).map(|seed| tell(&mut session, sampler(1.5, 6, 1.0, seed))).collect();
+    assert!(others.iter().any(|other| *other != drawn), "seeds matter");
+    // What was drawn was among the six largest.
+    for text in others.iter().chain([&drawn]) {
+        let mut row = session_row(&mut session, &text[..PROMPT.len()]);
+        for &token in &text[PROMPT.len()..] {
+            let larger = row.iter().filter(|&&x| x > row[token as usize]).count();
+            assert!(larger < 6, "{token} is number {larger}");
+            row = session.decode(1, token).expect("the text fits").to_vec();
+        }
+    }
+    // Side by side, each with its own options.
+    let texts = [&PROMPT[..5], &PROMPT[2..9]];
+    let mut tokens = vec![];
+    let mut want = vec![];
+    for (slot, text) in (0..).zip(texts) {
+        session.reset(slot).expect("there are two");
+        let token = session.prefill_next(slot, text, &mut sampler(0.0, 0, 1.0, 0)).expect("the prompt fits");
+        tokens.push(token);
+        want.push(session.decode_next(slot, token, &mut sampler(0.0, 0, 1.0, 0)).expect("the text fits"));
+        session.truncate(slot, text.len() as u32).expect("it holds more");
+    }
+    let mut samplers = [sampler(0.0, 0, 1.0, 0), sampler(2.0, 1, 0.5, 1)];
+    session.decode_batch_next(&[0, 1], &mut tokens, &mut samplers).expect("the texts fit");
+    assert_eq!(tokens, want);
+    let error =
+        session.decode_batch_next(&[0, 1], &mut tokens, &mut samplers[..1]).expect_err("one is missing");
+    assert!(error.message().contains("1 samplers do not match"), "{error}");
+}
+
+/// The logits after a text, in slot 1.
+fn session_row(session: &mut Session, text: &[u32]) -> Vec<f32> {
+    session.reset(1).expect("slot 1 exists");
+    session.prefill(1, text, 1).expect("the prompt fits").to_vec()
+}
+
+/// Sequences of different lengths in one pool of pages that is smaller than all of them could fill.
+#[test]
+fn sequences_share_a_pool_of_pages() {
+    let (engine, loaded, seen) = watched(&tiny("tiny-llama3", "w4a16-g32", "cuda-sm90").built());
+    let mut alone = session(&engine, 1);
+    let options = SessionOptions { slots: 3, pages: 4, poison: true, ..SessionOptions::default() };
+    let mut shared = Session::new(engine.clone(), &options).expect("the device suffices");
+    assert_eq!(shared.free_pages(), Some((4, 4)));
+    let text = long();
+    let texts = [&text[..61], &text[2..5], &text[10..20]];
+    let more: Vec<Vec<u32>> = (0..5).map(|i| vec![i + 3, 2 * i + 1, 40 - i]).collect();
+    let mut want = vec![vec![]; more.len()];
+    for (slot, text) in texts.iter().enumerate() {
+        alone.reset(0).expect("slot 0 exists");
+        alone.prefill(0, text, 1).expect("the prompt fits");
+        shared.prefill(slot as u32, text, 1).expect("there are pages");
+        for (tokens, want) in more.iter().zip(&mut want) {
+            want.extend_from_slice(alone.decode(0, tokens[slot]).expect("the text fits"));
+        }
+    }
+    assert_eq!(shared.free_pages(), Some((1, 4)), "a page for each");
+    for (tokens, want) in more.iter().zip(&want) {
+        let got = shared.decode_batch(&[0, 1, 2], tokens).expect("there are pages");
+        assert!(relative(got, want) < 1e-6, "{}", relative(got, want));
+    }
+    assert_eq!(shared.free_pages(), Some((0, 4)), "the first one has another");
+    let error = shared.prefill(1, &text[..58], 1).expect_err("there is no page for it");
+    assert_eq!(error.kind(), ErrorKind::Memory);
+    assert!(error.message().contains("out of pages: 1 more of 64 tokens are needed, and 0 of 4"), "{error}");
+    assert_eq!([0, 1, 2].map(|slot| shared.position(slot)), [66, 8, 15], "nothing has changed");
+    // Pages that one gives back are another's, whatever lies in them.
+    shared.truncate(0, 3).expect("it holds more");
+    assert_eq!(shared.free_pages(), Some((1, 4)));
+    let got = shared.prefill(1, &text[..58], 1).expect("there is a page").to_vec();
+    alone.reset(0).expect("slot 0 exists");
+    alone.prefill(0, texts[1], 0).expect("the prompt fits");
+    more.iter().for_each(|tokens| drop(alone.decode(0, tokens[1]).expect("the text fits").to_vec()));
+    let want = alone.prefill(0, &text[..58], 1).expect("the text fits");
+    assert!(relative(&got, want) < 1e-6, "{}", relative(&got, want));
+    drop((alone, shared, loaded));
+    let seen = seen.lock().expect("nobody panics");
+    assert!(seen.blocks.is_empty() && seen.kernels == 0 && seen.graphs == 0, "{seen:?}");
+}
+
 #[test]
 fn an_encoder_runs() {
     let recipe = |target: &str| {
@@ -151,14 +355,22 @@ fn a_driver_is_asked_in_order_and_gets_all_back() {
     let mut session = session(&engine, 1);
     let memory = take(&seen);
     assert_eq!(memory[0], Asked::Allocate(manifest.arena_bytes));
-    assert_eq!(memory.len(), manifest.states.len() + 3, "arena, states, inputs, table of pages");
+    assert_eq!(memory.len(), manifest.states.len() + 2, "arena, states, inputs");
     session.decode(0, 5).expect("the text fits");
     session.decode(0, 6).expect("the text fits");
     let steps = take(&seen);
     let launches = manifest.programs[0].launches.len();
-    let (first, second) = steps.split_at(launches + 5);
-    let [Asked::Upload(_), Asked::Begin, recorded @ .., Asked::End, Asked::Replay, Asked::Download(_)] =
-        first
+    let (first, second) = steps.split_at(launches + 6);
+    // A page is taken before the first token.
+    let [
+        Asked::Upload(4),
+        Asked::Upload(_),
+        Asked::Begin,
+        recorded @ ..,
+        Asked::End,
+        Asked::Replay,
+        Asked::Download(_),
+    ] = first
     else {
         panic!("{first:?}")
     };
@@ -305,6 +517,42 @@ fn coverage_is_known_before_weights_are_read() {
         }
     }
 }
+
+/// Every preset that needs no text compiles for a class of GPUs, and has kernels for all others; or it is refused by name.
+/// The rest differs in the values of weights.
+#[test]
+fn every_preset_has_kernels_or_is_refused() {
+    let model = models("tiny-llama3");
+    let out = common::folder().join("preset");
+    let store = common::store();
+    let presets = presets::ALL.iter().filter(|preset| !preset.needs_data());
+    for (preset, target) in presets.zip(GPUS.iter().cycle()) {
+        let head = ["compile", "--preset", preset.name, "--target", target.name, "--agreement", "0"];
+        let places = [("--store", &store), ("-o", &out)];
+        let mut command = common::command(head);
+        command.arg(&model).args(places.iter().flat_map(|(name, path)| [name.as_ref(), path.as_os_str()]));
+        // As text, which is quick; other tests compile it.
+        let done = command.env_remove("QUANTC_NVRTC").output().expect("the tool starts");
+        let said = String::from_utf8_lossy(&done.stderr).into_owned();
+        if preset.name == "f32" {
+            assert!(said.contains("products of f32 activations have no CUDA kernel"), "{said}");
+            continue;
+        }
+        assert!(done.status.success(), "{} for {}: {said}", preset.name, target.name);
+        let engine =
+            Engine::open(&out, &quantc_runtime::OpenOptions::default()).expect("it was just written");
+        for entry in engine.gpu_kernels() {
+            let want: Want = serde_json::from_str(&entry.spec).expect("a spec reads back");
+            let tiled = matches!(want.spec, KernelSpec::TiledMatmul(_));
+            for other in GPUS.iter().filter(|other| !tiled || other.gpu.arch == "sm_90a") {
+                let planned = plan::kernel(&entry.symbol, &want, &other.gpu);
+                let what = || format!("{} for {}: {}", preset.name, other.name, entry.symbol);
+                planned.unwrap_or_else(|e| panic!("{}: {e}", what()));
+            }
+        }
+    }
+}
+
 /// The manifest for people, without digests and sizes of files, which change with every kernel.
 #[test]
 fn the_plan_of_a_small_engine() {

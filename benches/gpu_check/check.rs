@@ -158,7 +158,9 @@ fn main() -> ExitCode {
         }
         Ok(Command::Model { folder }) => done(model::write(&folder)),
         Ok(Command::Plan { engine, out }) => done(whole::plan(&engine, &out)),
-        Ok(Command::Pack { folder, target, small }) => done(kernel::pack(&folder, target, table::all(small))),
+        Ok(Command::Pack { folder, target, small }) => {
+            done(kernel::pack(&folder, target, table::all(small, &target.gpu)))
+        }
         Ok(Command::Run(options)) => run(&options),
     };
     outcome.unwrap_or_else(|diag| {

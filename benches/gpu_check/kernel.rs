@@ -167,7 +167,13 @@ impl Packed {
 }
 
 fn gpu_of(target: &GpuTarget) -> Gpu {
-    Gpu { arch: target.gpu.arch.into(), page_rows: plan::PAGE, cuda: 0, kernels: vec![] }
+    Gpu {
+        arch: target.gpu.arch.into(),
+        page_rows: plan::PAGE,
+        cuda: 0,
+        kernels: vec![],
+        sampler: String::new(),
+    }
 }
 
 fn ready(asked: Asked, symbol: String, cubin: Vec<u8>, gpu: &GpuDesc) -> Result<Ready> {

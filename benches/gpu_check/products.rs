@@ -16,9 +16,11 @@ use crate::report::{Table, judged, percent};
 use crate::table::{FORMATS, Format, product};
 use crate::torch::Torch;
 use quantc::ir::diag::Result;
+use quantc::ir::target::GpuDesc;
 use quantc_codegen::cuda::group::{GroupSpec, Scales};
 use quantc_codegen::cuda::layout::FragmentLayout;
 use quantc_codegen::cuda::mixed::MixedTile;
+use quantc_codegen::cuda::plan;
 use quantc_codegen::cuda::tile::GroupKind;
 use quantc_codegen::cuda::tiles::Tiled;
 use quantc_codegen::eexpr::{EExpr, MemTy};
@@ -143,8 +145,7 @@ fn table(small: bool) -> Vec<Item> {
             (GroupKind::E4m3, Scales::Blocks),
         ];
         list.extend(groups.map(|(kind, scales)| Item { matrix, by: By::Group(kind, scales) }));
-        let mixed = formats.clone().filter(|f| ["w4a16-g128", "w8a16", "w4a8-g128"].contains(&f.name));
-        list.extend(mixed.map(|f| Item { matrix, by: By::Mixed(f) }));
+        list.extend(formats.clone().map(|f| Item { matrix, by: By::Mixed(f) }));
         list.extend(formats.map(|f| Item { matrix, by: By::Wide(f) }));
     }
     if small {
@@ -152,6 +153,7 @@ fn table(small: bool) -> Vec<Item> {
         list.push(Item { matrix, by: By::Skinny(&FORMATS[0]) });
         list.push(Item { matrix, by: By::Group(GroupKind::E4m3, Scales::Rows) });
         list.push(Item { matrix, by: By::Mixed(&FORMATS[0]) });
+        list.push(Item { matrix, by: By::Wide(&FORMATS[0]) });
     }
     list
 }
@@ -269,6 +271,16 @@ impl Beside {
 /// Its kernels.
 pub fn kernels(small: bool) -> Vec<Asked> {
     table(small).into_iter().flat_map(|item| item.kernels()).collect()
+}
+
+/// Its kernels for a GPU: of many rows those that engines have, and with the first matrix both templates.
+pub fn kernels_for(small: bool, gpu: &GpuDesc) -> Vec<Asked> {
+    let first = table(small).first().map(|item| (item.matrix.n, item.matrix.k));
+    let wanted = |asked: &Asked| match asked {
+        Asked::Wide(s) => first == Some((s.n, s.k)) || plan::token_tiles(s, gpu).is_none(),
+        _ => true,
+    };
+    kernels(small).into_iter().filter(wanted).collect()
 }
 
 /// Times the products of the table.

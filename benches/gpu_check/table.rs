@@ -2,6 +2,7 @@
 
 use crate::kernel::Asked;
 use crate::{attention, ceilings, products, rows};
+use quantc::ir::target::GpuDesc;
 use quantc_codegen::cpu::attention::{AttentionSpec, KvSource};
 use quantc_codegen::cpu::cache::{CacheAppendSpec, CacheTy, Role};
 use quantc_codegen::cpu::gather::GatherSpec;
@@ -213,8 +214,8 @@ pub fn kernels(small: bool) -> Vec<Asked> {
     list
 }
 
-/// Everything that a folder has.
-pub fn all(small: bool) -> Vec<Asked> {
+/// Everything that a folder for a GPU has.
+pub fn all(small: bool, gpu: &GpuDesc) -> Vec<Asked> {
     let mut list = kernels(small);
     if !small {
         // What the sanitizer looks at.
@@ -222,7 +223,7 @@ pub fn all(small: bool) -> Vec<Asked> {
     }
     list.extend(ceilings::kernels());
     list.extend(rows::kernels(small));
-    list.extend(products::kernels(small));
+    list.extend(products::kernels_for(small, gpu));
     list.extend(attention::kernels(small));
     list
 }

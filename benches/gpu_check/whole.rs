@@ -106,7 +106,7 @@ fn piece(want: Option<&Want>, place: usize, random: &mut Random) -> Result<Vec<u
         (0..1 << 20).flat_map(number).collect()
     };
     Ok(match want.map(|w| &w.spec) {
-        Some(KernelSpec::Matmul(s)) => {
+        Some(KernelSpec::Matmul(s) | KernelSpec::TiledMatmul(s)) => {
             let before = if s.a == AFmt::I8Token { 3 } else { 1 };
             if !(before..before + s.products() as usize).contains(&place) {
                 return Ok(small(random));

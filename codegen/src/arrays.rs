@@ -10,6 +10,7 @@
 //! input: an index outside of its axis, which the evaluator refuses, becomes the nearest one, and an integer divided
 //! by 0 gives 0.
 
+mod coded;
 mod elementwise;
 mod fold;
 mod indexing;
@@ -17,6 +18,7 @@ pub mod io;
 mod movement;
 mod product;
 mod quantized;
+mod requantize;
 mod value;
 
 use crate::conv::ConvSpec;
@@ -147,7 +149,11 @@ struct Lowering<'a> {
     blobs: Vec<EngineBlob>,
     blob_index: BTreeMap<BlobSource, u32>,
     pending: Vec<Option<Pending>>,
+    /// Products of [`Self::pending`] whose sums of bytes are scaled, and nothing else.
+    scaled: BTreeMap<usize, product::Scaled>,
     values: BTreeMap<ValueId, Value>,
+    /// Arrays that were stored with margins.
+    frames: BTreeMap<Place, product::Frame>,
     /// The op being lowered, for names of launches.
     name: String,
     /// Steps write parts of one array.
@@ -176,7 +182,9 @@ pub fn lower(
         blobs: vec![],
         blob_index: BTreeMap::new(),
         pending: vec![],
+        scaled: BTreeMap::new(),
         values: BTreeMap::new(),
+        frames: BTreeMap::new(),
         name: String::new(),
         part: false,
     };
@@ -184,6 +192,7 @@ pub fn lower(
     for arg in main.ops().flat_map(|(_, node)| &node.args) {
         *uses.entry(*arg).or_default() += 1;
     }
+    let wanted = cx.wanted_frames(main)?;
     let mut given = vec![];
     for &param in &main.params {
         let ty = main.ty(param);
@@ -205,7 +214,11 @@ pub fn lower(
         // Bytes end a product: those who multiply them look for them behind what makes numbers of them.
         let bytes = value.product().is_some() && matches!(value.mem(), Mem::I8 | Mem::U8);
         let kept = bytes || (uses > 1 && !value.is_cheap());
-        let value = if kept { Value::View(cx.stored(&value)?) } else { value };
+        let value = match (&value, wanted.get(&node.result)) {
+            (Value::Lazy(_), Some(frame)) => Value::View(cx.stored_in_frame(&value, frame)?),
+            _ if kept => Value::View(cx.stored(&value)?),
+            _ => value,
+        };
         cx.values.insert(node.result, value);
     }
     let mut made = vec![];
@@ -444,8 +457,17 @@ impl Lowering<'_> {
     /// Launches a product with its expression.
     fn launch(&mut self, lazy: &Lazy, layout: Option<&[usize]>) -> Result<View> {
         let id = lazy.product.ok_or_else(|| Diag::bug("a product that is none"))?;
+        let pending = self.pending[id].as_ref().ok_or_else(|| Diag::bug("a product is computed twice"))?;
+        let (dims, layout) = (pending.dims.clone(), layout.unwrap_or(&pending.layout).to_vec());
+        let view = self.buffer_in(lazy.mem, &dims, &layout)?;
+        self.launch_to(lazy, &view)?;
+        Ok(view)
+    }
+
+    /// Launches a product with its expression, whose numbers go into an array.
+    fn launch_to(&mut self, lazy: &Lazy, view: &View) -> Result<()> {
+        let id = lazy.product.ok_or_else(|| Diag::bug("a product that is none"))?;
         let pending = self.pending[id].take().ok_or_else(|| Diag::bug("a product is computed twice"))?;
-        let view = self.buffer_in(lazy.mem, &pending.dims, layout.unwrap_or(&pending.layout))?;
         let name = std::mem::replace(&mut self.name, pending.name);
         match pending.what {
             Product::Conv { spec, x, w } => {
@@ -485,7 +507,7 @@ impl Lowering<'_> {
             }
         }
         self.name = name;
-        Ok(view)
+        Ok(())
     }
 
     /// An expression as a value; it is stored when it has grown too large.

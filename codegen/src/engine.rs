@@ -4,11 +4,11 @@
 //! compilation leaves no half an engine. Its bytes depend on the module, the target and the limits only.
 
 use crate::arrays;
-use crate::backend::Order;
 use crate::cuda::plan;
+use crate::cuda::sample::SampleSpec;
 use crate::kernels::{self, KernelReport, Objects};
 use crate::lower::{self, BlobSource, EngineBlob, Limits, Lowered};
-use crate::spec::{KernelSpec, Rows};
+use crate::spec::{KernelSpec, MRange, Rows};
 use crate::tune::Tuning;
 use quantc_ir::diag::{Diag, Result};
 use quantc_ir::module::Module;
@@ -80,7 +80,7 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
         }
     };
     let limits = Limits { always_full: request.always_full, ..limits(module, request.max_tokens, encoder)? };
-    let lowered = lower::lower_for(Order::of(request.target), module, request.store, limits)?;
+    let lowered = lower::lower_for(request.target, module, request.store, limits)?;
     let Made { kernels_file, bytes: object, mut reports, gpu } = make(&request, &lowered)?;
     name_launches(&mut reports, &lowered);
 
@@ -179,14 +179,21 @@ fn make(request: &Request<'_>, lowered: &Lowered) -> Result<Made> {
             |l: &lower::Launch| (l.symbol.clone(), plan::Want { spec: l.spec.clone(), tokens: *tokens });
         launches.iter().map(want)
     });
-    let wanted: BTreeMap<String, plan::Want> = wanted.collect();
+    let mut wanted: BTreeMap<String, plan::Want> = wanted.collect();
+    let mut sampler = String::new();
+    if request.module.facts.get("kind").is_none_or(|kind| kind == "decoder") {
+        let spec = KernelSpec::Sample(SampleSpec { vocab: lowered.width, stride: lowered.width });
+        let last = lowered.programs.last().map_or(1, |(tokens, _)| tokens.max);
+        sampler = spec.key();
+        wanted.insert(sampler.clone(), plan::Want { spec, tokens: MRange { min: 1, max: last } });
+    }
     let code = plan::compile(&wanted, gpu, request.store)?;
     let report = |kernel: &plan::Compiled| KernelReport {
         symbol: kernel.launch.symbol.clone(),
         template: kernel.template,
         choice: kernel.choice.clone(),
         refused: vec![],
-        launches: vec![],
+        launches: if kernel.launch.symbol == sampler { vec!["choice of tokens".into()] } else { vec![] },
         work: wanted.get(&kernel.launch.symbol).and_then(|want| kernels::Work::of(&want.spec)),
         product: None,
         gpu: Some(kernel.report.clone()),
@@ -199,6 +206,7 @@ fn make(request: &Request<'_>, lowered: &Lowered) -> Result<Made> {
         page_rows: plan::PAGE,
         cuda: (major * 1000 + minor * 10) as u32,
         kernels: launches,
+        sampler,
     };
     let bytes = format::GpuCode { kernels: entries }.encode_file();
     Ok(Made { kernels_file: format::GPU_KERNELS_FILE, bytes, reports, gpu: Some(gpu) })
@@ -340,7 +348,7 @@ fn name_launches(reports: &mut [KernelReport], lowered: &Lowered) {
         }
     }
     for report in reports {
-        report.launches = names.remove(&report.symbol).unwrap_or_default();
+        report.launches.extend(names.remove(&report.symbol).unwrap_or_default());
     }
 }
 

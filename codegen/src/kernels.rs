@@ -9,7 +9,7 @@ use crate::eexpr::{Node, UnaryOp};
 use crate::spec::{Code, KernelSpec, MatmulSpec, Rows};
 use crate::tune::{Product, Tuning};
 use inkwell::context::Context;
-use quantc_ir::diag::Result;
+use quantc_ir::diag::{Diag, Result};
 use quantc_ir::target::{Dot, TargetDesc};
 use serde::Serialize;
 use std::collections::{BTreeMap, HashMap};
@@ -64,7 +64,7 @@ impl Work {
     /// The work of `spec`, where it is a matter of multiply-adds.
     pub fn of(spec: &KernelSpec) -> Option<Work> {
         match spec {
-            KernelSpec::Matmul(s) => {
+            KernelSpec::Matmul(s) | KernelSpec::TiledMatmul(s) => {
                 let per = if s.rows == Rows::T { Per::T } else { Per::R };
                 Some(Work { macs: u64::from(s.n) * u64::from(s.k) * u64::from(s.products()), per })
             }
@@ -131,6 +131,9 @@ pub fn compile(
                 let tile = spec.tile(target);
                 report.choice = format!("{} windows by {} vectors of outputs", tile.windows, tile.vectors);
                 conv::emit(&unit, spec, symbol)?;
+            }
+            KernelSpec::RowTiles(_) | KernelSpec::TiledMatmul(_) | KernelSpec::Sample(_) => {
+                return Err(Diag::bug(format!("{symbol} is a kernel of GPUs only")));
             }
         }
         reports.push(report);

@@ -315,8 +315,9 @@ impl Layout {
         let bytes = self.w.code.source_bytes();
         for group in 0..self.groups() {
             let first = group * self.w.group;
-            for step in (0..self.group_len(group)).step_by(self.step_k() as usize) {
-                let at = self.code(col, first + step).byte as usize;
+            let begin = self.code(col, first).byte as usize;
+            for (n, step) in (0..self.group_len(group)).step_by(self.step_k() as usize).enumerate() {
+                let at = begin + n * self.step_bytes() as usize;
                 let len = self.step_k().min(self.group_len(group) - step) as usize;
                 let from = &row[(first + step) as usize * bytes..][..len * bytes];
                 match (self.w.code.bits(), self.order) {

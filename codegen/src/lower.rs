@@ -15,6 +15,7 @@ use crate::cpu::gather::GatherSpec;
 use crate::cpu::rope::{RopeSpec, RopeStyle, RopeTableSpec};
 use crate::cpu::row::{RowCount, RowSpec};
 use crate::cuda::plan;
+use crate::cuda::tiles::ROWS;
 use crate::eexpr::{BinaryOp, EExpr, F32, MemTy, NodeId, OutputKind, UnaryOp};
 use crate::schedule::{self, Buffer};
 use crate::spec::{AFmt, KernelSpec, MRange, MatmulSpec, Rows, bf16_row_stride};
@@ -25,6 +26,7 @@ use quantc_ir::graph::{Def, Graph, Node};
 use quantc_ir::module::Module;
 use quantc_ir::ops::{self, Op, QMATMUL_EXTRAS, Step as EpilogueStep};
 use quantc_ir::scheme::{Group, Scheme};
+use quantc_ir::target::{GpuDesc, TargetDesc};
 use quantc_ir::ty::{Dim, ElemTy, Float, TensorTy};
 use quantc_ir::weights::{Digest, Store};
 use quantc_runtime::format::{Input, Items, MAX_BUFFER_BYTES, Ref, Sym, slot_rows};
@@ -120,6 +122,18 @@ struct Step {
     args: Vec<Place>,
     items: Items,
     tap: Option<StepTap>,
+    tiles: Tiles,
+}
+
+/// What a step has to do with tiles of rows, which calls of many tokens have on some GPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tiles {
+    /// Nothing.
+    None,
+    /// It makes them: only such calls have it.
+    Made,
+    /// It reads them there, in place of its first argument.
+    Read(Place),
 }
 
 /// A value worth comparing after a step: its name, buffer, rows and columns.
@@ -200,16 +214,23 @@ pub struct Rows32 {
 
 /// Lowers `module` for a processor. Weights of matmuls are packed through the store unless `pack-weights` has done so.
 pub fn lower(module: &Module, store: &Store, limits: Limits) -> Result<Lowered> {
-    lower_for(Order::Panels, module, store, limits)
+    lower_on(None, module, store, limits)
 }
 
-/// Lowers `module` for machines that want weights in this order.
+/// Lowers `module` for a target.
 ///
 /// What differs for a GPU: launches follow each other, so none is run by every worker; caches lie in pages, which kernels
-/// find through a table; there is no scratch, and there are other classes of tokens.
-pub fn lower_for(order: Order, module: &Module, store: &Store, limits: Limits) -> Result<Lowered> {
+/// find through a table; there is no scratch, and there are other classes of tokens. Where groups of warps multiply, calls of
+/// many tokens have launches of their own, which put rows into tiles ([`plan::token_tiles`]).
+pub fn lower_for(target: &TargetDesc, module: &Module, store: &Store, limits: Limits) -> Result<Lowered> {
+    lower_on(target.gpu, module, store, limits)
+}
+
+fn lower_on(gpu: Option<&GpuDesc>, module: &Module, store: &Store, limits: Limits) -> Result<Lowered> {
+    let order = if gpu.is_some() { Order::Fragments } else { Order::Panels };
     let mut cx = Lowering {
         order,
+        gpu,
         module,
         store,
         limits,
@@ -305,6 +326,8 @@ impl Val {
 
 struct Lowering<'a> {
     order: Order,
+    /// The GPU, where there is one.
+    gpu: Option<&'a GpuDesc>,
     module: &'a Module,
     store: &'a Store,
     limits: Limits,
@@ -512,7 +535,8 @@ impl Lowering<'_> {
     fn launch(&mut self, name: &str, spec: KernelSpec, reads: &[Place], writes: &[Place], items: Items) {
         let args = reads.iter().chain(writes).copied().collect();
         let (reads, writes) = (reads.to_vec(), writes.to_vec());
-        self.steps.push(Step { name: name.into(), spec, reads, writes, args, items, tap: None });
+        let (tap, tiles) = (None, Tiles::None);
+        self.steps.push(Step { name: name.into(), spec, reads, writes, args, items, tap, tiles });
     }
 
     /// A row kernel over `inputs` with one output of type `out`.
@@ -614,6 +638,8 @@ impl Lowering<'_> {
                         ops::RopeStyle::Half => RopeStyle::Half,
                         ops::RopeStyle::Interleaved => RopeStyle::Interleaved,
                     },
+                    // Items tell processors.
+                    rows: if self.gpu.is_some() { at.rows } else { Rows::T },
                 };
                 let place = self.buffer(out)?;
                 let items = Extent { per: 1, ..at }.items();
@@ -788,7 +814,8 @@ impl Lowering<'_> {
             args.push(Place::Scratch);
         }
         let spec = KernelSpec::Attention(spec);
-        self.steps.push(Step { name: name.into(), spec, reads, writes: vec![place], args, items, tap: None });
+        let (writes, tap, tiles) = (vec![place], None, Tiles::None);
+        self.steps.push(Step { name: name.into(), spec, reads, writes, args, items, tap, tiles });
         Ok(Val::plain(place))
     }
 
@@ -1278,8 +1305,54 @@ impl Lowering<'_> {
         Private { offsets, end: if own.is_empty() { 0 } else { base + plan.bytes } }
     }
 
+    /// The classes of tokens that calls have.
+    fn ranges(&self) -> Vec<MRange> {
+        let mut ranges = classes_of(self.order, self.limits.max_tokens);
+        if self.limits.always_full {
+            ranges.drain(..ranges.len() - 1);
+        }
+        ranges
+    }
+
+    /// Lets products of many rows read tiles, where they have such kernels: rows are put into tiles once for all that read
+    /// them. Nothing but calls of the last class have so many.
+    fn add_tiles(&mut self) {
+        let (Some(gpu), Some(&most)) = (self.gpu, self.ranges().last()) else { return };
+        let mut made: BTreeMap<(usize, String), Place> = BTreeMap::new();
+        for mut step in std::mem::take(&mut self.steps) {
+            let wide = for_class(self.order, &step.spec, most, self.limits.max_rows);
+            if let (KernelSpec::Matmul(product), Some(&Place::Buffer(rows))) = (&wide, step.args.first())
+                && let Some(spec) = plan::token_tiles(product, gpu)
+            {
+                let limit = if spec.rows == Rows::T { self.limits.max_tokens } else { self.limits.max_rows };
+                let size = Size { row_bytes: spec.tiled(1).row_bytes(), rows: limit.next_multiple_of(ROWS) };
+                let spec = KernelSpec::RowTiles(spec);
+                let place = *made.entry((rows, spec.key())).or_insert_with(|| {
+                    self.buffers.push(size);
+                    let place = Place::Buffer(self.buffers.len() - 1);
+                    let (reads, writes) = (vec![Place::Buffer(rows)], vec![place]);
+                    self.steps.push(Step {
+                        name: format!("{}.tiles", step.name),
+                        spec,
+                        args: vec![Place::Buffer(rows), place],
+                        reads,
+                        writes,
+                        items: step.items,
+                        tap: None,
+                        tiles: Tiles::Made,
+                    });
+                    place
+                });
+                step.reads.push(place);
+                step.tiles = Tiles::Read(place);
+            }
+            self.steps.push(step);
+        }
+    }
+
     /// Orders the steps, plans the arena and gives every class its launches.
     fn finish(mut self, out: &NamedRows, inputs: &[NamedRows], more: &[NamedRows]) -> Result<Lowered> {
+        self.add_tiles();
         self.steps = in_waves(self.steps);
         let end = self.steps.len();
         let mut lives: Vec<Option<(usize, usize)>> = vec![None; self.buffers.len()];
@@ -1330,6 +1403,8 @@ impl Lowering<'_> {
             Place::Buffer(b) => Some((arena.offsets[b], arena.offsets[b] + buffers[b].bytes)),
             _ => None,
         };
+        let ranges = self.ranges();
+        let most = *ranges.last().ok_or_else(|| Diag::bug("no class of tokens"))?;
         let mut scratch_bytes = self.scratch_bytes;
         let class = |range: MRange| {
             let private = self.private(range, &read, &buffers);
@@ -1337,13 +1412,30 @@ impl Lowering<'_> {
             let shared =
                 |place: &&Place| !matches!(place, Place::Buffer(b) if private.offsets.contains_key(b));
             let overlaps = overlaps(&self.steps, shared, bytes);
+            // Tiles are made where a product of this class reads them.
+            let tiled = |step: &&Step| match step.tiles {
+                Tiles::None | Tiles::Read(_) => true,
+                Tiles::Made => range == most,
+            };
             let kernel = |step: &Step| {
-                let spec = for_class(self.order, &step.spec, range, self.limits.max_rows);
+                let mut spec = for_class(self.order, &step.spec, range, self.limits.max_rows);
+                if let (KernelSpec::Matmul(product), Tiles::Read(_)) = (&spec, step.tiles)
+                    && range == most
+                {
+                    spec = KernelSpec::TiledMatmul(product.clone());
+                }
                 let symbol = match self.order {
                     Order::Panels => spec.key(),
                     Order::Fragments => plan::symbol(&spec, range),
                 };
                 (spec, symbol)
+            };
+            let args = |step: &Step| {
+                let mut args = step.args.clone();
+                if let (Tiles::Read(place), true) = (step.tiles, range == most) {
+                    args[0] = place;
+                }
+                args
             };
             let launch = |(i, step): (usize, &Step)| {
                 let (spec, symbol) = kernel(step);
@@ -1351,7 +1443,7 @@ impl Lowering<'_> {
                     name: step.name.clone(),
                     spec,
                     symbol,
-                    args: step.args.iter().map(|&p| at(p, &private)).collect(),
+                    args: args(step).into_iter().map(|p| at(p, &private)).collect(),
                     items: step.items,
                     tap: step.tap.as_ref().map(|tap| Rows32 {
                         name: tap.name.clone(),
@@ -1363,12 +1455,8 @@ impl Lowering<'_> {
                     replicated: private.replicates(step),
                 }
             };
-            (range, self.steps.iter().enumerate().map(launch).collect())
+            (range, self.steps.iter().enumerate().filter(|(_, step)| tiled(step)).map(launch).collect())
         };
-        let mut ranges = classes_of(self.order, self.limits.max_tokens);
-        if self.limits.always_full {
-            ranges.drain(..ranges.len() - 1);
-        }
         let rows = |all: &[NamedRows]| {
             let one = |r: &NamedRows| Rows32 {
                 name: r.name.clone(),

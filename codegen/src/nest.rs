@@ -244,6 +244,8 @@ pub enum Node {
     Select(NodeId, NodeId, NodeId),
     /// Another type of number. Floats are cut towards zero and saturate, integers wrap around.
     Convert(Num, NodeId),
+    /// The nearest integer to a number of single precision that is near one of 32 bits; ties to even.
+    Nearest(NodeId),
     /// The nearest number that memory of a type holds; integers wrap around.
     Fit(Mem, NodeId),
 }
@@ -254,7 +256,7 @@ impl Node {
         match self {
             Node::Const(..) | Node::Pos(_) | Node::Inside(_) | Node::Load { .. } | Node::Folded(_) => vec![],
             Node::LoadAt { at, .. } => vec![*at],
-            Node::Unary(_, a) | Node::Convert(_, a) | Node::Fit(_, a) => vec![*a],
+            Node::Unary(_, a) | Node::Convert(_, a) | Node::Nearest(a) | Node::Fit(_, a) => vec![*a],
             Node::Binary(_, a, b) | Node::Compare(_, a, b) => vec![*a, *b],
             Node::Select(a, b, c) => vec![*a, *b, *c],
         }
@@ -278,6 +280,7 @@ impl Node {
             Node::Compare(f, a, b) => Node::Compare(*f, node(*a), node(*b)),
             Node::Select(a, b, c) => Node::Select(node(*a), node(*b), node(*c)),
             Node::Convert(n, a) => Node::Convert(*n, node(*a)),
+            Node::Nearest(a) => Node::Nearest(node(*a)),
             Node::Fit(m, a) => Node::Fit(*m, node(*a)),
         }
     }
@@ -303,6 +306,7 @@ pub fn nums(nodes: &[Node]) -> Vec<Num> {
         let num = match node {
             Node::Const(n, _) | Node::Folded(n) | Node::Convert(n, _) => *n,
             Node::Pos(_) => Num::I64,
+            Node::Nearest(_) => Num::I32,
             Node::Inside(_) | Node::Compare(..) => Num::Bool,
             Node::Load { mem, .. } | Node::LoadAt { mem, .. } => mem.num(),
             Node::Unary(Un::Key, a) => match of(a) {
@@ -383,6 +387,9 @@ pub struct NestSpec {
 /// Numbers of the last axis that make an item.
 pub const CHUNK: u64 = 2048;
 
+/// Fewest neighbours that are worth a vector.
+const SIDE: u64 = 8;
+
 impl NestSpec {
     /// Axes of `dims` and of the fold.
     pub fn rank(&self) -> usize {
@@ -429,6 +436,15 @@ impl NestSpec {
             let mut order: Vec<usize> = (0..outer).collect();
             let stride = |a: usize| if self.dims[a] == 1 { i64::MAX } else { at.strides[a].abs() };
             order.sort_by_key(|&a| std::cmp::Reverse(stride(a)));
+            // A few neighbours are stored one by one, so that neighbours may as well be loaded side by side.
+            let few = order.last().is_some_and(|&a| self.dims[a] < SIDE);
+            if let Some(at) = order.iter().rposition(|&a| self.dims[a] >= 2 * SIDE && self.side_by_side(a))
+                && few
+                && self.fold.is_none()
+            {
+                let axis = order.remove(at);
+                order.push(axis);
+            }
             self.permute(&order);
             self.merge_axes();
         }
@@ -436,6 +452,20 @@ impl NestSpec {
             self.insert_axis();
         }
         self
+    }
+
+    /// Whether neighbours along an axis are loaded side by side, or are one, and nothing else is looked up.
+    fn side_by_side(&self, axis: usize) -> bool {
+        let mut loads = self.nodes.iter().filter_map(|node| match node {
+            Node::Load { at, .. } => Some(at.strides[axis]),
+            Node::LoadAt { .. } => Some(2),
+            _ => None,
+        });
+        let mut any = false;
+        loads.all(|stride| {
+            any |= stride == 1;
+            matches!(stride, 0 | 1)
+        }) && any
     }
 
     fn drop_dead(&mut self) {

@@ -12,6 +12,8 @@ use crate::cpu::cache::CacheAppendSpec;
 use crate::cpu::gather::GatherSpec;
 use crate::cpu::rope::{RopeSpec, RopeTableSpec};
 use crate::cpu::row::RowSpec;
+use crate::cuda::sample::SampleSpec;
+use crate::cuda::tiles::rows::RowTilesSpec;
 use crate::eexpr::{EExpr, Place};
 use crate::nest::NestSpec;
 
@@ -37,6 +39,14 @@ pub enum KernelSpec {
     Nest(NestSpec),
     /// Products of windows with weights.
     Conv(ConvSpec),
+    /// Rows into tiles, for products of groups of warps; of GPUs only.
+    RowTiles(RowTilesSpec),
+    /// Activations, as the tiles that [`tokens_spec`] tells, times packed weights; of GPUs only.
+    ///
+    /// [`tokens_spec`]: crate::cuda::mixed::MixedTile::tokens_spec
+    TiledMatmul(MatmulSpec),
+    /// Tokens chosen from logits; of GPUs only.
+    Sample(SampleSpec),
 }
 
 impl KernelSpec {
@@ -56,6 +66,9 @@ impl KernelSpec {
             KernelSpec::RopeTable(spec) => format!("rope_table_{}", spec.half),
             KernelSpec::Nest(spec) => format!("nest_{}", spec.name),
             KernelSpec::Conv(spec) => format!("conv_{}_n{}_k{}", spec.name, spec.outs, spec.channels),
+            KernelSpec::RowTiles(spec) => format!("row_tiles_{}_k{}", spec.kind.name(), spec.k),
+            KernelSpec::TiledMatmul(spec) => format!("tiled_{}", spec.facts()),
+            KernelSpec::Sample(spec) => format!("sample_{}", spec.vocab),
         };
         format!("{facts}_{}", &digest[..12])
     }
@@ -72,6 +85,9 @@ impl KernelSpec {
             KernelSpec::RopeTable(_) => "rope_table",
             KernelSpec::Nest(_) => "nest",
             KernelSpec::Conv(_) => "conv",
+            KernelSpec::RowTiles(_) => "row_tiles",
+            KernelSpec::TiledMatmul(_) => "tiled_matmul",
+            KernelSpec::Sample(_) => "sample",
         }
     }
 }

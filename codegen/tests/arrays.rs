@@ -3,6 +3,7 @@
 
 use quantc_codegen::arrays::{self, io};
 use quantc_codegen::engine::{self, GraphRequest};
+use quantc_codegen::nest::{Bin, Node};
 use quantc_codegen::spec::KernelSpec;
 use quantc_codegen::targets::{self, TARGETS};
 use quantc_ir::entity::ValueId;
@@ -459,6 +460,12 @@ fn arrays_are_convolved() {
     }
     let computed = net.f32(&[6, 5, 2, 2]);
     net.out(conv(&[], &[], &[], &[], 1), &[x, computed]);
+    // An array with margins, and a part of it, whose margins are others.
+    let positive = net.op(Relu {}, &[x]);
+    let w = net.weight(ElemTy::F32, &[4, 5, 3, 3], -1.0..1.0);
+    net.out(conv(&[], &[], &[1, 1], &[1, 1], 1), &[positive, w]);
+    let part = net.op(Slice { axis: 2, start: 0, len: 6, step: 1 }, &[positive]);
+    net.out(conv(&[], &[], &[1, 1], &[1, 1], 1), &[part, w]);
     let grouped = net.f32(&[2, 6, 8]);
     let w = net.weight(ElemTy::F32, &[4, 3, 3], -1.0..1.0);
     net.out(conv(&[2], &[], &[1], &[0], 2), &[grouped, w]);
@@ -512,6 +519,144 @@ fn products_of_bytes_are_exact() {
         let lowered = arrays::lower(&net.module, &Store::in_memory(), targets::host(), &[], &[]).unwrap();
         let bytes = |l: &&arrays::Launch| matches!(&l.spec, KernelSpec::Conv(c) if c.name == "bytes");
         assert_eq!(lowered.launches.iter().filter(bytes).count(), 6, "dense products are of bytes");
+    }
+}
+
+impl Net {
+    /// Numbers as codes with one scale and zero point, read again.
+    fn coded(&mut self, x: ValueId, format: &'static formats::Format, scale: f64, zero: i32) -> ValueId {
+        let scheme = Scheme { format, group: Group::Tensor, zero: Zero::Point(format), scale: Float::F32 };
+        let rank = self.module.main.ty(x).rank();
+        let ones = vec![1; rank];
+        let scale = self.weight(ElemTy::F32, &ones, scale..scale * 1.01);
+        let zero_ty = ElemTy::Q(zero_scheme(scheme, format));
+        let zero = self.codes(zero_ty, &ones, |_| zero as u8);
+        let q = self.op(Quantize { to: scheme }, &[x, scale, zero]);
+        self.op(Dequantize { to: Float::F32 }, &[q, scale, zero])
+    }
+
+    /// Constant codes.
+    fn codes(&mut self, elem: ElemTy, dims: &[u64], mut code: impl FnMut(&mut ChaCha8Rng) -> u8) -> ValueId {
+        let ty = TensorTy::fixed(elem, dims);
+        let n: u64 = dims.iter().product();
+        let mut bytes: Vec<u8> = (0..n).map(|_| code(&mut self.rng)).collect();
+        if elem.scheme().is_some_and(|s| s.format.bits == 4) {
+            // Two codes a byte, each row for itself.
+            let row = dims.last().map_or(1, |&d| d as usize);
+            let byte = |pair: &[u8]| pair[0] | pair.get(1).map_or(0, |high| high << 4);
+            bytes = bytes.chunks(row).flat_map(|row| row.chunks(2).map(byte).collect::<Vec<_>>()).collect();
+        }
+        let name = format!("w{}", self.module.weights.len());
+        let source = WeightSource::Inline(bytes);
+        let id = self.module.weights.push(WeightDecl { name, ty: ty.clone(), source });
+        self.module.main.weight(id, &ty)
+    }
+
+    /// Weights of signed bytes with a scale for each output, read. Those of `wide` have a zero point that makes them
+    /// numbers beyond signed bytes.
+    fn coded_weights(&mut self, dims: &[u64], wide: bool) -> ValueId {
+        let format = if wide { &formats::UINT8 } else { &formats::INT8 };
+        let zero = if wide { Zero::Point(format) } else { Zero::Symmetric };
+        let group = if wide { Group::Tensor } else { Group::Axis(0) };
+        let scheme = Scheme { format, group, zero, scale: Float::F32 };
+        let shape = scheme.scale_shape(&Shape::fixed(dims)).unwrap().dims().unwrap();
+        let q = self.codes(ElemTy::Q(scheme), dims, |rng| rng.random());
+        let scale = self.weight(ElemTy::F32, &shape, 0.001..0.003);
+        let zero = match wide {
+            true => self.codes(ElemTy::Q(zero_scheme(scheme, format)), &shape, |_| 101),
+            false => self.module.main.none(),
+        };
+        self.op(Dequantize { to: Float::F32 }, &[q, scale, zero])
+    }
+}
+
+#[test]
+fn matrices_of_codes_in_blocks_keep_them() {
+    let formats =
+        [(&formats::UINT4, true), (&formats::INT4, false), (&formats::UINT8, true), (&formats::INT8, true)];
+    for (format, pointed) in formats {
+        let mut net = Net::new();
+        for (rows, outs, axis) in [(1u64, 40u64, 1u8), (9, 70, 0), (5, 3, 1)] {
+            let zero = if pointed { Zero::Point(format) } else { Zero::Symmetric };
+            let scheme = Scheme { format, group: Group::Block { axis, size: 8 }, zero, scale: Float::F32 };
+            let dims = if axis == 1 { [outs, 48] } else { [48, outs] };
+            let shape = scheme.scale_shape(&Shape::fixed(&dims)).unwrap().dims().unwrap();
+            let mask = format.mask() as u8;
+            let q = net.codes(ElemTy::Q(scheme), &dims, |rng| rng.random::<u8>() & mask);
+            let scale = net.weight(ElemTy::F32, &shape, 0.01..0.1);
+            let zero = match pointed {
+                true => {
+                    net.codes(ElemTy::Q(zero_scheme(scheme, format)), &shape, |rng| rng.random::<u8>() & mask)
+                }
+                false => net.module.main.none(),
+            };
+            let w = net.op(Dequantize { to: Float::F32 }, &[q, scale, zero]);
+            let x = net.f32(&[rows, 48]);
+            if axis == 1 {
+                let y = net.op(MatMul::default(), &[x, w]);
+                net.out(Relu {}, &[y]);
+            } else {
+                net.out(Dot {}, &[x, w]);
+            }
+        }
+        net.check(2e-5);
+        let lowered = arrays::lower(&net.module, &Store::in_memory(), targets::host(), &[], &[]).unwrap();
+        let codes =
+            |l: &&arrays::Launch| matches!(&l.spec, KernelSpec::Conv(c) if c.name.starts_with("codes"));
+        assert_eq!(lowered.launches.iter().filter(codes).count(), 3, "{format}");
+    }
+}
+
+#[test]
+fn quantized_networks_give_the_same_codes() {
+    for (format, zero) in [(&formats::UINT8, 121), (&formats::INT8, -7)] {
+        for (channels, wide) in [(3, false), (16, false), (48, false), (20, true)] {
+            let mut net = Net::new();
+            let x = net.f32(&[2, 4, 9, 11]);
+            let x = net.coded(x, format, 0.02, zero);
+            let w = net.coded_weights(&[channels, 4, 3, 3], wide);
+            let y = net.op(conv(&[], &[], &[1, 1], &[1, 1], 1), &[x, w]);
+            let bias = net.weight(ElemTy::F32, &[channels, 1, 1], -1.0..1.0);
+            let y = net.op(Add {}, &[y, bias]);
+            let y = net.op(Relu {}, &[y]);
+            // What follows wants margins of two kinds around the same array.
+            let y = net.coded(y, format, 0.03, zero);
+            for (kernel, pads) in [([3, 3], [1, 0]), ([5, 2], [2, 1]), ([1, 4], [0, 2])] {
+                let w = net.coded_weights(&[channels, 1, kernel[0], kernel[1]], wide);
+                let [before, after] = pads;
+                let op = conv(&[1, 2], &[], &[before, before], &[after, before], channels as u32);
+                let z = net.op(op, &[y, w]);
+                let six = net.weight(ElemTy::F32, &[], 2.0..2.1);
+                let none = net.weight(ElemTy::F32, &[], -0.5..-0.4);
+                let z = net.op(Binary { kind: BinaryKind::Max }, &[z, none]);
+                let z = net.op(Binary { kind: BinaryKind::Min }, &[six, z]);
+                let z = net.coded(z, format, 0.021, zero);
+                net.module.main.results.push(z);
+            }
+            let w = net.coded_weights(&[7, channels, 1, 1], wide);
+            let z = net.op(conv(&[], &[], &[], &[], 1), &[y, w]);
+            let z = net.coded(z, format, 0.05, zero);
+            let w = net.coded_weights(&[5, 7, 2, 2], wide);
+            let z = net.op(conv(&[], &[], &[0, 1], &[1, 0], 1), &[z, w]);
+            let z = net.coded(z, format, 0.01, zero);
+            net.module.main.results.extend([z, y]);
+            net.check(1e-6);
+            let lowered = arrays::lower(&net.module, &Store::in_memory(), targets::host(), &[], &[]).unwrap();
+            let of = |name: &str| {
+                let named = |l: &&arrays::Launch| matches!(&l.spec, KernelSpec::Conv(c) if c.name == name);
+                lowered.launches.iter().filter(named).count()
+            };
+            assert_eq!((of("single"), of("bytes")), if wide { (0, 0) } else { (3, 3) });
+            let divides = |l: &&arrays::Launch| match &l.spec {
+                KernelSpec::Conv(c) => c.nodes.iter().any(|n| matches!(n, Node::Binary(Bin::Div, ..))),
+                _ => false,
+            };
+            assert_eq!(
+                lowered.launches.iter().any(|l| divides(&l)),
+                wide,
+                "sums of bytes are scaled at once"
+            );
+        }
     }
 }
 

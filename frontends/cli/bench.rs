@@ -6,7 +6,7 @@ use crate::profile::{Facts, Phase};
 use crate::subject::{self, Weights};
 use quantc_ir::diag::Diag;
 use quantc_runtime::engine::OpenOptions;
-use quantc_runtime::sample;
+use quantc_runtime::sample::{self, SampleOptions, Sampler};
 use quantc_runtime::session::{Session, SessionOptions};
 use quantc_runtime::stats;
 use serde_json::{Map, json};
@@ -85,9 +85,16 @@ pub fn run(args: Args) -> Outcome {
     let (mut prefill, mut decode, mut runs) = (vec![], vec![], vec![]);
     let (mut prefill_phase, mut decode_phase) = (Phase::default(), Phase::default());
     let width = manifest.vocab as usize;
+    let mut choosers = vec![];
+    if session.chooses() {
+        for _ in &slots {
+            choosers.push(Sampler::new(SampleOptions::default(), width)?);
+        }
+    }
     let nanos = |start: Instant| u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
     for n in 0..=args.repeat {
-        // The first run warms up and is not counted.
+        // The first run warms up and is not counted. It goes on until weights lie where they stay: in a text of some hundred
+        // tokens their move is lost, in a short measurement it would be half of what is measured.
         let (mut first, mut then) = (Phase::default(), Phase::default());
         let mut next = vec![0; slots.len()];
         session.clear_profile();
@@ -95,12 +102,21 @@ pub fn run(args: Args) -> Outcome {
         for (&slot, next) in slots.iter().zip(&mut next) {
             session.reset(slot)?;
             let began = Instant::now();
-            let logits = session.prefill(slot, &prompt, 1)?;
+            let logits = match &mut choosers[..] {
+                // Tokens are chosen where the kernels run, as a part of the step.
+                [chooser, ..] => {
+                    *next = session.prefill_next(slot, &prompt, chooser)?;
+                    None
+                }
+                [] => Some(session.prefill(slot, &prompt, 1)?),
+            };
             first.steps.nanos += nanos(began);
             first.steps.count_prompt(prompt.len() as u64, manifest.max_tokens.into());
-            let began = Instant::now();
-            *next = sample::greedy(logits).unwrap_or(0);
-            first.steps.sampling_nanos += nanos(began);
+            if let Some(logits) = logits {
+                let began = Instant::now();
+                *next = sample::greedy(logits).unwrap_or(0);
+                first.steps.sampling_nanos += nanos(began);
+            }
         }
         let prefill_s = start.elapsed().as_secs_f64();
         if args.profile {
@@ -108,15 +124,24 @@ pub fn run(args: Args) -> Outcome {
             session.clear_profile();
         }
         let start = Instant::now();
-        for _ in 0..args.gen_tokens {
-            let began = Instant::now();
-            let logits = session.decode_batch(&slots, &next)?;
-            then.steps.nanos += nanos(began);
-            let began = Instant::now();
-            for (next, row) in next.iter_mut().zip(logits.chunks_exact(width)) {
-                *next = sample::greedy(row).unwrap_or(0);
+        let long = |done: usize| n == 0 && !engine.moved().done && args.prompt_tokens + done < context;
+        for done in 0.. {
+            if done >= args.gen_tokens && !long(done) {
+                break;
             }
-            then.steps.sampling_nanos += nanos(began);
+            let began = Instant::now();
+            if choosers.is_empty() {
+                let logits = session.decode_batch(&slots, &next)?;
+                then.steps.nanos += nanos(began);
+                let began = Instant::now();
+                for (next, row) in next.iter_mut().zip(logits.chunks_exact(width)) {
+                    *next = sample::greedy(row).unwrap_or(0);
+                }
+                then.steps.sampling_nanos += nanos(began);
+            } else {
+                session.decode_batch_next(&slots, &mut next, &mut choosers)?;
+                then.steps.nanos += nanos(began);
+            }
             let held: u64 = slots.iter().map(|&slot| u64::from(session.position(slot))).sum();
             then.steps.count(slots.len() as u64, slots.len() as u64, held, held);
         }

@@ -414,9 +414,10 @@ pub fn read_data(
     tokenizer: Option<&quantc_frontends::Tokenizer>,
     module: &quantc_ir::module::Module,
 ) -> Outcome<Data> {
-    let (tokens, array) = subject::tokens(path, tokenizer)?;
+    let (tokens, row) = subject::tokens(path, tokenizer)?;
     // An array holds samples as they are.
-    let bos = module.fact_u64("bos").ok().flatten().and_then(|id| u32::try_from(id).ok()).filter(|_| !array);
+    let bos = module.fact_u64("bos").ok().flatten().and_then(|id| u32::try_from(id).ok());
+    let bos = bos.filter(|_| row.is_none());
     let vocab = module.fact_u64("vocab")?.unwrap_or(u64::from(u32::MAX));
     if let Some(id) = tokens.iter().chain(&bos).find(|&&id| u64::from(id) >= vocab) {
         let text = format!("the tokenizer makes token {id}, but the model knows {vocab} tokens only");

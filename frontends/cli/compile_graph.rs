@@ -234,23 +234,35 @@ pub struct Samples {
 }
 
 impl Samples {
-    /// Reads `NAME=FILE`, or `FILE` for a model with one input.
+    /// Reads `NAME=FILE,NAME=FILE`, or `FILE` for a model with one input.
     pub fn read(model: &Path, data: &Path) -> Outcome<Samples> {
         let names = onnx::inputs(model)?;
         let text = data.display().to_string();
-        let (name, file) = match (text.split_once('='), &names[..]) {
-            (Some((name, file)), _) if names.iter().any(|n| n == name) => {
-                (name.to_string(), PathBuf::from(file))
-            }
-            (_, [only]) => (only.clone(), data.to_path_buf()),
-            _ => {
-                let diag = Diag::input(format!("`{text}` names no input of the model"));
-                return Err(diag
-                    .help(format!("give --data NAME=FILE; its inputs are {}", names.join(", ")))
-                    .into());
-            }
+        let of_input = |part: &str| {
+            let (name, file) = part.split_once('=')?;
+            names.iter().any(|n| n == name).then(|| (name.to_string(), PathBuf::from(file)))
         };
-        let given = BTreeMap::from([(name, read_tensor(&file)?)]);
+        // A comma belongs to a file's name unless an input's name follows.
+        let mut files: Vec<(String, PathBuf)> = vec![];
+        for part in text.split(',') {
+            match (of_input(part), files.last_mut()) {
+                (Some(file), _) => files.push(file),
+                (None, Some((_, file))) => *file = PathBuf::from(format!("{},{part}", file.display())),
+                (None, None) => break,
+            }
+        }
+        if let (true, [only]) = (files.is_empty(), &names[..]) {
+            files.push((only.clone(), data.to_path_buf()));
+        }
+        if files.is_empty() {
+            let diag = Diag::input(format!("`{text}` names no input of the model"));
+            let help = format!("give --data NAME=FILE,NAME=FILE; its inputs are {}", names.join(", "));
+            return Err(diag.help(help).into());
+        }
+        let mut given = BTreeMap::new();
+        for (name, file) in files {
+            given.insert(name, read_tensor(&file)?);
+        }
         Ok(Samples { names, given })
     }
 
@@ -262,7 +274,7 @@ impl Samples {
             let name = self.names.get(i).map_or("", String::as_str);
             let samples = self.given.get(name).ok_or_else(|| {
                 Diag::input(format!("there are no samples for the input `{name}`"))
-                    .help("samples can be given for models with one input")
+                    .help(format!("give them all: --data {}", self.names.join("=FILE,") + "=FILE"))
             })?;
             for (n, batch) in subject::batches_of(samples, ty)?.into_iter().enumerate() {
                 if batches.len() <= n {

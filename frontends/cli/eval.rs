@@ -18,7 +18,7 @@ pub struct Args {
     /// The text to score, or token ids in rows, as a NumPy array (`.npy`), in front of which no BOS is put.
     #[arg(long, required_unless_present = "input")]
     text: Option<PathBuf>,
-    /// Tokens of a window, BOS included; by default the context, at most 2048.
+    /// Tokens of a window, BOS included; by default the context, at most 2048, or a row of the array.
     #[arg(long)]
     window: Option<u32>,
     /// Most tokens taken from the text; 0 takes all.
@@ -55,18 +55,22 @@ pub fn run(args: Args) -> Outcome {
     };
     let engine = open(&args.subject)?;
     let base = args.against.as_deref().map(open).transpose()?;
-    let (tokens, array) = subject::tokens(text, Some(&subject::tokenizer(&engine)?))?;
+    let (tokens, row) = subject::tokens(text, Some(&subject::tokenizer(&engine)?))?;
     let context = engine.manifest().context;
-    let window = args.window.unwrap_or(context.min(2048));
+    let row = row.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+    let window = args.window.or(row).unwrap_or(context.min(2048));
     let shortest = base.as_ref().map_or(context, |b| b.manifest().context.min(context));
     if window > shortest {
         return Err(
             Diag::input(format!("a window of {window} tokens exceeds the context of {shortest}")).into()
         );
     }
-    let bos = engine.manifest().generation.as_ref().and_then(|g| g.bos).filter(|_| !array);
+    let bos = engine.manifest().generation.as_ref().and_then(|g| g.bos);
     let known = engine.manifest().token_ids().min(engine.manifest().vocab);
-    let windows = TokenWindows::of_ids(tokens, args.max_tokens, bos, window as usize, known)?;
+    let windows = match row {
+        None => TokenWindows::of_ids(tokens, args.max_tokens, bos, window as usize, known)?,
+        Some(_) => TokenWindows::of_samples(tokens, args.max_tokens, window as usize, known)?,
+    };
     let options = SessionOptions { threads: args.threads, ..SessionOptions::default() };
     let mut session = Session::new(Arc::clone(&engine), &options)?;
     let mut base = base.map(|b| Session::new(b, &options)).transpose()?;

@@ -91,13 +91,15 @@ pub fn run(path: &Path, against: Option<&Path>, args: &Classes, threads: usize, 
     if json {
         return output::json(&scores);
     }
-    output::line(&format!("samples          {}", scores.samples))?;
     let share = |x: Option<f64>| x.map_or("unknown".to_string(), |x| format!("{x:.4}"));
-    output::line(&format!("top-1            {}", share(scores.top1)))?;
-    output::line(&format!("top-5            {}", share(scores.top5)))?;
+    let row = |name: &str, top1: Option<f64>, top5: Option<f64>| {
+        output::line(&format!("{name:15}  {:>7}  {:>7}", share(top1), share(top5)))
+    };
+    let count = format!("{} samples", scores.samples);
+    output::line(&format!("{count:15}  {:>7}  {:>7}", "top-1", "top-5"))?;
+    row("this", scores.top1, scores.top5)?;
     if let Some(a) = &scores.against {
-        output::line(&format!("base top-1       {}", share(a.top1)))?;
-        output::line(&format!("base top-5       {}", share(a.top5)))?;
+        row("base", a.top1, a.top5)?;
         output::line(&format!("top-1 agreement  {:.4}", a.top1_agreement))?;
         output::line(&format!("cosine to base   mean {:.6}, least {:.6}", a.cosine_mean, a.cosine_least))?;
     }

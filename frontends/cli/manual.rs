@@ -218,16 +218,34 @@ fn ops_table() -> Table {
 
 /// `quantc presets`.
 pub fn presets(args: Args) -> Outcome {
-    let Some(name) = args.name else { return output::piece(&presets_table().text()) };
-    let preset = presets::Preset::get(&name)?;
-    output::piece(&format!(
-        "{}\n\n{}\n\nembedding  {}\nhead       {}\npipeline   {}\n",
-        preset.name,
-        page(preset.doc),
-        preset.embedding,
-        preset.head,
-        preset.pipeline
-    ))
+    let Some(name) = args.name else {
+        let graphs = graph_presets_table().text();
+        return output::piece(&format!("{}\nOf graphs over arrays:\n{graphs}", presets_table().text()));
+    };
+    let graph = presets::GraphPreset::get(&name).ok();
+    let mut pages = vec![];
+    // Both may have one of a name; what is no name of either is looked for among those of models of text.
+    if graph.is_none() || presets::ALL.iter().any(|p| p.name == name) {
+        let preset = presets::Preset::get(&name)?;
+        pages.push(format!(
+            "{}\n\n{}\n\nembedding  {}\nhead       {}\npipeline   {}\n",
+            preset.name,
+            page(preset.doc),
+            preset.embedding,
+            preset.head,
+            preset.pipeline
+        ));
+    }
+    if let Some(preset) = graph {
+        let (name, doc) = (preset.name, page(preset.doc));
+        pages.push(format!("{name} of graphs over arrays\n\n{doc}\n\npipeline   {}\n", preset.pipeline));
+    }
+    output::piece(&pages.join("\n"))
+}
+
+fn graph_presets_table() -> Table {
+    let row = |p: &presets::GraphPreset| [p.name, p.doc].map(String::from).to_vec();
+    Table::new(&["preset", "products"], presets::GRAPHS.iter().map(row))
 }
 
 fn presets_table() -> Table {

@@ -6,7 +6,10 @@
 //! processor do not compete for memory, and would look faster than they are. Figures compare when they were taken in
 //! turns: see [`turns`].
 
+use quantc_codegen::tune;
+use quantc_codegen::tune::limits::{Limit, STREAM_ITEM};
 use quantc_ir::diag::{Diag, Result};
+use quantc_ir::target::TargetDesc;
 use quantc_runtime::object::{KernelFn, Object};
 use std::hint::black_box;
 use std::sync::Barrier;
@@ -156,6 +159,46 @@ impl Timer {
             let all: Vec<_> = (0..self.threads).map(|worker| scope.spawn(move || work(worker))).collect();
             all.into_iter().map(|t| t.join().unwrap_or(f64::NAN)).fold(0.0, f64::max)
         })
+    }
+}
+
+/// What memory gives at a moment: plain reads of a buffer far larger than any cache, on huge pages.
+///
+/// Memory is shared with whatever else runs on a machine, and on a virtual one with strangers: the same buffer may be read
+/// at half the speed for half a minute. A figure that depends on memory compares with another one only when both were
+/// taken while this rate was the same.
+pub struct Stream {
+    kernel: Kernel,
+    call: Call,
+    timer: Timer,
+    /// What the call reads, and where its results go.
+    _memory: [Memory; 2],
+}
+
+impl Stream {
+    /// Bytes read at once.
+    const BYTES: usize = 256 << 20;
+
+    /// A reader on `threads` threads.
+    pub fn new(target: &'static TargetDesc, threads: usize) -> Result<Stream> {
+        let timer = Timer::new(threads);
+        let object = tune::object(target, |unit| Limit::Stream.emit(unit, "stream"))?;
+        let kernel = Kernel::load(&object, &["stream"])?.pop();
+        let kernel = kernel.ok_or_else(|| Diag::bug("one kernel was asked for"))?;
+        // Pages that were never written all are the same one.
+        let data = Memory::filled(Stream::BYTES, |i| (i >> 12) as u8)?;
+        let results = Memory::new(timer.threads() * 4096)?;
+        let args = |worker: usize| vec![data.ptr(), results.ptr().wrapping_add(worker * 4096)];
+        let args = (0..timer.threads()).map(args).collect();
+        let call = Call { args, dims: [1, 1], items: (Stream::BYTES / STREAM_ITEM) as i64 };
+        Ok(Stream { kernel, call, timer, _memory: [data, results] })
+    }
+
+    /// Bytes a second, the middle one of a few passes of some milliseconds each.
+    pub fn rate(&self) -> f64 {
+        // SAFETY: the call has what the kernel reads, and room for the result of each worker.
+        let pass = |_| unsafe { self.timer.seconds(&self.kernel, std::slice::from_ref(&self.call)) };
+        Stream::BYTES as f64 / median(&(0..15).map(pass).collect::<Vec<f64>>())
     }
 }
 

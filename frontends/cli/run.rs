@@ -114,7 +114,7 @@ pub fn run(args: Args) -> Outcome {
     let load = begun.elapsed();
 
     let start = Instant::now();
-    let mut next = sampler.sample(session.prefill(0, &prompt, 1)?)?;
+    let mut next = session.prefill_next(0, &prompt, &mut sampler)?;
     let prefill = start.elapsed();
     let first = begun.elapsed();
     let mut verifying = None;
@@ -140,7 +140,7 @@ pub fn run(args: Args) -> Outcome {
             verifying = Some(engine.verify_weights_beside()?);
         }
         if ids.len() < room {
-            next = sampler.sample(session.decode(0, next)?)?;
+            next = session.decode_next(0, next, &mut sampler)?;
         }
     }
     let rest = stream.finish()?;

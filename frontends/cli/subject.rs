@@ -204,8 +204,11 @@ pub fn tokenizer(engine: &Arc<Engine>) -> Outcome<Tokenizer> {
     Ok(Tokenizer::from_bytes(&bytes, &place(TOKENIZER))?)
 }
 
-/// The tokens of a text, or the ids of a NumPy array; and whether it is an array, which holds samples as they are.
-pub fn tokens(path: &Path, tokenizer: Option<&quantc_frontends::Tokenizer>) -> Outcome<(Vec<u32>, bool)> {
+/// The tokens of a text, or the ids of a NumPy array; and, of an array, the length of its rows, which are samples as they are.
+pub fn tokens(
+    path: &Path,
+    tokenizer: Option<&quantc_frontends::Tokenizer>,
+) -> Outcome<(Vec<u32>, Option<usize>)> {
     let place = path.display().to_string();
     if path.extension().is_none_or(|e| e != "npy") {
         let tokenizer = tokenizer.ok_or_else(|| {
@@ -213,11 +216,12 @@ pub fn tokens(path: &Path, tokenizer: Option<&quantc_frontends::Tokenizer>) -> O
                 .in_file(&place)
                 .help("give token ids in rows, as a NumPy array")
         })?;
-        return Ok((tokenizer.encode(&read_text(path)?, false)?, false));
+        return Ok((tokenizer.encode(&read_text(path)?, false)?, None));
     }
     let bytes =
         std::fs::read(path).map_err(|e| Diag::input(format!("cannot read it: {e}")).in_file(&place))?;
-    Ok((quantc_frontends::data::npy_tokens(&bytes).map_err(|e| e.in_file(place))?, true))
+    let (ids, row) = quantc_frontends::data::npy_tokens(&bytes).map_err(|e| e.in_file(place))?;
+    Ok((ids, Some(row)))
 }
 
 /// An array of samples cut into the batches that an input of type `ty` takes; what is left over is dropped.

@@ -12,7 +12,9 @@ use quantc_ir::diag::{Diag, Result};
 pub struct TokenWindows {
     tokens: Vec<u32>,
     bos: Option<u32>,
+    /// Tokens of the text in a window.
     step: usize,
+    size: usize,
 }
 
 impl TokenWindows {
@@ -39,26 +41,37 @@ impl TokenWindows {
         if most > 0 {
             tokens.truncate(most);
         }
-        if let Some(id) = tokens.iter().chain(&bos).find(|&&id| id >= vocab) {
-            let text = format!("the tokenizer makes token {id}, but the model knows {vocab} tokens only");
-            return Err(Diag::input(text).help("the tokenizer belongs to another model"));
-        }
+        known(&tokens, bos, vocab)?;
         TokenWindows::new(tokens, bos, size)
+    }
+
+    /// Samples of `size` tokens, one after the other and each taken as it is: nothing is put in front.
+    pub fn of_samples(mut tokens: Vec<u32>, most: usize, size: usize, vocab: u32) -> Result<TokenWindows> {
+        if most > 0 {
+            tokens.truncate(most);
+        }
+        known(&tokens, None, vocab)?;
+        TokenWindows::cut(tokens, None, size, size)
     }
 
     /// Cuts the tokens of a text.
     pub fn new(tokens: Vec<u32>, bos: Option<u32>, size: usize) -> Result<TokenWindows> {
-        let least = 2 + usize::from(bos.is_none());
-        if size < least {
+        TokenWindows::cut(tokens, bos, size.saturating_sub(1), size)
+    }
+
+    /// Windows of `size` tokens by name, of which `step` come from the text.
+    fn cut(tokens: Vec<u32>, bos: Option<u32>, step: usize, size: usize) -> Result<TokenWindows> {
+        let least = if bos.is_some() { 1 } else { 2 };
+        if step < least {
             return Err(Diag::input(format!("a window of {size} tokens scores nothing"))
-                .help(format!("use at least {least}")));
+                .help(format!("use at least {}", size.max(1) - step + least)));
         }
-        if tokens.len() < size - 1 {
-            let (have, need) = (tokens.len(), size - 1);
-            return Err(Diag::input(format!("the text has {have} tokens, a window of {size} needs {need}"))
+        if tokens.len() < step {
+            let have = tokens.len();
+            return Err(Diag::input(format!("the text has {have} tokens, a window of {size} needs {step}"))
                 .help("give a longer text or a smaller window"));
         }
-        Ok(TokenWindows { tokens, bos, step: size - 1 })
+        Ok(TokenWindows { tokens, bos, step, size })
     }
 
     /// Number of windows.
@@ -73,7 +86,7 @@ impl TokenWindows {
 
     /// The size the windows were asked to have: what counts whether a token is put in front or not.
     pub fn size(&self) -> usize {
-        self.step + 1
+        self.size
     }
 
     /// Tokens of a window, the one in front included.
@@ -92,10 +105,22 @@ impl TokenWindows {
     }
 }
 
-/// Token ids of a NumPy array file (`.npy`, versions 1 to 3): little-endian integers of 2 to 8 bytes, in rows.
+/// Refuses tokens that a model of `vocab` tokens does not know.
+fn known(tokens: &[u32], bos: Option<u32>, vocab: u32) -> Result<()> {
+    match tokens.iter().chain(&bos).find(|&&id| id >= vocab) {
+        None => Ok(()),
+        Some(id) => {
+            let text = format!("the tokenizer makes token {id}, but the model knows {vocab} tokens only");
+            Err(Diag::input(text).help("the tokenizer belongs to another model"))
+        }
+    }
+}
+
+/// Token ids of a NumPy array file (`.npy`, versions 1 to 3): little-endian integers of 2 to 8 bytes; and the length of its
+/// rows, which are samples.
 ///
 /// The header is a Python literal; what it says is checked against the length of the file before anything is allocated.
-pub fn npy_tokens(bytes: &[u8]) -> Result<Vec<u32>> {
+pub fn npy_tokens(bytes: &[u8]) -> Result<(Vec<u32>, usize)> {
     let bad = |why: &str| {
         Diag::input(format!("this is no array of token ids: {why}"))
             .help("save ids as a C-ordered array of int32 or int64 with `numpy.save`")
@@ -105,7 +130,8 @@ pub fn npy_tokens(bytes: &[u8]) -> Result<Vec<u32>> {
         return Err(bad(&format!("its elements are {}", array.ty.elem)));
     }
     let id = |n: i128| u32::try_from(n).map_err(|_| bad(&format!("{n} is no id")));
-    array.ints().into_iter().map(id).collect()
+    let row = array.dims().last().map_or(1, |&n| n);
+    Ok((array.ints().into_iter().map(id).collect::<Result<_>>()?, row))
 }
 
 #[cfg(test)]
@@ -124,10 +150,10 @@ mod tests {
     #[test]
     fn arrays_of_ids_are_read_and_lies_refused() {
         let data: Vec<u8> = [7i64, 0, 300, 65536].iter().flat_map(|x| x.to_le_bytes()).collect();
-        assert_eq!(npy_tokens(&npy("<i8", "(2, 2)", &data)).unwrap(), [7, 0, 300, 65536]);
+        assert_eq!(npy_tokens(&npy("<i8", "(2, 2)", &data)).unwrap(), (vec![7, 0, 300, 65536], 2));
         assert_eq!(
             npy_tokens(&npy("<u2", "(4,)", &[1, 0, 2, 1, 3, 0, 255, 255])).unwrap(),
-            [1, 258, 3, 65535]
+            (vec![1, 258, 3, 65535], 4)
         );
         for (descr, shape, data) in [
             ("<i8", "(2, 3)", &data[..]),
@@ -154,11 +180,17 @@ mod tests {
         let w = TokenWindows::new((0..11).collect(), None, 4).unwrap();
         assert_eq!(w.iter().next().unwrap(), [0, 1, 2]);
         assert_eq!(w.scored(), 6);
+        let w = TokenWindows::of_samples((0..11).collect(), 9, 4, 100).unwrap();
+        assert_eq!(w.iter().collect::<Vec<_>>(), [[0, 1, 2, 3], [4, 5, 6, 7]]);
+        assert_eq!((w.scored(), w.size()), (6, 4));
     }
 
     #[test]
     fn windows_that_score_nothing_are_refused() {
         assert!(TokenWindows::new(vec![1; 9], Some(0), 1).is_err());
+        assert!(TokenWindows::of_samples(vec![1; 9], 0, 1, 2).is_err());
+        assert!(TokenWindows::of_samples(vec![1; 9], 0, 2, 2).is_ok());
+        assert!(TokenWindows::of_samples(vec![1; 9], 0, 10, 2).is_err());
         assert!(TokenWindows::new(vec![1; 9], None, 2).is_err());
         assert!(TokenWindows::new(vec![1; 9], None, 0).is_err());
         assert!(TokenWindows::new(vec![1; 2], Some(0), 4).unwrap_err().message.contains("2 tokens"));

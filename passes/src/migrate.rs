@@ -4,5 +4,5 @@ pub mod equal;
 pub mod sites;
 
 crate::passes! {
-    fold_norm_gain::FoldNormGain, smoothquant::SmoothQuant, awq::Awq, smooth_cache::SmoothCache,
+    fold_norm_gain::FoldNormGain, fold_batch_norm::FoldBatchNorm, smoothquant::SmoothQuant, awq::Awq, smooth_cache::SmoothCache,
 }

@@ -318,13 +318,13 @@ pub static GRAPHS: &[GraphPreset] = &[
     GraphPreset {
         name: "f32",
         doc: "The graph as it is: quantized parts stay so, everything else is computed in its own type.",
-        pipeline: "fold-constants, dedupe, drop-dead",
+        pipeline: "fold-constants, fold-batch-norm, dedupe, drop-dead",
     },
     GraphPreset {
         name: "w8a8-static",
         doc: "Convolutions and products with weights multiply bytes: int8 weights with a scale per output, unsigned \
               activations with one scale per array from samples.",
-        pipeline: "fold-constants, dedupe, quantize-products, drop-dead",
+        pipeline: "fold-constants, fold-batch-norm, dedupe, quantize-products, drop-dead",
     },
 ];
 

@@ -10,15 +10,18 @@
 crate::passes! {
     canonicalize::Canonicalize, drop_unit_axes::DropUnitAxes, raise_products::RaiseProducts,
     raise_activations::RaiseActivations, raise_norms::RaiseNorms, raise_rope::RaiseRope,
-    raise_attention::RaiseAttention, add_cache::AddCache,
+    raise_attention::RaiseAttention, add_cache::AddCache, widen_floats::WidenFloats,
 }
 
+mod einsum;
 mod forms;
 mod rebuild;
 
 /// What graphs of exporters go through before everything else.
-pub const PIPELINE: &str = "canonicalize, dedupe, drop-unit-axes, raise-products, raise-activations, raise-norms, raise-rope, \
-     raise-attention, canonicalize, dedupe, drop-dead";
+///
+/// Products are parted last: what rotates a part of each head is to be seen first.
+pub const PIPELINE: &str = "widen-floats, canonicalize, dedupe, drop-unit-axes, raise-products{parts=false}, \
+     raise-activations, raise-norms, raise-rope, raise-products, raise-attention, canonicalize, dedupe, drop-dead";
 
 /// The rules of all families of patterns.
 pub static RULES: &[&[crate::saturate::Rule]] = &[raise_activations::RULES, raise_norms::RULES];

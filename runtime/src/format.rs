@@ -75,6 +75,9 @@ pub const MAX_BUFFER_BYTES: u64 = 1 << 40;
 pub const MAX_ITEMS: u64 = 1 << 40;
 /// A slot's rows of states come in whole blocks of this many, so that kernels may lay out a block as they like.
 pub const STATE_BLOCK: u32 = 64;
+/// Bytes that tell how the token of a row is chosen on a GPU, as little-endian words: temperature (f32, 0 for the largest
+/// logit), top-k (0 for all), top-p (f32, 1 for all), seed.
+pub const CHOICE_BYTES: u64 = 16;
 /// Most programs of an engine.
 pub const MAX_PROGRAMS: usize = 256;
 /// Most buffers of one launch.
@@ -182,6 +185,10 @@ pub struct Gpu {
     /// How each kernel is launched.
     #[prost(message, repeated, tag = "4")]
     pub kernels: Vec<GpuKernel>,
+    /// The kernel that chooses tokens from rows of the result, of buffers of logits, options ([`CHOICE_BYTES`] for each row)
+    /// and tokens; empty where there is none.
+    #[prost(string, tag = "5")]
+    pub sampler: String,
 }
 
 /// How one kernel of a GPU is launched.
@@ -701,13 +708,44 @@ impl Manifest {
 
     /// Device memory that a session of `slots` sequences needs on a GPU, weights included; `None` when that is absurd.
     pub fn device_bytes(&self, slots: u32) -> Option<DeviceBytes> {
-        let states = self.state_bytes(slots)?;
-        let pages = slot_rows(self.context) / u64::from(STATE_BLOCK) * u64::from(slots);
-        let inputs = 4 * (4 * u64::from(self.max_tokens).next_multiple_of(64) + pages);
+        self.device_bytes_of(slots, self.pages_of(slots))
+    }
+
+    /// The same where the sequences share a pool of so many pages.
+    pub fn device_bytes_of(&self, slots: u32, pages: u64) -> Option<DeviceBytes> {
+        let mut states = 0u64;
+        for state in &self.states {
+            let bytes = state.row_bytes.checked_mul(STATE_BLOCK.into())?.checked_mul(pages)?;
+            states = states.checked_add(bytes).filter(|&bytes| bytes <= MAX_BUFFER_BYTES)?;
+        }
+        let inputs = self.device_inputs(slots).bytes;
         let (scratch, counters) = self.workspace_bytes();
         let weights = self.weights.iter().map(|b| b.len.next_multiple_of(DEVICE_ALIGN)).sum();
         let arena = self.arena_bytes + scratch + counters;
         Some(DeviceBytes { weights, states, arena, inputs })
+    }
+
+    /// Pages of states of one sequence of the whole context.
+    pub fn pages_of_slot(&self) -> u64 {
+        slot_rows(self.context) / u64::from(STATE_BLOCK)
+    }
+
+    /// Pages of `slots` such sequences.
+    pub fn pages_of(&self, slots: u32) -> u64 {
+        self.pages_of_slot() * u64::from(slots)
+    }
+
+    /// Where what a session of `slots` sequences sends to a GPU lies.
+    pub(crate) fn device_inputs(&self, slots: u32) -> DeviceInputs {
+        let each = (4 * u64::from(self.max_tokens)).next_multiple_of(64);
+        let table = 4 * each;
+        let choices = (table + 4 * self.pages_of(slots)).next_multiple_of(64);
+        let rows = match &self.gpu {
+            Some(gpu) if !gpu.sampler.is_empty() => u64::from(self.max_rows),
+            _ => 0,
+        };
+        let chosen = choices + CHOICE_BYTES * rows;
+        DeviceInputs { each, table, choices, chosen, bytes: chosen + 4 * rows }
     }
 
     /// Bytes of scratch and of counters of the largest launch on a GPU.
@@ -939,6 +977,15 @@ impl Manifest {
                 return Err(at(Error::format("a size of no known kind")));
             }
         }
+        let chooses = |kernel: &GpuKernel| {
+            kernel.symbol == gpu.sampler
+                && kernel.buffers == 3
+                && kernel.scalars == [Sym::R as i32]
+                && kernel.scratch_each + kernel.counters_each == 0
+        };
+        if !gpu.sampler.is_empty() && !gpu.kernels.iter().any(chooses) {
+            return Err(Error::format(format!("no kernel `{}` chooses tokens", gpu.sampler)));
+        }
         let known: BTreeMap<&str, u32> =
             gpu.kernels.iter().map(|kernel| (kernel.symbol.as_str(), kernel.buffers)).collect();
         for launch in launches() {
@@ -1061,6 +1108,9 @@ impl Manifest {
                     cuda => format!("machine code by CUDA {}.{}", cuda / 1000, cuda % 1000 / 10),
                 };
                 writeln!(out, "gpu {}: kernels {code}; pages of {} tokens", gpu.arch, gpu.page_rows)?;
+                if !gpu.sampler.is_empty() {
+                    writeln!(out, "tokens are chosen by {}", gpu.sampler)?;
+                }
                 if let Some(need) = self.device_bytes(1) {
                     writeln!(
                         out,
@@ -1219,7 +1269,7 @@ pub struct DeviceBytes {
     pub states: u64,
     /// Intermediate values, and what blocks hand each other.
     pub arena: u64,
-    /// Token ids, positions and tables of pages.
+    /// Token ids, positions, tables of pages, and choices of tokens.
     pub inputs: u64,
 }
 
@@ -1228,6 +1278,21 @@ impl DeviceBytes {
     pub fn total(self) -> u64 {
         [self.weights, self.states, self.arena, self.inputs].into_iter().fold(0, u64::saturating_add)
     }
+}
+
+/// Byte offsets of what a session sends to a GPU, and of the tokens that come back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DeviceInputs {
+    /// Bytes of each of the inputs of tokens, which come first.
+    pub each: u64,
+    /// The table of pages.
+    pub table: u64,
+    /// How tokens are chosen.
+    pub choices: u64,
+    /// The tokens chosen.
+    pub chosen: u64,
+    /// Bytes of all.
+    pub bytes: u64,
 }
 
 /// Lower-case hexadecimal, as `b3sum` prints it.

@@ -5,8 +5,10 @@
 //! - Nothing is uploaded before device, driver, architecture and memory have been checked; each has its own error.
 //! - Weights are uploaded once for an engine and shared by its sessions. The last of them to go frees them.
 //! - A session's memory is one arena, the pages of each state, and the inputs. It is allocated when the session begins.
+//! - Pages belong to all sequences of a session together; each takes them as it grows.
 //! - The launches of a call are recorded as a graph the first time that a call of its size is made; later calls of that
-//!   size replay it. A graph knows the numbers of tokens and rows; lengths of sequences are read on the device.
+//!   size replay it. A graph knows the numbers of tokens and rows, and whether tokens are chosen; lengths of sequences,
+//!   pages and options are read on the device.
 //! - All device memory, graphs and modules are given back on drop, in the reverse order.
 //!
 //! Sessions of one engine share a stream: their steps follow each other.
@@ -17,12 +19,15 @@ use std::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
-    DEVICE_ALIGN, Gpu, GpuEntry, GpuKernel, Input, Launch, Manifest, Ref, RefKind, STATE_BLOCK, Sym,
-    slot_rows,
+    DEVICE_ALIGN, DeviceInputs, Gpu, GpuEntry, GpuKernel, Input, Launch, Manifest, Ref, RefKind, STATE_BLOCK,
+    Sym,
 };
 
 #[cfg(feature = "cuda")]
 pub mod nvidia;
+mod pages;
+
+use pages::Pages;
 
 /// What a device is and has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -257,7 +262,7 @@ fn check_memory(need: u64, device: &Device, what: &str) -> Result<()> {
         ErrorKind::Memory,
         format!(
             "{what} needs {need} bytes of device memory, but {free} of the {total} of {name} are free; \
-             use fewer sequences, or compile with a smaller context"
+             use fewer sequences or a smaller pool of pages, or compile with a smaller context"
         ),
     ))
 }
@@ -273,31 +278,42 @@ pub(crate) struct Memory {
     /// What blocks of one launch hand each other, and their counters.
     scratch: u64,
     counters: u64,
-    /// Four inputs of tokens, then the table of pages.
+    /// What is sent before a step.
     inputs: u64,
-    input_bytes: u64,
-    /// Graphs by tokens and rows, the one used last at the end.
-    graphs: Vec<((u32, u32), u64)>,
+    layout: DeviceInputs,
+    pages: Pages,
+    /// Entries of the table of pages for each sequence.
+    pages_of_slot: u64,
+    /// Entries on their way.
+    entries: Vec<u8>,
+    /// Graphs by tokens and rows and whether tokens are chosen, the one used last at the end.
+    graphs: Vec<((u32, u32, bool), u64)>,
     /// Calls and nanoseconds of each launch of each program, when they are measured.
     times: Vec<Vec<(u64, u64)>>,
     profile: bool,
 }
 
 impl Memory {
-    /// Allocates; `input_bytes` is the size of one of the four inputs.
+    /// Allocates, with a pool of `pages` pages; 0 is as many as all sequences can fill.
     pub fn new(
         loaded: Arc<Loaded>,
         manifest: &Manifest,
         slots: u32,
-        input_bytes: u64,
+        pages: u32,
         profile: bool,
     ) -> Result<Memory> {
-        let need = manifest.device_bytes(slots);
-        let need = need.ok_or_else(|| {
-            Error::new(ErrorKind::Memory, format!("the states of {slots} slots are absurdly large"))
-        })?;
+        let most = manifest.pages_of(slots);
+        let pages = if pages == 0 { most } else { most.min(pages.into()) };
+        let absurd =
+            || Error::new(ErrorKind::Memory, format!("the states of {slots} slots are absurdly large"));
+        let need = manifest.device_bytes_of(slots, pages).ok_or_else(absurd)?;
+        let count = u32::try_from(pages).map_err(|_| absurd())?;
         let device = loaded.lock().device()?;
-        let what = format!("a session of {slots} sequences of {} tokens", manifest.context);
+        let context = manifest.context;
+        let what = match pages == most {
+            true => format!("a session of {slots} sequences of {context} tokens"),
+            false => format!("a session of {slots} sequences with {pages} pages of {STATE_BLOCK} tokens"),
+        };
         check_memory(need.total() - need.weights, &device, &what)?;
         let times = manifest.programs.iter().map(|p| vec![(0, 0); p.launches.len()]).collect();
         let mut memory = Memory {
@@ -307,13 +323,14 @@ impl Memory {
             scratch: 0,
             counters: 0,
             inputs: 0,
-            input_bytes,
+            layout: manifest.device_inputs(slots),
+            pages: Pages::new(count, slots, manifest.pages_of_slot() as usize),
+            pages_of_slot: manifest.pages_of_slot(),
+            entries: Vec::with_capacity(4 * manifest.pages_of_slot() as usize),
             graphs: vec![],
             times,
             profile,
         };
-        let pages_of_slot = slot_rows(manifest.context) / u64::from(STATE_BLOCK);
-        let pages = pages_of_slot * u64::from(slots);
         memory.arena = memory.loaded.lock().allocate(manifest.arena_bytes)?;
         for state in &manifest.states {
             let bytes = pages * u64::from(STATE_BLOCK) * state.row_bytes;
@@ -328,14 +345,60 @@ impl Memory {
             memory.counters = memory.loaded.lock().allocate(counters)?;
             memory.loaded.lock().fill(memory.counters, 0, counters)?;
         }
-        memory.inputs = memory.loaded.lock().allocate(4 * input_bytes + 4 * pages)?;
-        let table: Vec<u8> = (0..pages as u32).flat_map(u32::to_le_bytes).collect();
-        memory.loaded.lock().upload(memory.inputs + 4 * input_bytes, &table)?;
+        memory.inputs = memory.loaded.lock().allocate(memory.layout.bytes)?;
+        // No page has this number: what has none is never looked up.
+        let DeviceInputs { table, choices, .. } = memory.layout;
+        memory.loaded.lock().fill(memory.inputs + table, 0xff, choices - table)?;
         Ok(memory)
     }
 
     pub fn device(&self) -> &Device {
         self.loaded.device()
+    }
+
+    /// Checks that each of some sequences can have so many rows.
+    pub fn check_rows(&self, wanted: impl Iterator<Item = (u32, u32)>) -> Result<()> {
+        self.pages.check(wanted)
+    }
+
+    /// Lets each of some sequences have so many rows, or none of them.
+    pub fn reserve(&mut self, wanted: impl Iterator<Item = (u32, u32)> + Clone) -> Result<()> {
+        self.pages.check(wanted.clone())?;
+        for (slot, rows) in wanted {
+            let before = self.pages.of(slot).len();
+            if self.pages.grow(slot, rows) {
+                let entries = self.pages.of(slot)[before..].iter().flat_map(|page| page.to_le_bytes());
+                self.entries.clear();
+                self.entries.extend(entries);
+                let first = self.pages_of_slot * u64::from(slot) + before as u64;
+                let at = self.inputs + self.layout.table + 4 * first;
+                if let Err(error) = self.loaded.lock().upload(at, &self.entries) {
+                    self.pages.cut(slot, before as u32 * STATE_BLOCK);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes back the pages of a sequence behind its first `rows` rows.
+    pub fn cut(&mut self, slot: u32, rows: u32) {
+        self.pages.cut(slot, rows);
+    }
+
+    /// Pages that no sequence has, and all pages.
+    pub fn free_pages(&self) -> (u32, u32) {
+        self.pages.free()
+    }
+
+    /// Copies how tokens of the next call are chosen.
+    pub fn send_choices(&mut self, bytes: &[u8]) -> Result<()> {
+        self.loaded.lock().upload(self.inputs + self.layout.choices, bytes)
+    }
+
+    /// Copies the tokens that the last call has chosen.
+    pub fn fetch_chosen(&mut self, bytes: &mut [u8]) -> Result<()> {
+        self.loaded.lock().download(bytes, self.inputs + self.layout.chosen)
     }
 
     /// Fills the arena with NaN.
@@ -358,19 +421,24 @@ impl Memory {
         self.loaded.lock().download(bytes, self.arena + offset)
     }
 
-    /// Runs a program for a call of `t` tokens and `r` rows, or one launch of it.
-    pub fn run(
-        &mut self,
-        manifest: &Manifest,
-        program: usize,
-        one: Option<usize>,
-        t: u32,
-        r: u32,
-    ) -> Result<()> {
+    /// Runs one launch of a program for a call of `t` tokens and `r` rows.
+    pub fn run_one(&self, manifest: &Manifest, program: usize, index: usize, t: u32, r: u32) -> Result<()> {
+        self.launch(manifest, &manifest.programs[program].launches[index], t, r)
+    }
+
+    /// Chooses a token for each of `r` rows of the result.
+    pub fn choose(&self, manifest: &Manifest, r: u32) -> Result<()> {
+        let (Some(gpu), Some(RefKind::Arena(output))) = (&manifest.gpu, manifest.output.kind) else {
+            return Err(Error::object("there is no result to choose from"));
+        };
+        let DeviceInputs { choices, chosen, .. } = self.layout;
+        let buffers = vec![self.arena + output, self.inputs + choices, self.inputs + chosen];
+        self.launch_kernel(manifest, &gpu.sampler, buffers, r, r)
+    }
+
+    /// Runs a program for a call of `t` tokens and `r` rows, and perhaps chooses a token for each row.
+    pub fn run(&mut self, manifest: &Manifest, program: usize, t: u32, r: u32, choose: bool) -> Result<()> {
         let launches = &manifest.programs[program].launches;
-        if let Some(index) = one {
-            return self.launch(manifest, &launches[index], t, r);
-        }
         if self.profile {
             self.loaded.lock().wait()?;
             for (index, launch) in launches.iter().enumerate() {
@@ -381,15 +449,18 @@ impl Memory {
                 *calls += 1;
                 *nanos += start.elapsed().as_nanos() as u64;
             }
-            return Ok(());
+            return if choose { self.choose(manifest, r) } else { Ok(()) };
         }
-        if let Some(at) = self.graphs.iter().position(|(size, _)| *size == (t, r)) {
+        if let Some(at) = self.graphs.iter().position(|(size, _)| *size == (t, r, choose)) {
             let used = self.graphs.remove(at);
             self.graphs.push(used);
             return self.loaded.lock().replay(used.1);
         }
         self.loaded.lock().begin()?;
-        let recorded = launches.iter().try_for_each(|launch| self.launch(manifest, launch, t, r));
+        let mut recorded = launches.iter().try_for_each(|launch| self.launch(manifest, launch, t, r));
+        if choose {
+            recorded = recorded.and_then(|()| self.choose(manifest, r));
+        }
         // What was begun is ended, whatever became of it.
         let graph = self.loaded.lock().end();
         if let (Err(error), Ok(graph)) = (&recorded, &graph) {
@@ -401,7 +472,7 @@ impl Memory {
             let (_, oldest) = self.graphs.remove(0);
             self.loaded.lock().forget(oldest);
         }
-        self.graphs.push(((t, r), graph));
+        self.graphs.push(((t, r, choose), graph));
         self.loaded.lock().replay(graph)
     }
 
@@ -416,11 +487,22 @@ impl Memory {
     }
 
     fn launch(&self, manifest: &Manifest, launch: &Launch, t: u32, r: u32) -> Result<()> {
+        let buffers = launch.args.iter().map(|arg| self.address(arg)).collect();
+        self.launch_kernel(manifest, &launch.symbol, buffers, t, r)
+    }
+
+    fn launch_kernel(
+        &self,
+        manifest: &Manifest,
+        symbol: &str,
+        mut buffers: Vec<u64>,
+        t: u32,
+        r: u32,
+    ) -> Result<()> {
         // The manifest was validated: the kernel is there, and its sizes are sane for every call.
         let kernels = manifest.gpu.as_ref().map_or(&[][..], |gpu| &gpu.kernels);
-        let kernel = kernels.iter().find(|kernel| kernel.symbol == launch.symbol);
-        let kernel =
-            kernel.ok_or_else(|| Error::object(format!("there is no kernel `{}`", launch.symbol)))?;
+        let kernel = kernels.iter().find(|kernel| kernel.symbol == symbol);
+        let kernel = kernel.ok_or_else(|| Error::object(format!("there is no kernel `{symbol}`")))?;
         let mut grid = [0; 2];
         for (blocks, count) in kernel.grid.iter().zip(&mut grid) {
             *count = blocks.count(t, r).unwrap_or(0);
@@ -433,7 +515,6 @@ impl Memory {
             Ok(Sym::R) => r,
             Ok(Sym::One) | Err(_) => 1,
         };
-        let mut buffers: Vec<u64> = launch.args.iter().map(|arg| self.address(arg)).collect();
         if kernel.scratch_each + kernel.counters_each > 0 {
             buffers.extend([self.scratch, self.counters]);
         }
@@ -461,9 +542,9 @@ impl Memory {
                     Ok(Input::Positions) => 1,
                     Ok(Input::Base) => 2,
                     Ok(Input::Types) => 3,
-                    Ok(Input::Pages) => 4,
+                    Ok(Input::Pages) => return self.inputs + self.layout.table,
                 };
-                self.inputs + index * self.input_bytes
+                self.inputs + index * self.layout.each
             }
             Some(RefKind::Scratch(_) | RefKind::Null(_)) | None => 0,
         }
@@ -493,7 +574,8 @@ mod tests {
     #[test]
     fn machine_code_runs_where_it_was_made_for() {
         let runs = |arch: &str, made: u32, capability, cuda| {
-            let gpu = Gpu { arch: arch.into(), page_rows: 64, cuda: made, kernels: vec![] };
+            let gpu =
+                Gpu { arch: arch.into(), page_rows: 64, cuda: made, kernels: vec![], sampler: String::new() };
             check_device(&Manifest::empty(), &gpu, &device(capability, cuda))
         };
         for (arch, capability) in

@@ -6,6 +6,8 @@
 //!
 //! The same seed and the same logits give the same tokens on every machine: the generator is ChaCha12 and the
 //! exponential is a portable one. After [`Sampler::new`] nothing is allocated.
+//!
+//! [`Session::decode_next`](crate::session::Session::decode_next) and its like let a GPU choose where one runs the engine.
 
 use std::cmp::Ordering;
 
@@ -13,6 +15,7 @@ use rand_chacha::ChaCha12Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use crate::error::{Error, Result};
+use crate::format::CHOICE_BYTES;
 
 /// How to choose.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -132,6 +135,24 @@ impl Sampler {
         }
         // Rounding may leave a rest after the last one.
         Ok(best)
+    }
+
+    /// How a GPU is to choose the next token ([`crate::format::CHOICE_BYTES`]): with the same options, and a seed of its own
+    /// for each.
+    ///
+    /// Without temperature it chooses the same tokens as [`Sampler::sample`]. Else the same tokens may be chosen with the
+    /// same probabilities, up to the rounding of sums to f32, but where several logits are equal to the last one that
+    /// `top_k` or `top_p` leave, all of them stay; and the same seed gives other tokens.
+    pub(crate) fn choice(&mut self) -> [u8; CHOICE_BYTES as usize] {
+        let SampleOptions { temperature, top_k, top_p, .. } = self.options;
+        let top_k = u32::try_from(top_k).unwrap_or(0);
+        let seed = if temperature > 0.0 { self.random.next_u32() } else { 0 };
+        let words = [temperature.to_bits(), top_k, top_p.to_bits(), seed];
+        let mut bytes = [0; CHOICE_BYTES as usize];
+        for (to, word) in bytes.chunks_exact_mut(4).zip(words) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
+        bytes
     }
 
     /// A number that none of the `top_k` largest logits is below.

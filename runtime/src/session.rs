@@ -19,12 +19,14 @@ use std::time::{Duration, Instant};
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
-    Input, Items, Kind, Launch, Manifest, NO_BARRIER_AFTER, REPLICATED, Ref, RefKind, Tap, slot_rows,
+    CHOICE_BYTES, Input, Items, Kind, Launch, Manifest, NO_BARRIER_AFTER, REPLICATED, Ref, RefKind, Tap,
+    slot_rows,
 };
 use crate::gpu;
 use crate::mem::{Mapping, PAGE};
 use crate::object::KernelFn;
 use crate::pool::{Pool, PoolOptions};
+use crate::sample::Sampler;
 use crate::share::Shares;
 use crate::stats;
 
@@ -43,11 +45,22 @@ pub struct SessionOptions {
     pub poison: bool,
     /// Measure the time of every launch; see [`Session::profile`].
     pub profile: bool,
+    /// On a GPU, pages of 64 tokens that the sequences share; 0 for as many as all of them can fill. Sequences take pages as
+    /// they grow, so fewer serve sequences that are not all long. On a processor memory is taken as it is touched.
+    pub pages: u32,
 }
 
 impl Default for SessionOptions {
     fn default() -> SessionOptions {
-        SessionOptions { threads: 0, decode_threads: 0, slots: 1, pin: false, poison: false, profile: false }
+        SessionOptions {
+            threads: 0,
+            decode_threads: 0,
+            slots: 1,
+            pin: false,
+            poison: false,
+            profile: false,
+            pages: 0,
+        }
     }
 }
 
@@ -108,6 +121,9 @@ pub struct Session {
     batch_slots: Vec<u32>,
     /// Segments of the tokens of the next step; 0 where it is shorter.
     types: Vec<u32>,
+    /// How a GPU is to choose a token for each row of the next step that has so many rows; and the tokens it chose.
+    choices: Vec<u8>,
+    chosen: Vec<u8>,
     poison: bool,
     profile: bool,
     /// How long weights may be moved before the next step; nothing moves before the first.
@@ -177,8 +193,7 @@ impl Session {
             true => {
                 sizes.states.clear();
                 let loaded = engine.load(&mut |_, _| {})?;
-                let input = sizes.input as u64;
-                Some(gpu::Memory::new(loaded, manifest, options.slots, input, options.profile)?)
+                Some(gpu::Memory::new(loaded, manifest, options.slots, options.pages, options.profile)?)
             }
             false => None,
         };
@@ -201,7 +216,7 @@ impl Session {
             Some(RefKind::Arena(offset)) => offset as usize,
             _ => return Err(Error::format("the result does not lie in the arena")),
         };
-        let max_tokens = manifest.max_tokens as usize;
+        let (max_tokens, max_rows) = (manifest.max_tokens as usize, manifest.max_rows as usize);
         Ok(Session {
             pool,
             decode_threads,
@@ -217,6 +232,8 @@ impl Session {
             batch_positions: Vec::with_capacity(max_tokens),
             batch_slots: Vec::with_capacity(max_tokens),
             types: Vec::with_capacity(max_tokens),
+            choices: Vec::with_capacity(if on_gpu { max_rows * CHOICE_BYTES as usize } else { 0 }),
+            chosen: Vec::with_capacity(if on_gpu { max_rows * 4 } else { 0 }),
             poison: options.poison,
             profile: options.profile,
             move_for: None,
@@ -269,7 +286,92 @@ impl Session {
             )));
         }
         self.positions[slot as usize] = len;
+        if let Some(gpu) = &mut self.gpu {
+            gpu.cut(slot, len);
+        }
         Ok(())
+    }
+
+    /// On a GPU, the pages that no sequence has, and all pages.
+    pub fn free_pages(&self) -> Option<(u32, u32)> {
+        self.gpu.as_ref().map(gpu::Memory::free_pages)
+    }
+
+    /// Whether tokens are chosen where the kernels run, so that no logits are copied; see [`Session::decode_next`].
+    pub fn chooses(&self) -> bool {
+        let manifest = self.engine.manifest();
+        self.gpu.is_some() && manifest.gpu.as_ref().is_some_and(|gpu| !gpu.sampler.is_empty())
+    }
+
+    /// Appends `tokens` to `slot` as [`Session::prefill`] does; returns the token that `sampler` chooses next.
+    pub fn prefill_next(&mut self, slot: u32, tokens: &[u32], sampler: &mut Sampler) -> Result<u32> {
+        if !self.chooses() {
+            return sampler.sample(self.prefill(slot, tokens, 1)?);
+        }
+        self.choosing(std::slice::from_mut(sampler), |session| session.prefill(slot, tokens, 1).map(|_| ()))?;
+        self.chosen(0)
+    }
+
+    /// Appends one token to `slot`; returns the token that `sampler` chooses next.
+    ///
+    /// On a GPU the token is chosen there, and nothing else comes back; how choices differ from those of
+    /// [`Sampler::sample`] is told in `docs/gpu.md`.
+    pub fn decode_next(&mut self, slot: u32, token: u32, sampler: &mut Sampler) -> Result<u32> {
+        if !self.chooses() {
+            return sampler.sample(self.decode(slot, token)?);
+        }
+        self.choosing(std::slice::from_mut(sampler), |session| session.decode(slot, token).map(|_| ()))?;
+        self.chosen(0)
+    }
+
+    /// Appends one token to each of several slots at once; puts the token that each one's sampler chooses next in place of
+    /// it.
+    pub fn decode_batch_next(
+        &mut self,
+        slots: &[u32],
+        tokens: &mut [u32],
+        samplers: &mut [Sampler],
+    ) -> Result<()> {
+        if tokens.len() != slots.len() || samplers.len() != slots.len() {
+            let (slots, tokens, samplers) = (slots.len(), tokens.len(), samplers.len());
+            return Err(Error::input(format!(
+                "{slots} slots, {tokens} tokens and {samplers} samplers do not match"
+            )));
+        }
+        if !self.chooses() {
+            let width = self.engine.manifest().vocab as usize;
+            let rows = self.decode_batch(slots, tokens)?;
+            for ((token, row), sampler) in tokens.iter_mut().zip(rows.chunks_exact(width)).zip(samplers) {
+                *token = sampler.sample(row)?;
+            }
+            return Ok(());
+        }
+        self.choosing(samplers, |session| session.decode_batch(slots, tokens).map(|_| ()))?;
+        for (row, token) in tokens.iter_mut().enumerate() {
+            *token = self.chosen(row)?;
+        }
+        Ok(())
+    }
+
+    /// Does something after which a GPU chooses a token for each sampler.
+    fn choosing(
+        &mut self,
+        samplers: &mut [Sampler],
+        run: impl FnOnce(&mut Session) -> Result<()>,
+    ) -> Result<()> {
+        self.choices.clear();
+        samplers.iter_mut().for_each(|sampler| self.choices.extend(sampler.choice()));
+        let done = run(self);
+        self.choices.clear();
+        done
+    }
+
+    /// The token that a GPU chose for a row.
+    fn chosen(&self, row: usize) -> Result<u32> {
+        let word = self.chosen.get(row * 4..row * 4 + 4).and_then(|word| <[u8; 4]>::try_from(word).ok());
+        word.map(u32::from_le_bytes)
+            .filter(|&token| token < self.engine.manifest().vocab)
+            .ok_or_else(|| Error::input("no logit is a number; the engine's result is broken"))
     }
 
     /// Runs one batch; returns `rows * vocab` numbers.
@@ -511,7 +613,12 @@ impl Session {
             );
             return Err(Error::input(what));
         }
-        tokens.iter().try_for_each(|&token| self.check_token(token))
+        tokens.iter().try_for_each(|&token| self.check_token(token))?;
+        // All of them, so that no part of a prompt runs that does not fit.
+        match &self.gpu {
+            Some(gpu) => gpu.check_rows(std::iter::once((slot, held + tokens.len() as u32))),
+            None => Ok(()),
+        }
     }
 
     fn check_token(&self, token: u32) -> Result<()> {
@@ -576,7 +683,7 @@ impl Session {
     }
 
     fn run_with(&mut self, step: Step<'_>, inputs: &[&[f32]], mut tap: Option<&mut TapFn<'_>>) -> Result<()> {
-        let checked = self.check_step(step);
+        let checked = self.check_step(step).and_then(|()| self.reserve(step));
         for &slot in step.slots {
             if let Some(expected) = self.expected.get_mut(slot as usize) {
                 *expected = NOT_SEEN;
@@ -628,12 +735,18 @@ impl Session {
         rows: u32,
         tap: Option<&mut TapFn<'_>>,
     ) -> Result<()> {
-        let Session { gpu: Some(gpu), arena, inputs, engine, poison, output, .. } = self else {
+        let Session { gpu: Some(gpu), arena, inputs, engine, poison, output, choices, chosen, .. } = self
+        else {
             return Ok(());
         };
         let manifest = engine.manifest();
         if *poison {
             gpu.poison(manifest.arena_bytes)?;
+        }
+        let choose =
+            tap.is_none() && !choices.is_empty() && choices.len() == rows as usize * CHOICE_BYTES as usize;
+        if choose {
+            gpu.send_choices(choices)?;
         }
         // SAFETY: neither mapping is ever protected, and `self` is borrowed mutably.
         let (arena, inputs) = unsafe { (arena.bytes_mut(), inputs.bytes_mut()) };
@@ -649,21 +762,28 @@ impl Session {
             gpu.send_rows(range.start as u64, &arena[range])?;
         }
         match tap {
-            None => gpu.run(manifest, program, None, t, rows)?,
+            None => gpu.run(manifest, program, t, rows, choose)?,
             Some(tap) => {
                 for (index, launch) in manifest.programs[program].launches.iter().enumerate() {
-                    gpu.run(manifest, program, Some(index), t, rows)?;
+                    gpu.run_one(manifest, program, index, t, rows)?;
                     let Some(value) = &launch.tap else { continue };
-                    let mut numbers = vec![0u8; t as usize * value.width as usize * 4];
-                    gpu.fetch(&mut numbers, place(&value.at, t, value.width).start as u64)?;
+                    let count = if value.of_results { rows } else { t };
+                    let mut numbers = vec![0u8; count as usize * value.width as usize * 4];
+                    gpu.fetch(&mut numbers, place(&value.at, count, value.width).start as u64)?;
                     let float = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
                     let numbers: Vec<f32> = numbers.chunks_exact(4).map(float).collect();
-                    tap(&value.name, t as usize, value.width as usize, &numbers);
+                    tap(&value.name, count as usize, value.width as usize, &numbers);
                 }
             }
         }
-        let results = *output..*output + rows as usize * manifest.vocab as usize * 4;
-        gpu.fetch(&mut arena[results.clone()], results.start as u64)?;
+        if choose {
+            chosen.clear();
+            chosen.resize(rows as usize * 4, 0xff);
+            gpu.fetch_chosen(chosen)?;
+        } else {
+            let results = *output..*output + rows as usize * manifest.vocab as usize * 4;
+            gpu.fetch(&mut arena[results.clone()], results.start as u64)?;
+        }
         for more in &manifest.row_outputs {
             let range = place(&more.at, t, more.width);
             gpu.fetch(&mut arena[range.clone()], range.start as u64)?;
@@ -727,6 +847,14 @@ impl Session {
         Ok(())
     }
 
+    /// Lets the sequences of a step have the rows that it needs. The step has been checked, and its marks are still there.
+    fn reserve(&mut self, step: Step<'_>) -> Result<()> {
+        let Session { gpu: Some(gpu), expected, .. } = self else { return Ok(()) };
+        // The last token of each sequence.
+        let ends = step.slots.iter().zip(step.positions).map(|(&slot, &position)| (slot, position + 1));
+        gpu.reserve(ends.filter(|&(slot, rows)| expected[slot as usize] == rows))
+    }
+
     /// Writes tokens, positions and bases where kernels read them. The step has been checked.
     fn write_inputs(&mut self, step: Step<'_>) {
         // At most `i32::MAX` for all slots together, which `Sizes` has seen to.
@@ -777,6 +905,10 @@ impl Session {
         }
         for (&slot, &position) in step.slots.iter().zip(step.positions) {
             self.positions[slot as usize] = position + 1;
+        }
+        if let Some(gpu) = &mut self.gpu {
+            // A step may have forgotten what came after it.
+            step.slots.iter().for_each(|&slot| gpu.cut(slot, self.positions[slot as usize]));
         }
     }
 

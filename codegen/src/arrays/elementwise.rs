@@ -55,7 +55,12 @@ impl Lowering<'_> {
         let from = mem_of(of.elem)?;
         let coded = |ty: &TensorTy| ty.elem.scheme().is_some();
         match &node.op {
-            Op::Cast(op) => return self.cast(&operands[0], of.elem, op.to, op.saturate, &dims),
+            Op::Cast(op) => {
+                if let Some(codes) = self.recast(g, node.args[0], op.to, &dims)? {
+                    return Ok(codes);
+                }
+                return self.cast(&operands[0], of.elem, op.to, op.saturate, &dims);
+            }
             Op::Select(_) => {
                 return self.elementwise(&dims, mem, &operands, |b, x| b.select(x[0], x[1], x[2]));
             }

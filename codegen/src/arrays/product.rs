@@ -3,8 +3,10 @@
 //! f32 products go to the kernel of [`crate::conv`], with weights packed when the engine is made, or by a nest when they
 //! are computed. Products of integers that are bytes less a zero point, with weights that are signed bytes, go there too:
 //! the zero point is taken off the sums. So are products of what `dequantize` makes of such codes, whose sums are then
-//! scaled. Everything else is a fold.
+//! scaled. Weights that `dequantize` makes of codes in blocks keep their codes ([`super::coded`]). Everything else is a
+//! fold.
 
+use super::coded::Coded;
 use super::value::{Body, Lazy, Value, View, broadcast};
 use super::{Lowering, Pending, Place, Product, dims_of, mem_of, origin};
 use crate::conv::{Axis, ConvSpec, Factors, tile};
@@ -18,6 +20,7 @@ use quantc_ir::graph::Graph;
 use quantc_ir::ops::{BinaryKind, Conv, Op, Step as EpilogueStep};
 use quantc_ir::scheme::Group;
 use quantc_ir::ty::{ElemTy, Float, Int, TensorTy};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 /// Bytes that are multiplied as such: `x - zero`, and what the sums are multiplied with.
@@ -33,6 +36,27 @@ struct Bytes {
 struct Weights {
     numbers: Vec<f64>,
     scale: Option<Vec<f32>>,
+}
+
+/// An array with margins around it, where convolutions read.
+#[derive(Clone)]
+pub(super) struct Frame {
+    /// Before and after, for each axis.
+    margins: Vec<(u64, u64)>,
+    /// What they hold.
+    fill: i64,
+    /// Where the midst lies.
+    at: Affine,
+    /// Its extents.
+    dims: Vec<u64>,
+}
+
+/// What becomes of the sums of a product of bytes: `(sum + shift) * scale`, by output.
+#[derive(Clone)]
+pub(super) struct Scaled {
+    pub(super) shift: Vec<i64>,
+    pub(super) scale: Vec<f32>,
+    pub(super) axis: usize,
 }
 
 /// How sums become numbers.
@@ -55,7 +79,7 @@ struct Windows {
 
 impl Lowering<'_> {
     /// A value that depends on constants alone, and is worth having when the engine is made.
-    fn known(&self, g: &Graph, v: ValueId) -> Result<Option<Tensor>> {
+    pub(super) fn known(&self, g: &Graph, v: ValueId) -> Result<Option<Tensor>> {
         if let Some(tensor) = self.tensor(g, v)? {
             return Ok(Some(tensor));
         }
@@ -221,20 +245,25 @@ impl Lowering<'_> {
         Ok(Some((bytes, weights.numbers, finish)))
     }
 
-    /// Bytes as unsigned ones, over the axes that `map` gives, with channels last in memory and as many as lie together;
-    /// margins hold the zero point.
-    fn unsigned(&mut self, g: &Graph, bytes: &Bytes, pad: &Padding) -> Result<View> {
+    /// Bytes as unsigned ones, with channels last in memory and a multiple of `together` of them; margins hold the zero
+    /// point.
+    fn unsigned(&mut self, g: &Graph, bytes: &Bytes, pad: &Padding, together: u64) -> Result<View> {
         let x = self.value(g, bytes.x)?;
         let x = self.without_product(&x)?;
         let zero = bytes.zero + if bytes.signed { 128 } else { 0 };
-        if !bytes.signed && !pad.needed(&x, 4) {
+        if let (Value::View(v), false) = (&x, bytes.signed)
+            && let Some(view) = self.within_frame(v, pad, together, zero)
+        {
+            return Ok(view);
+        }
+        if !bytes.signed && !pad.needed(&x, together) {
             return self.stored(&x);
         }
         let signed = bytes.signed;
         self.padded(
             &x,
             pad,
-            4,
+            together,
             Mem::U8,
             move |b, v| {
                 if !signed {
@@ -287,6 +316,12 @@ impl Lowering<'_> {
         Ok(view)
     }
 
+    /// Outputs of a panel of weights.
+    fn panel(&self, factors: Factors, outs: u64, last: u64) -> u64 {
+        let lanes = u64::from(self.target.cpu.vector_bits / 32);
+        tile(factors, outs, last, lanes, self.target.cpu.vector_bits == 512).vectors * lanes
+    }
+
     /// Weights packed for the kernel when the engine is made. `at(output, step)` is the number of an output at a step of
     /// the window, its channels last.
     fn packed(
@@ -298,8 +333,7 @@ impl Lowering<'_> {
         last: u64,
         at: impl Fn(u64, u64, u64) -> f64,
     ) -> Place {
-        let lanes = u64::from(self.target.cpu.vector_bits / 32);
-        let panel = tile(outs, last, lanes, self.target.cpu.vector_bits == 512).vectors * lanes;
+        let panel = self.panel(factors, outs, last);
         let together = factors.together();
         let blocks = channels.div_ceil(together);
         let mut bytes = vec![];
@@ -310,8 +344,8 @@ impl Lowering<'_> {
                         for c in block * together..(block + 1) * together {
                             let x = if o < outs && c < channels { at(o, step, c) } else { 0.0 };
                             match factors {
-                                Factors::F32 => bytes.extend((x as f32).to_le_bytes()),
-                                Factors::Bytes => bytes.push(x as i8 as u8),
+                                Factors::Bytes | Factors::Single => bytes.push(x as i8 as u8),
+                                _ => bytes.extend((x as f32).to_le_bytes()),
                             }
                         }
                     }
@@ -334,6 +368,10 @@ impl Lowering<'_> {
     ) -> Result<Value> {
         let rank = dims.len();
         self.pending.push(Some(Pending { name: self.name.clone(), what, dims: dims.to_vec(), layout }));
+        if let (Finish::Scaled(shift, scale), Mem::F32) = (finish, mem) {
+            let scaled = Scaled { shift: shift.clone(), scale: scale.clone(), axis };
+            self.scaled.insert(self.pending.len() - 1, scaled);
+        }
         let mut body = Body::new(rank);
         let num = match finish {
             Finish::Plain if mem.num().is_float() => mem.num(),
@@ -358,34 +396,126 @@ impl Lowering<'_> {
         Ok(Value::Lazy(Rc::new(Lazy { mem, dims: dims.to_vec(), body, root, product })))
     }
 
-    fn per_output(&mut self, body: &mut Body, bytes: Vec<u8>, axis: usize, mem: Mem, name: &str) -> NodeId {
+    pub(super) fn per_output(
+        &mut self,
+        body: &mut Body,
+        bytes: Vec<u8>,
+        axis: usize,
+        mem: Mem,
+        name: &str,
+    ) -> NodeId {
         let (len, name) = (bytes.len() as u64, format!("{}.{name}", self.name));
         let place = self.blob(&name, BlobSource::Made(bytes), len);
         let input = body.input(place);
         body.push(Node::Load { input, mem, at: Affine::axis(axis, body.rank), guards: vec![] })
     }
 
+    /// The margins that convolutions want around what they read, so that what computes it writes into their midst.
+    pub(super) fn wanted_frames(&self, g: &Graph) -> Result<BTreeMap<ValueId, Frame>> {
+        let mut wanted: BTreeMap<ValueId, Option<Frame>> = BTreeMap::new();
+        let lanes = u64::from(self.target.cpu.vector_bits / 32);
+        for (_, node) in g.ops() {
+            let Op::Conv(op) = &node.op else { continue };
+            let out = g.ty(node.result);
+            let (xd, wd, dims) = (dims_of(g.ty(node.args[0]))?, dims_of(g.ty(node.args[1]))?, dims_of(out)?);
+            let (_, pad) = windows_of(op, &xd, &wd, &dims);
+            let groups = u64::from(op.groups);
+            let single = wd[1] == 1 && wd[0] == groups && groups > 1;
+            let empty = dims.contains(&0) || xd.contains(&0) || wd.contains(&0);
+            if !pad.grows() || empty || !(single || groups == 1) {
+                continue;
+            }
+            let of_bytes = match self.bytes(g, node.args[0])? {
+                Some(bytes) => self.byte_weights(g, node.args[1], 0)?.map(|_| bytes),
+                None => None,
+            };
+            let (value, fill, together) = match of_bytes {
+                Some(bytes) if !bytes.signed => (bytes.x, bytes.zero, if single { lanes } else { 4 }),
+                None if out.elem == ElemTy::F32 => (node.args[0], 0, 1),
+                _ => continue,
+            };
+            if !xd[1].is_multiple_of(together) {
+                continue;
+            }
+            let frame = Frame { margins: pad.margins, fill, at: origin(xd.len()), dims: xd };
+            let merged = match wanted.remove(&value) {
+                None => Some(frame),
+                Some(Some(other)) if other.fill == fill => {
+                    let most = |(a, b): (&(u64, u64), &(u64, u64))| (a.0.max(b.0), a.1.max(b.1));
+                    let margins = other.margins.iter().zip(&frame.margins).map(most).collect();
+                    Some(Frame { margins, ..frame })
+                }
+                Some(_) => None,
+            };
+            wanted.insert(value, merged);
+        }
+        Ok(wanted.into_iter().filter_map(|(v, frame)| Some((v, frame?))).collect())
+    }
+
+    /// Stores a value in an array with margins, channels side by side; gives what is inside of them.
+    pub(super) fn stored_in_frame(&mut self, value: &Value, wanted: &Frame) -> Result<View> {
+        let (rank, mem) = (value.dims().len(), value.mem());
+        let mut dims = value.dims().to_vec();
+        for (d, (before, after)) in dims.iter_mut().zip(&wanted.margins) {
+            *d += before + after;
+        }
+        let mut layout: Vec<usize> = (0..rank).filter(|&a| a != 1).collect();
+        layout.push(1);
+        let whole = self.buffer_in(mem, &dims, &layout)?;
+        // The margins, and then their midst: no element is in two of these parts.
+        let part = |from: &[u64], extents: &[u64]| {
+            let base = from.iter().zip(&whole.at.strides).map(|(&i, s)| i as i64 * s).sum();
+            let at = Affine { base, strides: whole.at.strides.clone() };
+            View { place: whole.place, mem, dims: extents.to_vec(), at }
+        };
+        let (mut from, mut extents) = (vec![0; rank], dims.clone());
+        self.part = true;
+        for a in 0..rank {
+            let (before, after) = wanted.margins[a];
+            for (start, n) in [(0, before), (dims[a] - after, after)] {
+                if n > 0 {
+                    (from[a], extents[a]) = (start, n);
+                    let mut body = Body::new(rank);
+                    let root = body.int(mem.num(), wanted.fill);
+                    self.map_to(body, root, &part(&from, &extents));
+                }
+            }
+            (from[a], extents[a]) = (before, dims[a] - before - after);
+        }
+        let inside = part(&from, &extents);
+        let stored = match value {
+            Value::Lazy(l) if l.product.is_some() => self.launch_to(l, &inside),
+            _ => self.store_to(value, &inside),
+        };
+        self.part = false;
+        stored?;
+        let frame = Frame { at: inside.at.clone(), dims: inside.dims.clone(), ..wanted.clone() };
+        self.frames.insert(inside.place, frame);
+        Ok(inside)
+    }
+
+    /// The array with the margins that a convolution wants, if it was stored with such.
+    fn within_frame(&self, v: &View, pad: &Padding, together: u64, fill: i64) -> Option<View> {
+        // A part of the midst has no margins of its own.
+        let whole = |f: &&Frame| f.at == v.at && f.dims == v.dims && f.fill == fill;
+        let frame = self.frames.get(&v.place).filter(whole)?;
+        let fits = pad.margins.iter().zip(&frame.margins).all(|(p, f)| p.0 <= f.0 && p.1 <= f.1);
+        if !fits || pad.channels != 1 || !v.dims[1].is_multiple_of(together) {
+            return None;
+        }
+        let mut view = v.clone();
+        for (a, (before, after)) in pad.margins.iter().enumerate() {
+            view.dims[a] += before + after;
+            view.at.base -= *before as i64 * view.at.strides[a];
+        }
+        Some(view)
+    }
+
     pub(super) fn conv(&mut self, g: &Graph, args: &[ValueId], op: &Conv, out: &TensorTy) -> Result<Value> {
         let (xt, wt) = (g.ty(args[0]), g.ty(args[1]));
         let (xd, wd, dims) = (dims_of(xt)?, dims_of(wt)?, dims_of(out)?);
         let mem = mem_of(out.elem)?;
-        let space = dims.len() - 2;
-        let of = |list: &[u32], a: usize, default: i64| list.get(a).map_or(default, |&n| n.into());
-        let windows = Windows {
-            strides: (0..space).map(|a| of(&op.strides, a, 1)).collect(),
-            dilations: (0..space).map(|a| of(&op.dilations, a, 1)).collect(),
-            before: (0..space).map(|a| of(&op.before, a, 0)).collect(),
-            kernel: wd[2..].to_vec(),
-        };
-        // Margins as far as windows reach.
-        let mut margins = vec![(0, 0); 2];
-        for a in 0..space {
-            let last = (dims[2 + a] as i64 - 1) * windows.strides[a];
-            let reach = last + (windows.kernel[a] as i64 - 1) * windows.dilations[a] + 1;
-            let after = reach - windows.before[a] - xd[2 + a] as i64;
-            margins.push((windows.before[a] as u64, after.max(0) as u64));
-        }
-        let pad = Padding { channels: 1, margins };
+        let (windows, pad) = windows_of(op, &xd, &wd, &dims);
         let groups = u64::from(op.groups);
         let single = wd[1] == 1 && wd[0] == groups && groups > 1;
         let empty = dims.contains(&0) || xd.contains(&0) || wd.contains(&0);
@@ -400,7 +530,7 @@ impl Lowering<'_> {
             let steps: u64 = windows.kernel.iter().product();
             let (factors, x, finish, numbers) = match of_bytes {
                 Some((bytes, numbers, finish)) => {
-                    (Factors::Bytes, self.unsigned(g, &bytes, &pad)?, finish, Some(numbers))
+                    (Factors::Bytes, self.unsigned(g, &bytes, &pad, 4)?, finish, Some(numbers))
                 }
                 None => {
                     let x = self.value(g, args[0])?;
@@ -409,7 +539,15 @@ impl Lowering<'_> {
                 }
             };
             let width = x.dims[1];
+            let read = factors == Factors::F32 && reads_codes(g, args[0]);
+            let run = run(dims[2..].iter().product(), steps * channels);
+            let run = (read && numbers.is_some() && (steps > 1 || run < channels)).then_some(run);
             let w = match numbers {
+                Some(numbers) if run.is_some() => {
+                    self.packed(outs, 1, steps * channels, factors, last, |o, _, k| {
+                        numbers[(o * channels * steps + k) as usize]
+                    })
+                }
                 Some(numbers) => self.packed(outs, steps, channels, factors, last, |o, step, c| {
                     numbers[((o * channels + c) * steps + step) as usize]
                 }),
@@ -418,7 +556,7 @@ impl Lowering<'_> {
                     self.pack_computed(&w, 0, 1, outs, last)?.place
                 }
             };
-            let spec = windowed(&windows, &dims, &x, outs, width, factors);
+            let spec = ConvSpec { run, ..windowed(&windows, &dims, &x, outs, width, factors) };
             let what = Product::Conv { spec, x: x.place, w };
             let mut layout: Vec<usize> = (0..dims.len()).filter(|&a| a != 1).collect();
             layout.push(1);
@@ -430,6 +568,11 @@ impl Lowering<'_> {
     /// f32 with channels side by side.
     fn floats(&mut self, x: &Value, pad: &Padding) -> Result<View> {
         let x = self.without_product(x)?;
+        if let (Value::View(v), Mem::F32) = (&x, x.mem())
+            && let Some(view) = self.within_frame(v, pad, 1, 0)
+        {
+            return Ok(view);
+        }
         if x.mem() == Mem::F32 && !pad.needed(&x, 1) {
             return self.stored(&x);
         }
@@ -450,8 +593,7 @@ impl Lowering<'_> {
     ) -> Result<View> {
         let w = self.without_product(w)?;
         let w = if w.is_cheap() { w } else { Value::View(self.stored(&w)?) };
-        let lanes = u64::from(self.target.cpu.vector_bits / 32);
-        let panel = tile(outs, last, lanes, self.target.cpu.vector_bits == 512).vectors * lanes;
+        let panel = self.panel(Factors::F32, outs, last);
         let panels = outs.div_ceil(panel);
         let first = out_axis.min(channel_axis);
         let others: Vec<usize> =
@@ -503,8 +645,21 @@ impl Lowering<'_> {
         let outs = dims[1];
         let steps: u64 = windows.kernel.iter().product();
         let space = windows.kernel.len();
+        let mut layout: Vec<usize> = (0..dims.len()).filter(|&a| a != 1).collect();
+        layout.push(1);
+        let lanes = u64::from(self.target.cpu.vector_bits / 32);
+        let across = windows.kernel.last().copied().unwrap_or(1);
         let (x, finish, numbers, bytes) = match of_bytes {
-            Some((bytes, numbers, finish)) => (self.unsigned(g, &bytes, pad)?, finish, Some(numbers), true),
+            Some((bytes, numbers, finish)) if across * (steps / across).div_ceil(4) <= MOST_UNROLLED => {
+                let x = self.unsigned(g, &bytes, pad, lanes)?;
+                let w = self.packed_single(outs, steps / across, across, lanes, &numbers);
+                let spec = windowed(windows, dims, &x, outs, 1, Factors::Single);
+                let what = Product::Conv { spec, x: x.place, w };
+                return self.product(what, dims, layout, 1, mem, &finish);
+            }
+            Some((bytes, numbers, finish)) => {
+                (self.unsigned(g, &bytes, pad, 4)?, finish, Some(numbers), true)
+            }
             None => {
                 let x = self.value(g, args[0])?;
                 (self.floats(&x, pad)?, Finish::Plain, self.known(g, args[1])?.map(|t| t.reals()), false)
@@ -550,9 +705,27 @@ impl Lowering<'_> {
         };
         let of = body.bin(Bin::Mul, x, w);
         let what = Product::Fold { body, of, over: windows.kernel.clone() };
-        let mut layout: Vec<usize> = (0..dims.len()).filter(|&a| a != 1).collect();
-        layout.push(1);
         self.product(what, dims, layout, 1, mem, &finish)
+    }
+
+    /// Weights of a channel for each output: those of four rows of the window in a lane.
+    fn packed_single(&mut self, outs: u64, rows: u64, across: u64, lanes: u64, numbers: &[f64]) -> Place {
+        let mut bytes = vec![];
+        for panel in (0..outs).step_by(lanes as usize) {
+            for group in (0..rows).step_by(4) {
+                for k in 0..across {
+                    for o in panel..panel + lanes {
+                        for row in group..group + 4 {
+                            let there = o < outs && row < rows;
+                            let at = ((o * rows + row) * across + k) as usize;
+                            bytes.push(if there { numbers[at] as i8 as u8 } else { 0 });
+                        }
+                    }
+                }
+            }
+        }
+        let (len, name) = (bytes.len() as u64, format!("{}.weights", self.name));
+        self.blob(&name, BlobSource::Made(bytes), len)
     }
 
     /// Any convolution, group by group.
@@ -697,17 +870,30 @@ impl Lowering<'_> {
         }
         let pad = Padding { channels: ad.len() - 1, margins: vec![(0, 0); ad.len()] };
         let last = dims.len().checked_sub(2).map_or(1, |i| dims[i]);
+        let mut coded = None;
         let (factors, x, finish, numbers) = match of_bytes {
             Some((bytes, numbers, finish)) => {
-                (Factors::Bytes, self.unsigned(g, &bytes, &pad)?, finish, Some(numbers))
+                (Factors::Bytes, self.unsigned(g, &bytes, &pad, 4)?, finish, Some(numbers))
             }
             None => {
                 let x = self.value(g, a)?;
-                let numbers = if alone { self.known(g, b)?.map(|t| t.reals()) } else { None };
-                (Factors::F32, self.floats(&x, &pad)?, Finish::Plain, numbers)
+                coded = if alone && mem == Mem::F32 { self.coded(g, b, by_rows)? } else { None };
+                let known = alone && coded.is_none();
+                let numbers = if known { self.known(g, b)?.map(|t| t.reals()) } else { None };
+                let factors = coded.as_ref().map_or(Factors::F32, Coded::factors);
+                (factors, self.floats(&x, &pad)?, Finish::Plain, numbers)
             }
         };
+        let run = run(outs, inner);
+        let read = factors == Factors::F32 && numbers.is_some() && reads_codes(g, a);
+        let run = (read && run < inner).then_some(run);
         let (w, w_strides) = match numbers {
+            None if coded.is_some() => {
+                let panel = self.panel(factors, outs, last);
+                let bytes = coded.iter().flat_map(|c| c.packed(panel)).collect::<Vec<u8>>();
+                let (len, name) = (bytes.len() as u64, format!("{}.weights", self.name));
+                (self.blob(&name, BlobSource::Made(bytes), len), vec![0; rank - 2])
+            }
             Some(numbers) => {
                 let place = self.packed(outs, 1, inner, factors, last, |o, _, c| {
                     numbers[(if by_rows { o * inner + c } else { c * outs + o }) as usize]
@@ -731,10 +917,12 @@ impl Lowering<'_> {
             Axis { n: dims[i], x, w: w.map_or(0, |a| w_strides[a]), y: Some(i as u8) }
         };
         let spec = ConvSpec {
-            name: if factors == Factors::F32 { "f32".into() } else { "bytes".into() },
+            name: factors.name().into(),
             factors,
             outer: (0..outer).map(axis).collect(),
             window: vec![],
+            base: x.at.base,
+            run,
             channels: x.dims[x.dims.len() - 1],
             outs,
             axis: outer as u8,
@@ -745,17 +933,6 @@ impl Lowering<'_> {
             to: origin(dims.len()),
             inputs: 0,
         };
-        if x.at.base != 0 {
-            let x = self.copied(&Value::View(x))?;
-            return self.product(
-                Product::Conv { spec: rebased(spec, &x, &ad, outer), x: x.place, w },
-                dims,
-                (0..dims.len()).collect(),
-                outer,
-                mem,
-                &finish,
-            );
-        }
         let what = Product::Conv { spec, x: x.place, w };
         self.product(what, dims, (0..dims.len()).collect(), outer, mem, &finish)
     }
@@ -873,12 +1050,49 @@ impl Padding {
     fn needed(&self, x: &Value, together: u64) -> bool {
         let Value::View(v) = x else { return true };
         let n = v.dims[self.channels];
-        self.grows()
-            || !n.is_multiple_of(together)
-            || v.at.base != 0
-            || (n != 1 && v.at.strides[self.channels] != 1)
+        self.grows() || !n.is_multiple_of(together) || (n != 1 && v.at.strides[self.channels] != 1)
     }
 }
+
+/// The windows of a convolution and the margins that its array needs, as far as windows reach.
+fn windows_of(op: &Conv, xd: &[u64], wd: &[u64], dims: &[u64]) -> (Windows, Padding) {
+    let space = dims.len() - 2;
+    let of = |list: &[u32], a: usize, default: i64| list.get(a).map_or(default, |&n| n.into());
+    let windows = Windows {
+        strides: (0..space).map(|a| of(&op.strides, a, 1)).collect(),
+        dilations: (0..space).map(|a| of(&op.dilations, a, 1)).collect(),
+        before: (0..space).map(|a| of(&op.before, a, 0)).collect(),
+        kernel: wd[2..].to_vec(),
+    };
+    let mut margins = vec![(0, 0); 2];
+    for a in 0..space {
+        let last = (dims[2 + a] as i64 - 1) * windows.strides[a];
+        let reach = last + (windows.kernel[a] as i64 - 1) * windows.dilations[a] + 1;
+        let after = reach - windows.before[a] - xd[2 + a] as i64;
+        margins.push((windows.before[a] as u64, after.max(0) as u64));
+    }
+    (windows, Padding { channels: 1, margins })
+}
+
+/// Whether a value is what `dequantize` makes of codes.
+fn reads_codes(g: &Graph, v: ValueId) -> bool {
+    g.def(v).is_some_and(|(_, node)| matches!(node.op, Op::Dequantize(_)))
+}
+
+/// How many products of f32 a sum takes before it joins the total, where codes are read: of rows with so many outputs
+/// side by side (for convolutions: places), and so many products each. That is how ONNX Runtime does it when it runs
+/// nodes one by one, so that what is rounded afterwards gives the same codes as there.
+fn run(side: u64, products: u64) -> u64 {
+    let (mut columns, mut run) = (128, 128);
+    while side < products && columns > 16 && columns / 2 >= side {
+        columns /= 2;
+        run *= 2;
+    }
+    run
+}
+
+/// Most products of a window of [`Factors::Single`] that are unrolled.
+const MOST_UNROLLED: u64 = 64;
 
 /// Every index below extents, the last axis first.
 fn each_index(dims: &[u64]) -> impl Iterator<Item = Vec<u64>> + use<> {
@@ -912,10 +1126,12 @@ fn windowed(
         window.push(Axis { n: windows.kernel[a], x: step * windows.dilations[a], w: 0, y: None });
     }
     ConvSpec {
-        name: if factors == Factors::F32 { "f32".into() } else { "bytes".into() },
+        name: factors.name().into(),
         factors,
         outer,
         window,
+        base: x.at.base,
+        run: None,
         channels,
         outs,
         axis: 1,
@@ -926,15 +1142,6 @@ fn windowed(
         to: origin(dims.len()),
         inputs: 0,
     }
-}
-
-/// The spec for rows that have moved to fresh memory.
-fn rebased(mut spec: ConvSpec, x: &View, ad: &[u64], outer: usize) -> ConvSpec {
-    for (i, axis) in spec.outer.iter_mut().enumerate() {
-        let own = (ad.len() - 1).checked_sub(outer - i).filter(|&a| ad[a] != 1);
-        axis.x = own.map_or(0, |a| x.at.strides[a]);
-    }
-    spec
 }
 
 /// The spec with axes joined that lie behind one another everywhere.

@@ -195,6 +195,9 @@ impl Lowering<'_> {
             let ratio = self.lazy(Mem::F32, &dims, body, ratio)?;
             return self.encode(&ratio, format, true, false);
         }
+        if let Some(codes) = self.requantized(g, args, &x, to, &dims, mem)? {
+            return Ok(codes);
+        }
         // The expression goes on from the value's own, so that products take the rounding with them.
         let product = x.product();
         let mut body = Body::new(rank);
@@ -202,7 +205,6 @@ impl Lowering<'_> {
         let v = body.absorb(&x, &axes);
         let s = self.of_group(&mut body, to, &scale, &dims, &axes)?;
         let ratio = body.bin(Bin::Div, v, s);
-        let whole = body.un(Un::Round, ratio);
         let (low, high) = format.int_range();
         let (mut low, mut high) = (body.real(Num::F32, low.into()), body.real(Num::F32, high.into()));
         let mut offset = None;
@@ -213,13 +215,13 @@ impl Lowering<'_> {
             (low, high) = (body.bin(Bin::Sub, low, zf), body.bin(Bin::Sub, high, zf));
             offset = Some(z);
         }
-        // NaN becomes the zero point.
-        let number = body.cmp(Cmp::Equal, whole, whole);
+        // NaN becomes the zero point. The ends are whole numbers, so that rounding may come last.
+        let number = body.cmp(Cmp::Equal, ratio, ratio);
         let nothing = body.real(Num::F32, 0.0);
-        let whole = body.select(number, whole, nothing);
-        let whole = body.bin(Bin::Max, low, whole);
-        let whole = body.bin(Bin::Min, high, whole);
-        let mut code = body.convert(Num::I32, whole);
+        let ratio = body.select(number, ratio, nothing);
+        let ratio = body.bin(Bin::Max, low, ratio);
+        let ratio = body.bin(Bin::Min, high, ratio);
+        let mut code = body.push(Node::Nearest(ratio));
         if let Some(z) = offset {
             code = body.bin(Bin::Add, code, z);
         }

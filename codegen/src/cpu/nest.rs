@@ -13,7 +13,7 @@ use quantc_ir::diag::Result;
 use crate::cpu::llvm::{Elem, FloatCmp, IntCmp, Unit, Val, VecBuilder};
 use crate::cpu::math;
 use crate::eexpr::llvm::{Vectors, f16_to_f32, f32_to_bf16, f32_to_f16};
-use crate::nest::{Affine, Bin, Cmp, FoldKind, Guard, Mem, NestSpec, Node, NodeId, Num, To, Un, nums};
+use crate::nest::{Affine, Bin, Cmp, Fold, FoldKind, Guard, Mem, NestSpec, Node, NodeId, Num, To, Un, nums};
 
 /// The type in registers.
 fn elem(num: Num) -> Elem {
@@ -151,6 +151,7 @@ impl<'c> Place<'_, '_, 'c> {
                 b.select(self.spread(cond, lanes), x, y)
             }
             Node::Convert(to, x) => convert(b, self.nums[*x as usize], *to, self.value(*x)),
+            Node::Nearest(x) => nearest(b, self.value(*x)),
             Node::Fit(mem, x) => fit(b, *mem, self.value(*x)),
         }
     }
@@ -227,6 +228,16 @@ impl<'c> Place<'_, '_, 'c> {
             all = b.insert(all, lane, one(lane));
         }
         widened(b, mem, all)
+    }
+
+    /// The fold with one more number; products of single precision are not rounded before they join a sum.
+    fn folded_in(&self, fold: &Fold, num: Num, acc: Val<'c>) -> Val<'c> {
+        match &self.nodes[fold.of as usize] {
+            Node::Binary(Bin::Mul, x, y) if fold.kind == FoldKind::Sum && num == Num::F32 => {
+                self.b.fma(self.wide(*x), self.wide(*y), acc)
+            }
+            _ => fold_step(self.b, fold.kind, num, acc, self.wide(fold.of)),
+        }
     }
 
     /// Stores a node's value, as many lanes as there are.
@@ -509,6 +520,16 @@ fn convert<'c>(b: &VecBuilder<'_, 'c>, from: Num, to: Num, x: Val<'c>) -> Val<'c
     }
 }
 
+/// The nearest integers, by the processor's own conversion.
+fn nearest<'c>(b: &VecBuilder<'_, 'c>, x: Val<'c>) -> Val<'c> {
+    match b.lanes(x) {
+        4 => b.intrinsic("llvm.x86.sse2.cvtps2dq", &[], &[x]),
+        8 => b.intrinsic("llvm.x86.avx.cvt.ps2dq.256", &[], &[x]),
+        1 => b.extract(nearest(b, b.splat(x, 4)), 0),
+        _ => b.fptosi(b.intrinsic("llvm.roundeven", &[x.get_type()], &[x]), Elem::I32),
+    }
+}
+
 fn fold_start<'c>(b: &VecBuilder<'_, 'c>, kind: FoldKind, num: Num, lanes: u32) -> Val<'c> {
     let one = match (kind, num) {
         (FoldKind::Sum, num) => b.ty(elem(num), 1).const_zero(),
@@ -730,7 +751,7 @@ impl<'c> Nest<'_, '_, 'c> {
         let (last, num) = (spec.dims.len() - 1, self.nums[fold.of as usize]);
         let Some(&n) = fold.dims.get(axis) else {
             let place = self.place(index.clone(), last, lanes, None);
-            let next = fold_step(b, fold.kind, num, acc, place.wide(fold.of));
+            let next = place.folded_in(fold, num, acc);
             if let Some(before) = fold.each {
                 let stored = if before { acc } else { next };
                 let place = self.place(index.clone(), last, lanes, Some(stored));
@@ -757,7 +778,7 @@ impl<'c> Nest<'_, '_, 'c> {
         let vector = b.for_const(0, whole, wide.into(), &[start], |i, acc| {
             index.push(i);
             let place = self.place(index.clone(), axis, wide, None);
-            let next = fold_step(b, fold.kind, num, acc[0], place.wide(fold.of));
+            let next = place.folded_in(fold, num, acc[0]);
             index.pop();
             vec![next]
         });
@@ -766,7 +787,7 @@ impl<'c> Nest<'_, '_, 'c> {
         let done = b.for_const(whole, n, 1, &[acc], |i, acc| {
             index.push(i);
             let place = self.place(index.clone(), axis, 1, None);
-            let next = fold_step(b, fold.kind, num, acc[0], place.wide(fold.of));
+            let next = place.folded_in(fold, num, acc[0]);
             index.pop();
             vec![next]
         });

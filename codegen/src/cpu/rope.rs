@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::eexpr::F32;
+use crate::spec::Rows;
 
 /// Cosines and sines of the call's positions.
 ///
@@ -47,6 +48,17 @@ pub struct RopeSpec {
     pub x_stride: u32,
     /// Elements from one row of out to the next.
     pub out_stride: u32,
+    /// What counts the rows, where items do not tell: on GPUs.
+    #[serde(default = "all_tokens", skip_serializing_if = "is_all_tokens")]
+    pub rows: Rows,
+}
+
+fn all_tokens() -> Rows {
+    Rows::T
+}
+
+fn is_all_tokens(rows: &Rows) -> bool {
+    *rows == Rows::T
 }
 
 impl RopeTableSpec {
@@ -60,7 +72,8 @@ impl RopeSpec {
     /// Rows that hold the heads and nothing else, all columns rotated.
     pub fn new(heads: u32, head_dim: u32, style: RopeStyle) -> RopeSpec {
         let width = heads * head_dim;
-        RopeSpec { heads, head_dim, rotary_dim: head_dim, style, x_stride: width, out_stride: width }
+        let rows = Rows::T;
+        RopeSpec { heads, head_dim, rotary_dim: head_dim, style, x_stride: width, out_stride: width, rows }
     }
 
     /// Why no kernel can be emitted, if none can.

@@ -20,14 +20,16 @@
 //! then positions and base `i32[t]`; where pages are looked up their numbers; of codes the scales of keys and those of
 //! values, states or `f32[kv_heads]`. Then the inputs and outputs of the epilogue, whose columns are those of all heads.
 //! Where keys are split then the partial results and the counters, whose sizes the buffers tell
-//! ([`super::tile::Buffer::bytes_each`]); counters must be zero before, and are zero after. Scalar: `t`.
+//! ([`super::tile::Buffer::bytes_each`]); counters must be zero before, and are zero after. Scalar: `t`; where only wanted
+//! rows have queries, the last ones of the call, then `r`: q and the results have that many rows.
 
 use super::cache::CacheLayout;
 use super::expr::Frame;
-use super::tile::{Access, Builder, Mem};
+use super::tile::{Access, Binary, Builder, Mem, Val};
 use crate::cpu::attention::{AttentionSpec, KvSource};
 use crate::cpu::cache::{CacheTy, Role};
 use crate::eexpr::{EExpr, MemTy, Place};
+use crate::spec::Rows;
 use quantc_ir::diag::{Diag, Result};
 use serde::{Deserialize, Serialize};
 
@@ -95,6 +97,32 @@ impl AttentionCall {
 
 /// Widest heads: more would not fit in registers.
 pub const WIDEST: u32 = 256;
+
+/// The rows of queries.
+struct Queries {
+    /// The scalar that counts them.
+    scalar: u32,
+    /// How many there are.
+    count: Val,
+    /// Tokens of the call in front of the first one.
+    before: Val,
+}
+
+impl Queries {
+    /// Declares the scalars, after all buffers.
+    fn declare(b: &mut Builder, spec: &AttentionSpec) -> Queries {
+        let t = b.scalar("t");
+        let tokens = b.scalar_value(t);
+        match spec.rows {
+            Rows::T => Queries { scalar: t, count: tokens, before: 0.into() },
+            Rows::R => {
+                let scalar = b.scalar("r");
+                let count = b.scalar_value(scalar);
+                Queries { scalar, count, before: b.binary(Binary::Sub, tokens, count) }
+            }
+        }
+    }
+}
 
 /// The buffers of a call.
 struct Arguments<'a> {

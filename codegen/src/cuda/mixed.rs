@@ -111,12 +111,11 @@ fn across(layout: &FragmentLayout) -> u32 {
     UNIT / kind(layout).columns()
 }
 
-/// The kernel of `spec`, called `name`.
-pub fn build(name: &str, spec: &MatmulSpec, tile: MixedTile) -> Result<Kernel> {
+/// Refuses products that have no such kernel, and cuts that mean nothing.
+pub fn check(spec: &MatmulSpec, tile: MixedTile) -> Result<()> {
     spec.check()?;
     let layout = FragmentLayout::of(spec)?;
-    let warp_tile = tile.warp(spec, layout);
-    if warp_tile.needs_sums() {
+    if tile.warp(spec, layout).needs_sums() {
         return Err(Diag::target(
             "zero points for groups of columns have no kernel of groups of warps for bytes",
         )
@@ -128,6 +127,14 @@ pub fn build(name: &str, spec: &MatmulSpec, tile: MixedTile) -> Result<Kernel> {
     {
         return Err(Diag::bug(format!("no such cut of a product: {tile:?}")));
     }
+    Ok(())
+}
+
+/// The kernel of `spec`, called `name`.
+pub fn build(name: &str, spec: &MatmulSpec, tile: MixedTile) -> Result<Kernel> {
+    check(spec, tile)?;
+    let layout = FragmentLayout::of(spec)?;
+    let warp_tile = tile.warp(spec, layout);
     let threads = tile.rows() * WARP;
     let mut b = Builder::new(name, threads);
     let args = Arguments::declare(&mut b, spec);

@@ -3,7 +3,7 @@
 pub use super::plain::PAGE;
 use super::tile::Access;
 use super::tile::{Extent, Kernel};
-use super::{attention, cache, gather, plain, rope, row, skinny, text, wide};
+use super::{attention, cache, gather, mixed, plain, rope, row, sample, skinny, text, tiles, wide};
 use crate::cpu::attention::{AttentionSpec, KvSource};
 use crate::cpu::cache::{CacheAppendSpec, CacheTy, Role};
 use crate::spec::{KernelSpec, MRange, MatmulSpec, Rows};
@@ -18,6 +18,9 @@ use std::collections::BTreeMap;
 /// Most rows of a call for which weights are read by warps that divide k among them, and keys by blocks that have one
 /// token each.
 const MOST_SKINNY: u32 = 64;
+
+/// Rows of results that attention of wanted rows is cut for: keys are divided among more blocks where there are fewer rows.
+const FEW_WANTED: u32 = 8;
 
 /// Microseconds between the beginnings of two launches that do nothing, of one graph.
 const LAUNCH_US: f64 = 2.0;
@@ -51,6 +54,18 @@ pub fn state_row_bytes(ty: CacheTy, heads: u32, head_dim: u32) -> u64 {
         Ok(layout) if in_fragments(ty, heads, head_dim) => layout.row_bytes().into(),
         _ => u64::from(heads * ty.width(head_dim) * ty.bytes()),
     }
+}
+
+/// How the tokens of a product of many rows are to lie on a GPU whose groups of warps multiply, where its weights and its
+/// size allow that: as tiles. The product is then a [`KernelSpec::TiledMatmul`]; its weights lie as for few rows, so that one
+/// packed copy serves both.
+pub fn token_tiles(spec: &MatmulSpec, gpu: &GpuDesc) -> Option<tiles::rows::RowTilesSpec> {
+    if spec.m.max <= MOST_SKINNY {
+        return None;
+    }
+    let tile = mixed::MixedTile::of(spec, spec.m.max, gpu).ok()?;
+    mixed::check(spec, tile).ok()?;
+    mixed::MixedTile::tokens_spec(spec).ok()
 }
 
 /// A kernel with the template it came from.
@@ -104,6 +119,20 @@ pub fn kernel(symbol: &str, want: &Want, gpu: &GpuDesc) -> Result<Planned> {
             );
             (wide::build(symbol, s, tile)?, "wide", choice)
         }
+        KernelSpec::TiledMatmul(s) => {
+            let tile = mixed::MixedTile::of(s, s.m.max, gpu)?;
+            let choice = format!(
+                "{} groups of 64 output columns, {} tokens, {} stages of tokens' tiles",
+                tile.groups, tile.tokens, tile.stages
+            );
+            (mixed::build(symbol, s, tile)?, "mixed", choice)
+        }
+        KernelSpec::RowTiles(s) => {
+            let order =
+                if s.span == 0 { "in order".into() } else { format!("by quarters of {} columns", s.span) };
+            (tiles::rows::build(symbol, s)?, "row_tiles", order)
+        }
+        KernelSpec::Sample(s) => (sample::build(symbol, s)?, "sample", String::new()),
         KernelSpec::Row(s) => {
             let tile = row::RowTile::of(s);
             let choice = format!("{} warps a row, {} columns a lane", tile.warps_per_row, tile.width);
@@ -111,10 +140,6 @@ pub fn kernel(symbol: &str, want: &Want, gpu: &GpuDesc) -> Result<Planned> {
         }
         KernelSpec::Rope(s) => (rope::build(symbol, s)?, "rope", String::new()),
         KernelSpec::RopeTable(s) => (rope::build_table(symbol, s)?, "rope", String::new()),
-        KernelSpec::Attention(s) if s.rows == Rows::R => {
-            return Err(Diag::target("attention of wanted rows only has no kernel on a GPU")
-                .help("leave `narrow-rows` out"));
-        }
         KernelSpec::Attention(s) => attend(symbol, s, want.tokens, gpu)?,
         KernelSpec::Gather(s) => (gather::build(symbol, s)?, "gather", String::new()),
         KernelSpec::CacheAppend(s) => append(symbol, s)?,
@@ -143,11 +168,13 @@ fn attend(symbol: &str, spec: &AttentionSpec, tokens: MRange, gpu: &GpuDesc) -> 
         return Ok((plain::attention(symbol, spec)?, "plain", "dot products, a warp for each query".into()));
     }
     let call = attention::AttentionCall::plain(spec.clone(), context.is_some());
+    // Of a prompt mostly one row is wanted.
+    let rows = if spec.rows == Rows::R { tokens.max.min(FEW_WANTED) } else { tokens.max };
     if let Some(context) = context
-        && tokens.max <= MOST_SKINNY
+        && rows <= MOST_SKINNY
         && spec.group() <= attention::ROWS
     {
-        let tile = attention::decode::DecodeTile::of(&call, tokens.max, context, gpu)?;
+        let tile = attention::decode::DecodeTile::of(&call, rows, context, gpu)?;
         let choice = format!(
             "{} warps with units of {} keys, {} stages, {} blocks for each token and head",
             tile.warps, tile.unit, tile.stages, tile.splits
@@ -240,7 +267,9 @@ pub fn compile(wanted: &BTreeMap<String, Want>, gpu: &GpuDesc, store: &Store) ->
         let made = machine.code(symbol, &source, gpu, store)?;
         let (bytes, macs, rows) = work(spec, want.tokens.max);
         let rate = match spec {
-            KernelSpec::Matmul(MatmulSpec { a: crate::spec::AFmt::I8Token, .. }) => gpu.rates.int8_tmac,
+            KernelSpec::Matmul(s) | KernelSpec::TiledMatmul(s) if s.a == crate::spec::AFmt::I8Token => {
+                gpu.rates.int8_tmac
+            }
             _ => gpu.rates.bf16_tmac,
         };
         let predicted = (bytes as f64 / (gpu.rates.memory_gb * 1e3)).max(macs as f64 / (rate * 1e6));
@@ -273,8 +302,9 @@ pub fn compile(wanted: &BTreeMap<String, Want>, gpu: &GpuDesc, store: &Store) ->
 /// most `tokens` tokens.
 pub fn work(spec: &KernelSpec, tokens: u32) -> (u64, u64, u64) {
     let t = u64::from(tokens);
+    let rows_of = |rows: Rows| if rows == Rows::T { t } else { 1 };
     match spec {
-        KernelSpec::Matmul(s) => {
+        KernelSpec::Matmul(s) | KernelSpec::TiledMatmul(s) => {
             let m = u64::from(s.m.max.min(tokens));
             let (n, k, products) = (u64::from(s.n), u64::from(s.k), u64::from(s.products()));
             let weights = super::layout::FragmentLayout::of(s).map_or(0, |l| l.bytes()) * products;
@@ -289,19 +319,24 @@ pub fn work(spec: &KernelSpec, tokens: u32) -> (u64, u64, u64) {
             let e = &s.body;
             let inputs: usize = e.inputs.iter().map(|i| i.ty.bytes()).sum();
             let outputs: usize = e.outputs.iter().map(|o| o.ty.bytes()).sum();
-            let rows = match s.rows.sym {
-                Rows::T => t,
-                Rows::R => 1,
-            } * u64::from(s.rows.per);
+            let rows = rows_of(s.rows.sym) * u64::from(s.rows.per);
             (rows * u64::from(s.cols) * (inputs + outputs) as u64, 0, rows)
         }
         KernelSpec::Attention(s) => {
-            let row = u64::from(s.heads * s.head_dim);
-            (t * row * 8, 0, t)
+            let (row, rows) = (u64::from(s.heads * s.head_dim), rows_of(s.rows));
+            (rows * row * 8, 0, rows)
         }
+        KernelSpec::RowTiles(s) => {
+            let (tiled, rows) = (s.tiled(1).row_bytes(), rows_of(s.rows));
+            (rows * 2 * tiled, 0, rows)
+        }
+        KernelSpec::Sample(s) => (u64::from(s.vocab) * 4, 0, 1),
         KernelSpec::Gather(s) => (t * u64::from(s.width) * (4 + s.ty.bytes() as u64), 0, t),
         KernelSpec::CacheAppend(s) => (t * u64::from(s.heads * s.head_dim * (4 + s.ty.bytes())), 0, t),
-        KernelSpec::Rope(s) => (t * u64::from(s.heads * s.head_dim) * 8, 0, t),
+        KernelSpec::Rope(s) => {
+            let rows = rows_of(s.rows);
+            (rows * u64::from(s.heads * s.head_dim) * 8, 0, rows)
+        }
         KernelSpec::RopeTable(s) => (t * u64::from(s.half) * 8, 0, t),
         // Of graphs over arrays, which GPUs have no kernels for.
         KernelSpec::Nest(_) | KernelSpec::Conv(_) => (0, 0, 0),

@@ -1,13 +1,14 @@
 //! Rotation of heads by their tokens' positions: the tables of [`RopeTableSpec`] and the rotation of [`RopeSpec`].
 //!
 //! As the specs say, an angle is the f32 product of position and frequency; its cosine and sine are within 2e-7 for angles
-//! up to 2^20. Buffers are those of the specs; the scalar is `t`, tokens.
+//! up to 2^20. Buffers are those of the specs; the scalar is `t`, tokens, or `r`, wanted rows.
 
 use super::expr::{alignment, load, wide, write};
 use super::tile::{Access, Binary, Builder, Extent, Kernel, Unary, Val};
 use crate::cpu::math::Lanes;
 use crate::cpu::rope::{RopeSpec, RopeStyle, RopeTableSpec};
 use crate::eexpr::MemTy;
+use crate::spec::Rows;
 use quantc_ir::diag::{Diag, Result};
 
 /// Threads of a block.
@@ -67,7 +68,10 @@ pub fn build(name: &str, spec: &RopeSpec) -> Result<Kernel> {
     let x = b.buffer("x", Access::ReadBeforeWrite);
     let table = b.buffer("table", Access::Read);
     let out = b.buffer("out", Access::Write);
-    let t = b.scalar("t");
+    let t = b.scalar(match spec.rows {
+        Rows::T => "t",
+        Rows::R => "r",
+    });
     let times = spec.heads * items;
     b.grid(Extent::PerScalar { scalar: t, times, per: THREADS }, Extent::Fixed(1));
     let (index, here) = item(&mut b, t, times);

@@ -95,7 +95,8 @@ pub fn build(name: &str, spec: &SampleSpec) -> Result<Kernel> {
     });
     let (key, best) = cx.first_of_largest(&mut b, key.into(), index.into());
     let top = of_key(&mut b, key);
-    let infinite = b.binary(Binary::FEq, top, f32::INFINITY);
+    let size = b.unary(Unary::FAbs, top);
+    let infinite = b.binary(Binary::FEq, size, f32::INFINITY);
     let greedy = b.binary(Binary::FEq, temperature, 0.0);
     let draws = b.unary(Unary::PNot, greedy);
     let finite = b.unary(Unary::PNot, infinite);
@@ -197,6 +198,8 @@ impl Weigh {
 
 /// Numbers of 32 bits that are in the order of floats, none of which is 0.
 fn key_of(b: &mut Builder, x: Val) -> Val {
+    // Zeros are equal, whatever their signs.
+    let x = Lanes::add(b, x, 0.0.into());
     let bits = b.unary(Unary::Bits, x);
     let negative = b.lt(0x7fff_ffff, bits);
     let down = b.binary(Binary::Xor, bits, u32::MAX);

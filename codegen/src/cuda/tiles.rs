@@ -28,6 +28,15 @@ pub fn swizzled(at: u64) -> u64 {
 }
 
 impl GroupKind {
+    /// Short name.
+    pub fn name(self) -> &'static str {
+        match self {
+            GroupKind::Bf16 => "bf16",
+            GroupKind::S8 => "s8",
+            GroupKind::E4m3 => "e4m3",
+        }
+    }
+
     /// Numbers of a row of a tile.
     pub fn columns(self) -> u32 {
         match self {
@@ -49,6 +58,11 @@ pub struct Tiled {
 }
 
 impl Tiled {
+    /// Bytes that each row adds, the rows being whole tiles.
+    pub fn row_bytes(&self) -> u64 {
+        u64::from(self.across()) * u64::from(ROW_BYTES)
+    }
+
     /// Tiles side by side.
     pub fn across(&self) -> u32 {
         self.columns.div_ceil(self.kind.columns())

@@ -1,7 +1,7 @@
 //! Attention against its definition in f64: all caches, mixes of sequences, pages anywhere, odd lengths.
 
 use crate::caches::{TYPES, code, scale_of};
-use crate::support::{Near, compare, encode, run};
+use crate::support::{Near, compare, count, encode, run};
 use half::bf16;
 use quantc_codegen::cpu::attention::{AttentionSpec, KvSource};
 use quantc_codegen::cpu::cache::{CacheTy, Role};
@@ -12,6 +12,7 @@ use quantc_codegen::cuda::cache::{CacheLayout, PAGE};
 use quantc_codegen::cuda::interp::{self, Schedule};
 use quantc_codegen::cuda::tile::{Kernel, Stmt};
 use quantc_codegen::eexpr::{EExpr, F32, MemTy};
+use quantc_codegen::spec::Rows as Counted;
 use quantc_ir::formats;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -207,6 +208,111 @@ fn check_prefill(call: &AttentionCall, tile: PrefillTile, sequences: &[Sequence]
     let what = format!("{:?} {tile:?} {sequences:?}", call.spec);
     let kernel = prefill::build("prefill", call, tile).unwrap_or_else(|e| panic!("{what}: {e}"));
     check(&what, &kernel, case(call, sequences, rng));
+}
+
+/// The case with queries and results of the last `rows` tokens only.
+fn wanted(call: &AttentionCall, case: Case, rows: u32) -> Case {
+    let Case { mut buffers, mut want, t, largest } = case;
+    let before = (t - rows) as usize;
+    buffers[0].drain(..before * call.spec.q_stride as usize * 4);
+    want.drain(..want.len() / t as usize * before);
+    *buffers.last_mut().unwrap() = vec![0; want.len() * 4];
+    Case { buffers, want, t, largest }
+}
+
+/// Attention of the last rows of a call, by all templates.
+#[test]
+fn wanted_rows_only() {
+    let mut rng = ChaCha8Rng::seed_from_u64(70);
+    for (ty, rows, window) in [(CacheTy::Bf16, 1, None), (CacheTy::I8, 3, None), (CacheTy::Bf16, 9, Some(30))]
+    {
+        let mut call = call(4, 2, 64, ty, true);
+        (call.spec.rows, call.spec.window) = (Counted::R, window);
+        let sequences = [(80, 5), (150, 4), (40, 7)];
+        let decode = DecodeTile { unit: 64, warps: 2, stages: 2, splits: 2 };
+        let prefill = PrefillTile { unit: 64, warps: 2, stages: 2 };
+        let kernels = [
+            decode::build("decode", &call, decode).unwrap(),
+            prefill::build("prefill", &call, prefill).unwrap(),
+        ];
+        for kernel in kernels {
+            let case = wanted(&call, case(&call, &sequences, &mut rng), rows);
+            let out = case.buffers.len() - 1;
+            let mut buffers = case.buffers;
+            buffers.extend(workspace(&kernel, case.t));
+            let got = run(&kernel, &buffers, &[case.t, rows]);
+            let near = Near { relative: 0.0, absolute: case.largest / 250.0 };
+            compare(&format!("{} {rows} rows", kernel.name), MemTy::F32, &got.buffers[out], &case.want, near);
+        }
+    }
+}
+
+/// More keys cost products and reads, and no conflicts of banks: those there are belong to the ends.
+#[test]
+fn nothing_waits_for_banks_on_the_way() {
+    let mut rng = ChaCha8Rng::seed_from_u64(71);
+    for ty in TYPES {
+        let call = call(4, 2, 64, ty, false);
+        let of_decode = DecodeTile { unit: unit(ty), warps: 1, stages: 2, splits: 1 };
+        let of_prefill = PrefillTile { unit: unit(ty), warps: 1, stages: 2 };
+        let mut kernels = vec![decode::build("decode", &call, of_decode).unwrap()];
+        // Of many tokens scales lie in order: two lanes of a row wait for the others, and no registers are left to spread them.
+        if !ty.is_scaled() {
+            kernels.push(prefill::build("prefill", &call, of_prefill).unwrap());
+        }
+        for kernel in kernels {
+            let conflicts = [128, 384].map(|keys| {
+                let case = case(&call, &[(keys, 1)], &mut rng);
+                run(&kernel, &case.buffers, &[1]).counts.bank_conflicts
+            });
+            assert_eq!(conflicts[0], conflicts[1], "{} {ty:?}", kernel.name);
+        }
+    }
+}
+
+/// Copies that go 16 bytes too far, or come from there: what is read is not what was meant, or was never there.
+#[test]
+fn copies_to_and_from_the_wrong_place() {
+    fn shift(body: &mut [Stmt], at: &mut usize, source: bool) {
+        for s in body {
+            match s {
+                Stmt::CpAsync { to, at: from, bytes: 16, .. } => {
+                    *at = at.wrapping_sub(1);
+                    if *at == usize::MAX {
+                        let place = if source { from } else { to };
+                        place.plus += 16;
+                    }
+                }
+                Stmt::For { body, .. } => shift(body, at, source),
+                Stmt::If(_, then, otherwise) => {
+                    shift(then, at, source);
+                    shift(otherwise, at, source);
+                }
+                _ => {}
+            }
+        }
+    }
+    let mut rng = ChaCha8Rng::seed_from_u64(72);
+    let call = call(2, 1, 64, CacheTy::Bf16, false);
+    let of_decode = DecodeTile { unit: 32, warps: 1, stages: 2, splits: 1 };
+    let of_prefill = PrefillTile { unit: 32, warps: 1, stages: 2 };
+    for kernel in [
+        decode::build("decode", &call, of_decode).unwrap(),
+        prefill::build("prefill", &call, of_prefill).unwrap(),
+    ] {
+        // More units than are under way, so that each copy of the loop runs.
+        let case = case(&call, &[(190, 1)], &mut rng);
+        let right = interp::run(&kernel, &case.buffers, &[1], Schedule::Turns).unwrap();
+        let all = count(&kernel.body, &|s| matches!(s, Stmt::CpAsync { bytes: 16, .. }));
+        for (at, source) in (0..all).step_by(3).flat_map(|at| [(at, false), (at, true)]) {
+            let mut broken = kernel.clone();
+            shift(&mut broken.body, &mut at.clone(), source);
+            if let Ok(wrong) = interp::run(&broken, &case.buffers, &[1], Schedule::Turns) {
+                let same = wrong.buffers.last().unwrap().data == right.buffers.last().unwrap().data;
+                assert!(!same, "{}: copy {at}, {source}", kernel.name);
+            }
+        }
+    }
 }
 
 /// Attention over a cache.

@@ -53,7 +53,8 @@ fn check(spec: &AppendSpec, rng: &mut ChaCha8Rng) {
         let table: Vec<f32> = (0..t * rotary_dim as usize).map(|_| rng.random_range(-1f32..1.0)).collect();
         buffers.push(encode(MemTy::F32, &table));
         // What the rotation by itself makes of the rows.
-        let apart = RopeSpec { heads, head_dim, rotary_dim, style, x_stride, out_stride: x_stride };
+        let apart =
+            RopeSpec { rotary_dim, x_stride, out_stride: x_stride, ..RopeSpec::new(heads, head_dim, style) };
         let rotate = rope::build("rope", &apart).unwrap();
         let rotated =
             run(&rotate, &[buffers[0].clone(), buffers[1].clone(), vec![0; x.len() * 4]], &[t as u32]);

@@ -3,7 +3,7 @@
 use crate::machine::{self, check};
 use crate::{attention, caches, groups, products, rows};
 use quantc_codegen::cpu::attention::AttentionSpec;
-use quantc_codegen::cpu::cache::{CacheAppendSpec, Role};
+use quantc_codegen::cpu::cache::{CacheAppendSpec, CacheTy, Role};
 use quantc_codegen::cpu::gather::GatherSpec;
 use quantc_codegen::cpu::rope::{RopeSpec, RopeStyle, RopeTableSpec};
 use quantc_codegen::cuda::attention::AttentionCall;
@@ -13,6 +13,7 @@ use quantc_codegen::cuda::cache::{self, AppendSpec, Rotation};
 use quantc_codegen::cuda::gather;
 use quantc_codegen::cuda::group::{self, GroupTile, Scales};
 use quantc_codegen::cuda::mixed::{self, MixedTile};
+use quantc_codegen::cuda::plain;
 use quantc_codegen::cuda::row::{self, RowTile};
 use quantc_codegen::cuda::sample::{self, SampleSpec};
 use quantc_codegen::cuda::skinny::{self, SkinnyTile};
@@ -65,7 +66,10 @@ fn caches_and_tokens() {
     let jobs: Vec<_> = kernels
         .iter()
         .enumerate()
-        .flat_map(|(i, k)| GPUS.iter().skip(i % 2).step_by(2).map(move |gpu| (k.clone(), *gpu)))
+        .flat_map(|(i, k)| {
+            let (first, step) = if machine::everything() { (0, 1) } else { (i % 2, 2) };
+            GPUS.iter().skip(first).step_by(step).map(move |gpu| (k.clone(), *gpu))
+        })
         .collect();
     check("caches_and_tokens", &jobs);
 }
@@ -88,11 +92,39 @@ fn attention_kernels() {
                     let tile = PrefillTile::of(&call, &target.gpu).unwrap();
                     jobs.push((prefill::build("prefill", &call, tile).unwrap(), *target));
                 }
+                // Of the rows that are wanted only.
+                if all || (k < 2 && (i + j + k) % 6 == 2) {
+                    let mut call = call.clone();
+                    call.spec.rows = Rows::R;
+                    let tile = DecodeTile::of(&call, 8, 8192, &target.gpu).unwrap();
+                    jobs.push((decode::build("decode_wanted", &call, tile).unwrap(), *target));
+                    let tile = PrefillTile::of(&call, &target.gpu).unwrap();
+                    jobs.push((prefill::build("prefill_wanted", &call, tile).unwrap(), *target));
+                }
             }
         }
         let direct = AttentionCall::plain(AttentionSpec::direct(12, 12, 64, 0.125, i % 2 == 0), false);
         let tile = PrefillTile::of(&direct, &target.gpu).unwrap();
         jobs.push((prefill::build("direct", &direct, tile).unwrap(), *target));
+        for (j, ty) in [CacheTy::F32, CacheTy::F16, CacheTy::I8].into_iter().enumerate() {
+            if all || i % 3 == j {
+                let mut spec = AttentionSpec::cached(8, 2, 100, 0.1, ty, 64);
+                spec.rows = if i % 2 == 0 { Rows::T } else { Rows::R };
+                jobs.push((plain::attention("plain_attention", &spec).unwrap(), *target));
+                let role = if i % 2 == 0 { Role::Keys } else { Role::Values };
+                let (heads, head_dim, x_stride) = (2, 100, 200);
+                let rows = CacheAppendSpec {
+                    heads,
+                    head_dim,
+                    x_stride,
+                    ty,
+                    role,
+                    fixed_scales: false,
+                    slot_rows: 64,
+                };
+                jobs.push((plain::append("plain_append", &rows).unwrap(), *target));
+            }
+        }
     }
     check("attention_kernels", &jobs);
 }
@@ -109,13 +141,14 @@ fn skinny_products() {
     let mut jobs = vec![];
     for (i, target) in GPUS.iter().enumerate() {
         for a in [AFmt::Bf16, AFmt::I8Token] {
-            // All formats for the oldest architecture, and each again for some other.
-            let (first, step) = if i == 0 { (0, 1) } else { (i - 1, GPUS.len() - 1) };
+            // All formats for the oldest architecture, and each again for some other; all for all when asked.
+            let some = i > 0 && !machine::everything();
+            let (first, step) = if some { (i - 1, GPUS.len() - 1) } else { (0, 1) };
             for w in products::formats(a, k).into_iter().skip(first).step_by(step) {
                 jobs.push((skinny(&products::spec(4096, k, w, a, false), 1, &target.gpu), *target));
             }
             let w = products::formats(a, k)[0];
-            for m in [16, 64] {
+            for m in [8, 16, 32, 64].into_iter().filter(|m| machine::everything() || m % 48 == 16) {
                 jobs.push((skinny(&products::spec(4096, k, w, a, false), m, &target.gpu), *target));
             }
             jobs.push((skinny(&products::spec(14336, k, w, a, true), 8, &target.gpu), *target));
@@ -184,7 +217,8 @@ fn wide_products() {
         for a in [AFmt::Bf16, AFmt::I8Token] {
             // Some formats for each architecture: every fourth, from another one on.
             let list = products::formats(a, k);
-            for w in list.iter().skip(i).step_by(4) {
+            let (first, step) = if machine::everything() { (0, 1) } else { (i, 4) };
+            for w in list.iter().skip(first).step_by(step) {
                 let spec = products::spec(4096, k, *w, a, false);
                 let kernel = wide::build("wide", &spec, WideTile::of(&spec, &target.gpu).unwrap()).unwrap();
                 jobs.push((kernel, *target));

@@ -518,6 +518,32 @@ fn every_product_is_counted_once() {
     assert_eq!(count(&kernel.body, &|s| matches!(s, Stmt::GroupMma { .. })), 4);
 }
 
+/// Longer sums cost no conflicts of banks: those there are belong to the end, where sums go through shared memory.
+#[test]
+fn nothing_waits_for_banks_on_the_way() {
+    let mut rng = ChaCha8Rng::seed_from_u64(77);
+    for a in [AFmt::Bf16, AFmt::I8Token] {
+        for w in crate::products::formats(a, 1 << 20).into_iter().step_by(4) {
+            let conflicts = [128, 512].map(|k| {
+                let w = WFmt { group: w.group.min(k), ..w };
+                let spec = crate::products::spec(64, k, w, a, false);
+                let tile = MixedTile { groups: 1, tokens: 64, stages: 2 };
+                let Ok(kernel) = mixed::build("kernel", &spec, tile) else { return 0 };
+                let stride = if a == AFmt::Bf16 { 2 * bf16_row_stride(k) } else { i8_row_stride(k) };
+                let x = (0..3 * stride).map(|_| rng.random::<u8>() & 0x3f).collect();
+                let mut buffers = vec![crate::products::tokens(&spec, x, 3)];
+                if a == AFmt::I8Token {
+                    buffers.extend([vec![0; 12], vec![0; 12 * spec.groups() as usize]]);
+                }
+                let blob = vec![0; FragmentLayout::of(&spec).unwrap().bytes() as usize];
+                buffers.extend([blob, vec![0; 3 * 67 * 4]]);
+                run(&kernel, &buffers, &[3, 1]).counts.bank_conflicts
+            });
+            assert_eq!(conflicts[0], conflicts[1], "{w:?}");
+        }
+    }
+}
+
 #[test]
 fn pipelines_of_codes_in_registers() {
     let mut rng = ChaCha8Rng::seed_from_u64(76);

@@ -81,6 +81,13 @@ fn the_first_of_the_largest() {
         assert_eq!(sample(spec, &logits, &[drawn; 3])[2], -1);
         logits[0] = f32::INFINITY;
         assert_eq!(sample(spec, &logits, &[drawn; 3])[0], 0);
+        logits[..vocab as usize].fill(f32::NEG_INFINITY);
+        assert_eq!(sample(spec, &logits, &[GREEDY, drawn, drawn])[0], 0);
+        assert_eq!(sample(spec, &logits, &[drawn; 3])[0], 0);
+        // Zeros of either sign are equal.
+        logits[..vocab as usize].fill(-0.0);
+        logits[vocab as usize - 1] = 0.0;
+        assert_eq!(sample(spec, &logits, &[GREEDY; 3])[0], 0);
     }
 }
 

@@ -52,7 +52,7 @@ macro_rules! families {
 }
 
 families! {
-    attention, constants, control, elementwise, indexing, layout, linear, losses, normalization, pooling, quantized,
+    attention, constants, control, elementwise, fused, indexing, layout, linear, losses, normalization, pooling, quantized,
     recurrent, reductions, resize, shapes,
 }
 

@@ -17,7 +17,7 @@ use quantc_ir::entity::ValueId;
 use quantc_ir::eval::{Data, Tensor};
 use quantc_ir::graph::Def;
 use quantc_ir::module::Module;
-use quantc_ir::ops::{Op, Positions, Reshape};
+use quantc_ir::ops::{Cast, Op, Positions, Reshape};
 use quantc_ir::ty::{Dim, ElemTy, Shape, TensorTy};
 use quantc_ir::weights::Store;
 use std::collections::BTreeMap;
@@ -310,7 +310,11 @@ fn finish(
         return Err(Diag::bug("a result without rows was chosen").into());
     };
     let rows = Reshape { shape: Shape(vec![tokens, width]) };
-    let result = module.main.append(rows, &[result], None)?;
+    let mut result = module.main.append(rows, &[result], None)?;
+    if module.main.ty(result).elem != ElemTy::F32 {
+        // Engines give f32, whatever the graph computes with.
+        result = module.main.append(Cast { to: ElemTy::F32, ..Cast::default() }, &[result], None)?;
+    }
     let kept = |v: &&String| v.starts_with("present");
     let lost: Vec<&String> = outputs.iter().enumerate().filter(|(i, _)| *i != at).map(|(_, n)| n).collect();
     let states = lost.iter().filter(|n| kept(n)).count();
@@ -333,6 +337,8 @@ fn finish(
     };
     let keys = ["max_position_embeddings", "n_positions", "n_ctx"];
     let says = keys.iter().find_map(|key| config.opt_int(key, 1..=1 << 26));
+    // Where it is none of the tokens, there is no padding.
+    let padding = config.get("pad_token_id").and_then(|id| id.as_u64()).filter(|&id| id < u64::from(vocab));
     config.finish()?;
     let context = match (options.context, says) {
         (Some(n), Some(most)) if u64::from(n) > most => {
@@ -355,6 +361,10 @@ fn finish(
         tokens::find(dir, &mut config, &mut facts, &mut notes)?;
     }
     facts.write(&mut module);
+    module.facts.insert("sequence".into(), "whole".into());
+    if let Some(id) = padding {
+        module.facts.insert("padding".into(), id.to_string());
+    }
     Ok(Imported { module, tokenizer: beside(path, "tokenizer.json"), facts, notes, unused: vec![] })
 }
 

@@ -153,6 +153,9 @@ enum Source {
     Result(usize),
 }
 
+// Rows lie in files as they lie in memory.
+const _: () = assert!(cfg!(target_endian = "little"));
+
 /// The rows of all samples at one point, sample by sample.
 enum Rows {
     File { file: File, path: PathBuf },
@@ -534,15 +537,13 @@ impl Rows {
 
     /// Numbers from index `at` on.
     fn read(&self, at: usize, out: &mut [f32]) -> Result<()> {
-        let mut bytes = vec![0; out.len() * 4];
+        // SAFETY: the bytes are those of `out`, which is borrowed alone, and any bytes are numbers.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(out.as_mut_ptr().cast::<u8>(), out.len() * 4) };
         match self {
-            Rows::Memory(all) => bytes.copy_from_slice(&all[at * 4..][..out.len() * 4]),
-            Rows::File { file, path } => file.read_exact_at(&mut bytes, at as u64 * 4).map_err(|e| {
+            Rows::Memory(all) => bytes.copy_from_slice(&all[at * 4..][..bytes.len()]),
+            Rows::File { file, path } => file.read_exact_at(bytes, at as u64 * 4).map_err(|e| {
                 Diag::system(format!("cannot read it: {e}")).in_file(path.display().to_string())
             })?,
-        }
-        for (x, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-            *x = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
         }
         Ok(())
     }
@@ -570,13 +571,11 @@ impl Sink {
     }
 
     fn write(&mut self, numbers: &[f32]) -> Result<()> {
+        // SAFETY: the bytes are those of `numbers`, and numbers have no gaps.
+        let bytes = unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast::<u8>(), numbers.len() * 4) };
         match self {
-            Sink::Memory(bytes) => bytes.extend(numbers.iter().flat_map(|x| x.to_le_bytes())),
-            Sink::File { file, path } => {
-                let mut bytes = Vec::with_capacity(numbers.len() * 4);
-                bytes.extend(numbers.iter().flat_map(|x| x.to_le_bytes()));
-                file.write_all(&bytes).map_err(|e| io(path, &e))?;
-            }
+            Sink::Memory(all) => all.extend_from_slice(bytes),
+            Sink::File { file, path } => file.write_all(bytes).map_err(|e| io(path, &e))?,
         }
         Ok(())
     }

@@ -11,8 +11,7 @@ pass! {
     /// and values of the last layer nothing reads the rows of the other tokens. This pass moves `last_rows` from the
     /// head towards the inputs, through ops that make each row of one row and through calls of layers, as far as rows
     /// are read by nothing else. What keys and values need of all rows stays; norms and roundings in front of both are
-    /// computed again for the rows that are wanted. Where all rows are wanted the same numbers come out. For a GPU nothing
-    /// moves yet.
+    /// computed again for the rows that are wanted. Where all rows are wanted the same numbers come out.
     ///
     /// ```qir before
     /// %y = silu %x
@@ -28,15 +27,12 @@ pass! {
 
 impl Pass for NarrowRows {
     fn run(&self, cx: &mut PassCx<'_>) -> Result<Changed> {
-        if cx.target.is_some_and(|target| target.gpu.is_some()) {
-            cx.remark("module", format_args!("rows stay: attention on a GPU has kernels for all of a call's rows"));
-            return Ok(Changed::No);
-        }
         let mut narrowed = BTreeMap::<String, usize>::new();
         loop {
             let mut moved = false;
             let layers: Vec<LayerId> = cx.module.layers.keys().collect();
-            for function in std::iter::once(Function::Main).chain(layers.iter().map(|&l| Function::Layer(l))) {
+            for function in std::iter::once(Function::Main).chain(layers.iter().map(|&l| Function::Layer(l)))
+            {
                 let n = narrow(function.graph_mut(cx.module))?;
                 moved |= n > 0;
                 *narrowed.entry(function.name(cx.module).to_string()).or_default() += n;
@@ -88,7 +84,9 @@ fn by_row(graph: &Graph, node: &Node) -> ByRow {
         Op::Attention(Attention { causal: true, .. }) if has_rows(graph.ty(node.args[1]), Dim::Sym('s')) => {
             ByRow::Costly
         }
-        Op::Reshape(Reshape { shape }) if shape.0.iter().filter(|d| **d == TOKENS).count() == 1 => ByRow::Again,
+        Op::Reshape(Reshape { shape }) if shape.0.iter().filter(|d| **d == TOKENS).count() == 1 => {
+            ByRow::Again
+        }
         _ if !node.args.iter().all(fixed_or_rows) => ByRow::No,
         Op::RmsNorm(_)
         | Op::LayerNorm(_)

@@ -31,7 +31,12 @@ impl Pass for AddCache {
         let kept = keep(cx.module, context)?;
         cut(&mut cx.module.main)?;
         cx.module.facts.insert("kind".into(), "decoder".into());
-        cx.remark("@main", format_args!("keys and values of {kept} attentions are kept for {context} tokens"));
+        // A call has a part of the sequence from now on.
+        cx.module.facts.remove("sequence");
+        cx.remark(
+            "@main",
+            format_args!("keys and values of {kept} attentions are kept for {context} tokens"),
+        );
         Ok(Changed::Yes)
     }
 }
@@ -60,8 +65,17 @@ fn whole(graph: &Graph) -> Option<String> {
             Op::Embedding(_) | Op::MatMul(_) => !is_rows(args[1]),
             Op::Expand(_) => !is_rows(args[0]),
             Op::LayerNorm(_) | Op::RmsNorm(_) => rank > 1 || !is_rows(node.result),
-            Op::Add(_) | Op::Mul(_) | Op::Binary(_) | Op::Compare(_) | Op::Select(_) | Op::Unary(_) | Op::Cast(_)
-            | Op::Gelu(_) | Op::Silu(_) | Op::Relu(_) | Op::Tanh(_) => aligned,
+            Op::Add(_)
+            | Op::Mul(_)
+            | Op::Binary(_)
+            | Op::Compare(_)
+            | Op::Select(_)
+            | Op::Unary(_)
+            | Op::Cast(_)
+            | Op::Gelu(_)
+            | Op::Silu(_)
+            | Op::Relu(_)
+            | Op::Tanh(_) => aligned,
             Op::Reshape(_) => args.iter().all(|&a| is_rows(a) == is_rows(node.result)),
             Op::Transpose(t) => t.perm.first() == Some(&0) || !args.iter().any(|&a| is_rows(a)),
             Op::Slice(s) => s.axis > 0 || !is_rows(args[0]),
@@ -72,7 +86,8 @@ fn whole(graph: &Graph) -> Option<String> {
             _ => !args.iter().any(|&a| graph.ty(a).shape.0.contains(&TOKENS)) && !is_rows(node.result),
         };
         if !fine || !by_token(node.result) || !args.iter().all(|&a| by_token(a)) {
-            let value = graph.value(node.result).name.as_ref().map(|n| format!(" (%{n})")).unwrap_or_default();
+            let value =
+                graph.value(node.result).name.as_ref().map(|n| format!(" (%{n})")).unwrap_or_default();
             return Some(format!("`{name}`{value} mixes tokens"));
         }
     }
@@ -81,12 +96,8 @@ fn whole(graph: &Graph) -> Option<String> {
 
 /// Gives each attention states for its keys and values; how many there are.
 fn keep(module: &mut Module, context: u64) -> Result<usize> {
-    let attentions: Vec<OpId> = module
-        .main
-        .ops()
-        .filter(|(_, n)| matches!(n.op, Op::Attention(_)))
-        .map(|(op, _)| op)
-        .collect();
+    let attentions: Vec<OpId> =
+        module.main.ops().filter(|(_, n)| matches!(n.op, Op::Attention(_))).map(|(op, _)| op).collect();
     for (i, &op) in attentions.iter().enumerate() {
         for (arg, what) in [(1, "k"), (2, "v")] {
             let rows = module.main.node(op).args[arg];
@@ -112,8 +123,18 @@ fn cut(graph: &mut Graph) -> Result<()> {
         let rows: Vec<ValueId> = node.args.iter().copied().filter(is_rows).collect();
         let each_alone = matches!(
             node.op,
-            Op::MatMul(_) | Op::Add(_) | Op::Mul(_) | Op::Binary(_) | Op::Unary(_) | Op::Tanh(_) | Op::Gelu(_)
-                | Op::Silu(_) | Op::Relu(_) | Op::Cast(_) | Op::LayerNorm(_) | Op::RmsNorm(_)
+            Op::MatMul(_)
+                | Op::Add(_)
+                | Op::Mul(_)
+                | Op::Binary(_)
+                | Op::Unary(_)
+                | Op::Tanh(_)
+                | Op::Gelu(_)
+                | Op::Silu(_)
+                | Op::Relu(_)
+                | Op::Cast(_)
+                | Op::LayerNorm(_)
+                | Op::RmsNorm(_)
         );
         match rows[..] {
             [only] if each_alone => {

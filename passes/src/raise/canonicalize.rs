@@ -5,7 +5,8 @@ use super::raise_norms::as_written;
 use super::rebuild::{Rebuild, rebuild, tell};
 use crate::pass::prelude::*;
 use quantc_ir::ops::{
-    BinaryKind, Cast, Embedding, Expand, Gather, LayerNorm, Positions, Real, Reshape, RmsNorm, Slice, Transpose,
+    Add, BinaryKind, Cast, Combine, Concat, Cumulate, Embedding, Expand, Gather, LayerNorm, Mul, Order,
+    Positions, Real, Reshape, RmsNorm, Slice, Transpose,
 };
 
 pass! {
@@ -15,6 +16,8 @@ pass! {
     /// casts to what a value is, sums with 0, products with 1 and choices that are known go. What is the same number
     /// everywhere, whatever the extents are, becomes one number; places along the sequence become `positions`; rows that
     /// are gathered from a table become `embedding`. Indices into tables are rows of them, never counted from the end.
+    /// Einstein's sums of two operands become products. The module's facts count: where `sequence` is `whole`, a running
+    /// count of the tokens is their positions, and no token is the `padding`.
     ///
     /// ```qir before
     /// %a = transpose %x
@@ -52,7 +55,26 @@ pub(super) fn simplified(
         Op::Expand(_) => expanded(b, args[0], ty)?,
         Op::Cast(c) => cast(b, args[0], c)?,
         Op::Gather(g) => gathered(b, args, g, ty)?,
-        Op::Add(_) | Op::Mul(_) | Op::Binary(_) => shorter_constant(b, op, args, ty)?,
+        Op::Add(_) | Op::Mul(_) | Op::Binary(_) => match unrepeated(b, op, args, ty)? {
+            Some(shorter) => Some(shorter),
+            None => shorter_constant(b, op, args, ty)?,
+        },
+        // Rows of a table by lists of one index.
+        Op::GatherNd(g) if g.batch == 0 && b.dims(args[1]).last() == Some(&Dim::Static(1)) => {
+            let mut list = b.dims(args[1]);
+            list.pop();
+            let at = b.reshape(args[1], &list)?;
+            Some(b.emit(Gather { axis: 0 }, &[args[0], at])?)
+        }
+        Op::Einsum(e) => super::einsum::product(b, &e.equation, args, ty)?,
+        Op::ScatterNd(s) if s.combine == Combine::Replace && args[2] == args[0] && names_itself(b, args)? => {
+            Some(args[0])
+        }
+        Op::Cumulate(c) => counted(b, args[0], c, ty)?,
+        Op::Compare(c) if c.order == Order::Equal && is_padding(b, args)? => {
+            let never = b.scalar(ty.elem, 0.0)?;
+            Some(b.expand(never, &ty.shape.0)?)
+        }
         // What is added under a root is the number that was written, not its f32.
         Op::LayerNorm(LayerNorm { eps }) if as_written(eps.0) != eps.0 => {
             Some(b.emit(LayerNorm { eps: Real(as_written(eps.0)) }, args)?)
@@ -74,7 +96,9 @@ fn identity(b: &mut Rebuild<'_>, op: &Op, args: &[ValueId], ty: &TensorTy) -> Op
     let is = |b: &mut Rebuild<'_>, i: usize, x: f64| b.number(args[i]) == Some(x);
     match op {
         Op::Reshape(_) | Op::Expand(_) | Op::Cast(_) => same(b, args[0]),
-        Op::Transpose(t) if !t.perm.is_empty() && t.perm.iter().enumerate().all(|(i, &p)| i == usize::from(p)) => {
+        Op::Transpose(t)
+            if !t.perm.is_empty() && t.perm.iter().enumerate().all(|(i, &p)| i == usize::from(p)) =>
+        {
             same(b, args[0])
         }
         Op::Slice(s) if s.start == 0 && s.step == 1 => same(b, args[0]),
@@ -84,14 +108,20 @@ fn identity(b: &mut Rebuild<'_>, op: &Op, args: &[ValueId], ty: &TensorTy) -> Op
         Op::Mul(_) if is(b, 1, 1.0) => same(b, args[0]),
         Op::Mul(_) if is(b, 0, 1.0) => same(b, args[1]),
         Op::Binary(k) if k.kind == BinaryKind::Sub && is(b, 1, 0.0) => same(b, args[0]),
-        Op::Binary(k) if matches!(k.kind, BinaryKind::Div | BinaryKind::Pow) && is(b, 1, 1.0) => same(b, args[0]),
+        Op::Binary(k) if matches!(k.kind, BinaryKind::Div | BinaryKind::Pow) && is(b, 1, 1.0) => {
+            same(b, args[0])
+        }
         Op::Select(_) => match b.number(args[0])? {
             0.0 => same(b, args[2]),
             _ => same(b, args[1]),
         },
         Op::Reduce(r) if r.axes.is_empty() => {
             use quantc_ir::ops::ReduceKind as K;
-            if matches!(r.kind, K::Sum | K::Mean | K::Max | K::Min | K::Prod) { same(b, args[0]) } else { None }
+            if matches!(r.kind, K::Sum | K::Mean | K::Max | K::Min | K::Prod) {
+                same(b, args[0])
+            } else {
+                None
+            }
         }
         _ => None,
     }
@@ -149,14 +179,21 @@ fn expanded(b: &mut Rebuild<'_>, x: ValueId, ty: &TensorTy) -> Result<Option<Val
 }
 
 fn cast(b: &mut Rebuild<'_>, x: ValueId, c: &Cast) -> Result<Option<ValueId>> {
+    // Rows of a table, read as what they are cast to.
+    let rows = b.is::<Reshape>(x).map_or(x, |(_, inner)| inner[0]);
+    if let (Some((_, found)), Some(Float::F32)) = (b.is::<Embedding>(rows), float(c.to))
+        && b.ty(found[1]).elem == b.ty(rows).elem
+    {
+        let wide = b.emit(Embedding { to: Float::F32 }, &found)?;
+        let dims = b.dims(x);
+        return b.reshape(wide, &dims).map(Some);
+    }
     let Some((_, inner)) = b.is::<Cast>(x) else { return Ok(None) };
     let (from, over, to) = (b.ty(inner[0]).elem, b.ty(x).elem, c.to);
     // Through a type that holds every number of the first.
     let holds = match (from.int(), over.int()) {
         (Some(f), Some(o)) => o.range().0 <= f.range().0 && f.range().1 <= o.range().1,
-        (None, None) => {
-            (over == ElemTy::F64 && from.is_real()) || (over == ElemTy::F32 && from.is_float())
-        }
+        (None, None) => (over == ElemTy::F64 && from.is_real()) || (over == ElemTy::F32 && from.is_float()),
         _ => false,
     };
     if !holds {
@@ -165,9 +202,31 @@ fn cast(b: &mut Rebuild<'_>, x: ValueId, c: &Cast) -> Result<Option<ValueId>> {
     b.cast(inner[0], to).map(Some)
 }
 
+fn float(elem: ElemTy) -> Option<Float> {
+    [Float::F32, Float::F16, Float::Bf16].into_iter().find(|&f| ElemTy::from(f) == elem)
+}
+
+/// The op with an operand that is not repeated first, where the other has the extents of the result.
+fn unrepeated(b: &mut Rebuild<'_>, op: &Op, args: &[ValueId], ty: &TensorTy) -> Result<Option<ValueId>> {
+    for at in 0..2 {
+        let Some((_, inner)) = b.is::<Expand>(args[at]) else { continue };
+        if b.ty(args[1 - at]).shape == ty.shape && !b.is_constant(args[1 - at]) {
+            let mut args = args.to_vec();
+            args[at] = inner[0];
+            return b.emit(op.clone(), &args).map(Some);
+        }
+    }
+    Ok(None)
+}
+
 /// The op with a constant operand without leading axes of extent one, which shapes that are aligned at the last axis need not
 /// have.
-fn shorter_constant(b: &mut Rebuild<'_>, op: &Op, args: &[ValueId], ty: &TensorTy) -> Result<Option<ValueId>> {
+fn shorter_constant(
+    b: &mut Rebuild<'_>,
+    op: &Op,
+    args: &[ValueId],
+    ty: &TensorTy,
+) -> Result<Option<ValueId>> {
     for at in 0..2 {
         let (c, other) = (args[at], args[1 - at]);
         let dims = b.dims(c);
@@ -185,24 +244,26 @@ fn shorter_constant(b: &mut Rebuild<'_>, op: &Op, args: &[ValueId], ty: &TensorT
 fn gathered(b: &mut Rebuild<'_>, args: &[ValueId], g: &Gather, ty: &TensorTy) -> Result<Option<ValueId>> {
     let (x, at) = (args[0], args[1]);
     let (dims, axis) = (b.dims(x), usize::from(g.axis));
-    if let (Some(n), Dim::Static(extent)) = (b.number(at), dims[axis])
-        && b.ty(at).shape.elements() == Some(1)
-    {
+    if let (Some(n), Dim::Static(extent)) = (b.number(at), dims[axis]) {
         let n = if n < 0.0 { n + extent as f64 } else { n };
         if n >= 0.0 && n < extent as f64 {
             let cut = b.emit(Slice { axis: g.axis, start: n as u64, len: 1, step: 1 }, &[x])?;
-            return b.reshape(cut, &ty.shape.0).map(Some);
+            let mut one = dims[..axis].to_vec();
+            one.extend(vec![Dim::Static(1); b.ty(at).rank()]);
+            one.extend(&dims[axis + 1..]);
+            let row = b.reshape(cut, &one)?;
+            return b.expand(row, &ty.shape.0).map(Some);
         }
     }
-    if axis != 0 || dims.len() != 2 || !b.ty(x).elem.is_float() || b.ty(x).elem != ElemTy::F32 || !b.is_constant(x) {
+    let Some(to) = float(b.ty(x).elem).filter(|_| axis == 0 && dims.len() == 2 && b.is_constant(x)) else {
         return Ok(None);
-    }
+    };
     // The ids as an engine has them: i32 in rows.
     let Some((ids, offset)) = rows(b, at)? else { return Ok(None) };
     let Dim::Static(extent) = dims[0] else { return Ok(None) };
     let Some(left) = extent.checked_sub(offset).filter(|&n| n > 0) else { return Ok(None) };
     let table = b.slice(x, 0, offset, left)?;
-    let found = b.emit(Embedding { to: Float::F32 }, &[ids, table])?;
+    let found = b.emit(Embedding { to }, &[ids, table])?;
     b.reshape(found, &ty.shape.0).map(Some)
 }
 
@@ -222,17 +283,90 @@ fn rows(b: &mut Rebuild<'_>, at: ValueId) -> Result<Option<(ValueId, u64)>> {
             return Ok(Some((b.emit(Positions {}, &[])?, offset)));
         }
     }
-    // Tokens are rows of a table, whatever integers they are given as.
-    let mut v = at;
+    // Tokens are rows of a table.
+    Ok(tokens(b, at).map(|v| (v, 0)))
+}
+
+/// Whether the indices of a scatter name each element of what they write to in its own place.
+fn names_itself(b: &mut Rebuild<'_>, args: &[ValueId]) -> Result<bool> {
+    let dims = b.dims(args[0]);
+    let mut want = dims.clone();
+    want.push(Dim::Static(dims.len() as u64));
+    let whole = b.is::<Reshape>(args[1]).map_or(args[1], |(_, inner)| inner[0]);
+    let Some((concat, parts)) = b.is::<Concat>(whole) else { return Ok(false) };
+    if b.dims(args[1]) != want
+        || usize::from(concat.axis) + 1 != b.ty(whole).rank()
+        || parts.len() != dims.len()
+    {
+        return Ok(false);
+    }
+    let long = |d: &[Dim]| d.iter().copied().filter(|d| *d != Dim::Static(1)).collect::<Vec<_>>();
+    for (axis, part) in parts.into_iter().enumerate() {
+        if long(&b.dims(part)) != long(&dims) {
+            return Ok(false);
+        }
+        let places = b.reshape(part, &dims)?;
+        let own = match b.form(places) {
+            Some(Form::Uniform(x)) => x == 0.0 && dims[axis] == Dim::Static(1),
+            Some(Form::Affine(a)) => {
+                let unit = |(at, &f): (usize, &i64)| f == i64::from(at == axis);
+                a.offset == 0 && a.factors.len() == dims.len() && a.factors.iter().enumerate().all(unit)
+            }
+            _ => false,
+        };
+        if !own {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Sums of one number along the tokens of a whole sequence, which are their positions times it.
+fn counted(b: &mut Rebuild<'_>, x: ValueId, c: &Cumulate, ty: &TensorTy) -> Result<Option<ValueId>> {
+    let axis = usize::from(c.axis);
+    let is_whole = b.module.facts.get("sequence").is_some_and(|s| s == "whole");
+    let counts = is_whole && ty.shape.0[axis] == Dim::Sym('t') && !c.product && !c.reverse;
+    let wide = ty.elem.int().is_some_and(|i| i.bits() >= 32);
+    let Some(each) = b.number(x).filter(|n| counts && wide && n.fract() == 0.0 && n.abs() < 1024.0) else {
+        return Ok(None);
+    };
+    let places = b.emit(Positions {}, &[])?;
+    let mut y = b.cast(places, ty.elem)?;
+    if !c.exclusive {
+        let one = b.scalar(ty.elem, 1.0)?;
+        y = b.emit(Add {}, &[y, one])?;
+    }
+    let each = b.scalar(ty.elem, each)?;
+    y = b.emit(Mul {}, &[y, each])?;
+    let mut row = vec![Dim::Static(1); ty.rank()];
+    row[axis] = Dim::Sym('t');
+    let row = b.reshape(y, &row)?;
+    b.expand(row, &ty.shape.0).map(Some)
+}
+
+/// Whether the tokens are compared with the module's fact `padding`, which none of them is.
+fn is_padding(b: &mut Rebuild<'_>, args: &[ValueId]) -> Result<bool> {
+    let Some(padding) = b.module.fact_u64("padding")? else { return Ok(false) };
+    let is = |b: &mut Rebuild<'_>, id: ValueId, other: ValueId| {
+        b.number(other) == Some(padding as f64)
+            && tokens(b, id).is_some_and(|v| b.graph.value(v).name.as_deref() == Some("tokens"))
+    };
+    Ok(is(b, args[0], args[1]) || is(b, args[1], args[0]))
+}
+
+/// The parameter with a row for each token whose elements `v` has, whatever integers they are given as.
+fn tokens(b: &Rebuild<'_>, mut v: ValueId) -> Option<ValueId> {
     loop {
         match b.graph.value(v).def {
-            Def::Param(_) if *b.ty(v) == TensorTy::new(ElemTy::I32, [Dim::Sym('t')]) => return Ok(Some((v, 0))),
+            Def::Param(_) if *b.ty(v) == TensorTy::new(ElemTy::I32, [Dim::Sym('t')]) => return Some(v),
             Def::Op(op) => match b.graph.node(op).op {
-                Op::Cast(_) if b.ty(v).elem.int().is_some_and(|i| i.bits() >= 32) => v = b.graph.node(op).args[0],
+                Op::Cast(_) if b.ty(v).elem.int().is_some_and(|i| i.bits() >= 32) => {
+                    v = b.graph.node(op).args[0]
+                }
                 Op::Reshape(_) => v = b.graph.node(op).args[0],
-                _ => return Ok(None),
+                _ => return None,
             },
-            _ => return Ok(None),
+            _ => return None,
         }
     }
 }

@@ -6,7 +6,7 @@
 use quantc_ir::eval::{Tensor, eval_pure};
 use quantc_ir::graph::Graph;
 use quantc_ir::module::Module;
-use quantc_ir::ops::{BinaryKind, Op, Order, UnaryKind};
+use quantc_ir::ops::{BinaryKind, Op, Order, Reduce, ReduceKind, UnaryKind};
 use quantc_ir::ty::{Dim, ElemTy, Shape, TensorTy};
 use quantc_ir::weights::{Store, WeightView};
 
@@ -176,6 +176,7 @@ fn raw(op: &Op, args: &[(Option<Form>, &TensorTy)], out: &TensorTy) -> Option<Fo
         }),
         Op::GatherNd(_) | Op::GatherElements(_) => form(0)?.uniform().map(Form::Uniform),
         Op::Gather(g) => gather(form(0)?, args.get(1)?, usize::from(g.axis), args[0].1.rank()),
+        Op::Reduce(r) => reduce(form(0)?, r, args[0].1),
         Op::Cumulate(c) if !c.product && !c.reverse => match form(0)? {
             Form::Uniform(x) if x.fract() == 0.0 && x.abs() < 1e9 => {
                 let x = *x as i64;
@@ -199,6 +200,29 @@ fn raw(op: &Op, args: &[(Option<Form>, &TensorTy)], out: &TensorTy) -> Option<Fo
         Op::Compare(c) => compare(c.order, form(0)?, form(1)?, args, op),
         Op::Select(_) => select(form(0)?, form(1), form(2)),
         Op::Add(_) | Op::Mul(_) | Op::Binary(_) => combine(op, args, out),
+        _ => None,
+    }
+}
+
+/// The least or largest number along axes, or the mean of equal ones.
+fn reduce(form: &Form, op: &Reduce, ty: &TensorTy) -> Option<Form> {
+    match (op.kind, form) {
+        (ReduceKind::Max | ReduceKind::Min | ReduceKind::Mean, Form::Uniform(x)) => Some(Form::Uniform(*x)),
+        // Along the last axis of a mask, each row has its own place, where as much holds as anywhere.
+        (ReduceKind::Max, Form::Choice { atoms, yes, no }) if yes >= no => {
+            let rank = ty.rank();
+            let [.., rows, columns] = ty.shape.0[..] else { return None };
+            if rows != columns || op.axes != [rank as u8 - 1] {
+                return None;
+            }
+            let own = |a: &Affine| {
+                let mut a = a.aligned(rank);
+                let along = a.factors.pop()?;
+                a.factors[rank - 2] = a.factors[rank - 2].checked_add(along)?;
+                Some(a.sign() == Some(true))
+            };
+            atoms.iter().all(|a| own(a) == Some(true)).then_some(Form::Uniform(*yes))
+        }
         _ => None,
     }
 }

@@ -79,12 +79,12 @@ fn attention(
             return Ok(None);
         }
     };
-    let (Some(q), Some(k)) = (by_token(b, q, false)?, by_token(b, k, true)?) else { return Ok(None) };
-    let Some(v) = by_token(b, values, false)? else { return Ok(None) };
-    // Scales at the queries and keys, which may be seen only now.
+    // Scales at the queries and keys, before heads that are repeated are taken once.
     let (q, more) = b.unscaled(q)?.unwrap_or((q, 1.0));
     let (k, times) = b.unscaled(k)?.unwrap_or((k, 1.0));
     let scale = scale * more * times;
+    let (Some(q), Some(k)) = (by_token(b, q, false)?, by_token(b, k, true)?) else { return Ok(None) };
+    let Some(v) = by_token(b, values, false)? else { return Ok(None) };
     let ([t, Dim::Static(heads), Dim::Static(d)], kd) = (&b.dims(q)[..], b.dims(k)) else { return Ok(None) };
     let [_, Dim::Static(groups), Dim::Static(width)] = kd[..] else { return Ok(None) };
     let (t, heads, d) = (*t, *heads, *d);
@@ -100,7 +100,8 @@ fn attention(
     let scale = Real(if near(scale, usual) { usual } else { super::raise_norms::as_written(scale) });
     let y = b.emit(Attention { scale, causal: seen.causal, window: seen.window }, &[q, k, v])?;
     let heads_first = b.transpose(y, &[1, 0, 2])?;
-    let dims = if ty.rank() == 2 { vec![t, Dim::Static(d)] } else { vec![Dim::Static(heads), t, Dim::Static(d)] };
+    let dims =
+        if ty.rank() == 2 { vec![t, Dim::Static(d)] } else { vec![Dim::Static(heads), t, Dim::Static(d)] };
     let y = b.reshape(heads_first, &dims)?;
     Ok((b.ty(y) == ty).then_some(y))
 }
@@ -158,7 +159,9 @@ fn scores_of(b: &mut Rebuild<'_>, scores: ValueId) -> Result<Option<Scores>> {
                 v = args[at];
             }
             Op::Select(_) => {
-                let Some(at) = [1, 2].into_iter().find(|&i| has_scores(b, args[i], STEPS)) else { return Ok(None) };
+                let Some(at) = [1, 2].into_iter().find(|&i| has_scores(b, args[i], STEPS)) else {
+                    return Ok(None);
+                };
                 if *b.ty(args[at]) != ty {
                     return Ok(None);
                 }

@@ -4,11 +4,11 @@ use super::forms::Form;
 use super::rebuild::{Rebuild, rebuild, tell_found};
 use crate::pass::prelude::*;
 use quantc_ir::eval::weight_tensor;
-use quantc_ir::weights::{WeightDecl, WeightSource};
 use quantc_ir::ops::{
     Concat, Dot, Embedding, Mul, Positions, Real, Reshape, Rope, RopeScaling, RopeStyle, RopeTable, Slice,
     Transpose, Unary, UnaryKind,
 };
+use quantc_ir::weights::{WeightDecl, WeightSource};
 
 pass! {
     /// Finds rotary position embeddings in what they are computed from.
@@ -55,8 +55,13 @@ impl Pass for RaiseRope {
 }
 
 fn rope(b: &mut Rebuild<'_>, op: &Op, args: &[ValueId], ty: &TensorTy) -> Result<Option<ValueId>> {
+    if let (Op::Concat(c), &[turned, rest]) = (op, args) {
+        return if usize::from(c.axis) + 1 == ty.rank() { partial(b, turned, rest, ty) } else { Ok(None) };
+    }
     let Op::Add(_) = op else { return Ok(None) };
-    let (Some((_, one)), Some((_, two))) = (b.is::<Mul>(args[0]), b.is::<Mul>(args[1])) else { return Ok(None) };
+    let (Some((_, one)), Some((_, two))) = (b.is::<Mul>(args[0]), b.is::<Mul>(args[1])) else {
+        return Ok(None);
+    };
     let flips = |p: &[ValueId]| [(p[0], p[1]), (p[1], p[0])];
     for (still, turn) in [(&one, &two), (&two, &one)] {
         for (x, cos) in flips(still) {
@@ -74,6 +79,49 @@ fn rope(b: &mut Rebuild<'_>, op: &Op, args: &[ValueId], ty: &TensorTy) -> Result
     Ok(None)
 }
 
+/// `x` with its first columns rotated, when `turned` is them and `rest` the others.
+fn partial(b: &mut Rebuild<'_>, turned: ValueId, rest: ValueId, ty: &TensorTy) -> Result<Option<ValueId>> {
+    let last = ty.rank() - 1;
+    let Some((cut, whole)) = b.is::<Slice>(rest) else { return Ok(None) };
+    let x = whole[0];
+    let size = b.dims(turned)[last].fixed();
+    if b.ty(x) != ty || usize::from(cut.axis) != last || cut.step != 1 || Some(cut.start) != size {
+        return Ok(None);
+    }
+    // The rotation stands between moves that put tokens first and back.
+    let mut v = turned;
+    let mut moves = vec![];
+    let (rope, args) = loop {
+        if let Some(found) = b.is::<Rope>(v) {
+            break found;
+        }
+        let node = b.graph.def(v).map(|(_, n)| (n.op.clone(), n.args.clone()));
+        match node {
+            Some((op @ (Op::Transpose(_) | Op::Reshape(_)), args)) if moves.len() < 4 => {
+                moves.push(op);
+                v = args[0];
+            }
+            _ => return Ok(None),
+        }
+    };
+    let first = |b: &Rebuild<'_>, v: ValueId| {
+        b.is::<Slice>(v).is_some_and(|(s, from)| {
+            from[0] == x && usize::from(s.axis) == last && (s.start, s.step, Some(s.len)) == (0, 1, size)
+        })
+    };
+    let tokens_first = match b.is::<Transpose>(args[0]) {
+        _ if first(b, args[0]) && moves.is_empty() => true,
+        Some((turn, inner)) if turn.perm == [1, 0, 2] && first(b, inner[0]) => match &moves[..] {
+            [Op::Transpose(back)] if back.perm == [1, 0, 2] => false,
+            _ => return Ok(None),
+        },
+        _ => return Ok(None),
+    };
+    let heads = if tokens_first { x } else { b.transpose(x, &[1, 0, 2])? };
+    let y = b.emit(rope, &[heads, args[1]])?;
+    if tokens_first { Ok(Some(y)) } else { b.transpose(y, &[1, 0, 2]).map(Some) }
+}
+
 /// Which elements of `x` form pairs, when `r` is `x` with them swapped and the first of them negated.
 fn turned(b: &mut Rebuild<'_>, r: ValueId, x: ValueId) -> Option<RopeStyle> {
     let last = b.ty(x).rank().checked_sub(1)?;
@@ -87,7 +135,11 @@ fn turned(b: &mut Rebuild<'_>, r: ValueId, x: ValueId) -> Option<RopeStyle> {
             return Some(inner[0]);
         }
         let (_, two) = b.is::<Mul>(v)?;
-        if b.number(two[1]) == Some(-1.0) { Some(two[0]) } else { (b.number(two[0]) == Some(-1.0)).then_some(two[1]) }
+        if b.number(two[1]) == Some(-1.0) {
+            Some(two[0])
+        } else {
+            (b.number(two[0]) == Some(-1.0)).then_some(two[1])
+        }
     };
     if let Some((concat, parts)) = b.is::<Concat>(r) {
         let &[first, second] = &parts[..] else { return None };
@@ -109,7 +161,8 @@ fn turned(b: &mut Rebuild<'_>, r: ValueId, x: ValueId) -> Option<RopeStyle> {
     let (first, second) = (b.is::<Reshape>(first)?.1[0], b.is::<Reshape>(second)?.1[0]);
     let first = negated(b, first)?;
     let (odd, even) = (part(b, first)?, part(b, second)?);
-    let pairs = (odd.start, odd.len, odd.step) == (1, size / 2, 2) && (even.start, even.len, even.step) == (0, size / 2, 2);
+    let pairs = (odd.start, odd.len, odd.step) == (1, size / 2, 2)
+        && (even.start, even.len, even.step) == (0, size / 2, 2);
     pairs.then_some(RopeStyle::Interleaved)
 }
 
@@ -173,7 +226,18 @@ fn table(
     if let (Some((_, c)), Some((_, s))) = (b.is::<Embedding>(cos), b.is::<Embedding>(sin)) {
         return constant_table(b, &c, &s, style, size);
     }
-    let (Some(angles), Some(same)) = (angles(b, cos, UnaryKind::Cos, style), angles(b, sin, UnaryKind::Sin, style))
+    if let (Some(c), Some(s)) = (twice(b, cos, style), twice(b, sin, style))
+        && let (Some(c), Some(s)) = (table_rows(b, c)?, table_rows(b, s)?)
+    {
+        let half = |b: &Rebuild<'_>, t: ValueId| b.dims(t).last() == Some(&Dim::Static(size / 2));
+        if c.0 != s.0 || !half(b, c.1) || !half(b, s.1) {
+            return Ok(None);
+        }
+        let both = b.emit(Concat { axis: 1 }, &[c.1, s.1])?;
+        return b.emit(Embedding::default(), &[c.0, both]).map(Some);
+    }
+    let (Some(angles), Some(same)) =
+        (angles(b, cos, UnaryKind::Cos, style), angles(b, sin, UnaryKind::Sin, style))
     else {
         return Ok(None);
     };
@@ -239,16 +303,22 @@ fn twice(b: &Rebuild<'_>, v: ValueId, style: RopeStyle) -> Option<ValueId> {
         }
         RopeStyle::Interleaved => {
             let (_, wide) = b.is::<Reshape>(v)?;
-            let dims = b.dims(wide[0]);
+            let mut dims = b.dims(wide[0]);
+            let all = dims.len();
+            while dims.last() == Some(&Dim::Static(1)) {
+                dims.pop();
+            }
             if dims.last() != Some(&Dim::Static(2)) {
                 return None;
             }
+            let at = dims.len() - 1;
             if let Some((concat, parts)) = b.is::<Concat>(wide[0]) {
-                let last = usize::from(concat.axis) + 1 == dims.len();
+                let last = usize::from(concat.axis) == at;
                 return (last && parts.len() == 2 && parts[0] == parts[1]).then(|| plain(b, parts[0]));
             }
             let (_, narrow) = b.is::<quantc_ir::ops::Expand>(wide[0])?;
-            let fits = b.dims(narrow[0]).last() == Some(&Dim::Static(1));
+            let from = b.dims(narrow[0]);
+            let fits = from.len() == all && from[at] == Dim::Static(1) && from[..at] == dims[..at];
             fits.then(|| plain(b, narrow[0]))
         }
     }
@@ -274,7 +344,8 @@ fn positions_times(b: &mut Rebuild<'_>, v: ValueId) -> Result<Option<(ValueId, V
         let Some(Form::Affine(a)) = b.form(places) else { continue };
         let along: Vec<(usize, i64)> =
             a.factors.iter().copied().enumerate().filter(|(_, f)| *f != 0).collect();
-        let counts = matches!(along[..], [(axis, 1)] if b.dims(places)[axis] == Dim::Sym('t')) && a.offset == 0;
+        let counts =
+            matches!(along[..], [(axis, 1)] if b.dims(places)[axis] == Dim::Sym('t')) && a.offset == 0;
         if !counts || !super::canonicalize::counts_tokens(b, places) {
             continue;
         }
@@ -302,7 +373,10 @@ fn vector(b: &Rebuild<'_>, v: ValueId) -> Result<Option<Vec<f64>>> {
     }
     let Some(w) = b.graph.as_weight(v) else { return Ok(None) };
     let dims = b.ty(v).shape.dims().unwrap_or_default();
-    if dims.iter().filter(|&&d| d != 1).count() > 1 || dims.iter().product::<u64>() > 1 << 15 || !b.ty(v).elem.is_real() {
+    if dims.iter().filter(|&&d| d != 1).count() > 1
+        || dims.iter().product::<u64>() > 1 << 15
+        || !b.ty(v).elem.is_real()
+    {
         return Ok(None);
     }
     Ok(Some(weight_tensor(b.module, b.store, w)?.reals()))
@@ -322,12 +396,27 @@ fn base(frequencies: &[f64], size: u64) -> Option<(f64, RopeScaling)> {
     };
     // Bases are whole numbers, mostly.
     let theta = [theta.round(), theta].into_iter().find(fits)?;
-    let scaling = if factor == 1.0 { RopeScaling::None } else { RopeScaling::Linear { factor: Real(factor) } };
+    let scaling =
+        if factor == 1.0 { RopeScaling::None } else { RopeScaling::Linear { factor: Real(factor) } };
     Some((theta, scaling))
 }
 
-/// Cosines and sines of the first half of the columns of two constant tables, read at the same places, when the other half
-/// is the same.
+/// The places and the table of which `v` is rows, or some columns of rows.
+fn table_rows(b: &mut Rebuild<'_>, v: ValueId) -> Result<Option<(ValueId, ValueId)>> {
+    if let Some((_, found)) = b.is::<Embedding>(v) {
+        return Ok(Some((found[0], found[1])));
+    }
+    let Some((cut, wide)) = b.is::<Slice>(v) else { return Ok(None) };
+    let last = usize::from(cut.axis) + 1 == b.ty(v).rank();
+    let Some((_, found)) = b.is::<Embedding>(plain(b, wide[0])).filter(|_| last && cut.step == 1) else {
+        return Ok(None);
+    };
+    let columns = b.slice(found[1], 1, cut.start, cut.len)?;
+    Ok(Some((found[0], columns)))
+}
+
+/// Cosines and sines of one number for each pair of the columns of two constant tables, read at the same places, when the
+/// other is the same.
 fn constant_table(
     b: &mut Rebuild<'_>,
     cos: &[ValueId],
@@ -335,11 +424,12 @@ fn constant_table(
     style: RopeStyle,
     size: u64,
 ) -> Result<Option<ValueId>> {
-    if cos[0] != sin[0] || style != RopeStyle::Half {
+    if cos[0] != sin[0] {
         return Ok(None);
     }
     for table in [cos[1], sin[1]] {
-        let (Some(w), [Dim::Static(rows), _]) = (b.graph.as_weight(plain(b, table)), &b.dims(table)[..]) else {
+        let (Some(w), [Dim::Static(rows), _]) = (b.graph.as_weight(plain(b, table)), &b.dims(table)[..])
+        else {
             return Ok(None);
         };
         if rows.checked_mul(size).is_none_or(|n| n > 1 << 26) {
@@ -347,11 +437,17 @@ fn constant_table(
         }
         let numbers = weight_tensor(b.module, b.store, w)?.reals();
         let half = size as usize / 2;
-        if !numbers.chunks(size as usize).all(|row| row[..half] == row[half..]) {
+        let pairs = |row: &[f64]| match style {
+            RopeStyle::Half => row[..half] == row[half..],
+            RopeStyle::Interleaved => row.chunks(2).all(|pair| pair[0] == pair[1]),
+        };
+        if !numbers.chunks(size as usize).all(pairs) {
             return Ok(None);
         }
     }
-    let (c, s) = (b.slice(cos[1], 1, 0, size / 2)?, b.slice(sin[1], 1, 0, size / 2)?);
+    let step = if style == RopeStyle::Half { 1 } else { 2 };
+    let one = Slice { axis: 1, start: 0, len: size / 2, step };
+    let (c, s) = (b.emit(one.clone(), &[cos[1]])?, b.emit(one, &[sin[1]])?);
     let both = b.emit(Concat { axis: 1 }, &[c, s])?;
     b.emit(Embedding::default(), &[cos[0], both]).map(Some)
 }

@@ -312,7 +312,7 @@ impl Rebuild<'_> {
         };
         let (op, args) = (node.op.clone(), node.args.clone());
         match op {
-            Op::Transpose(_) | Op::Reshape(_) => {
+            Op::Transpose(_) | Op::Reshape(_) | Op::Expand(_) => {
                 let Some((inner, factor)) = self.unscaled_within(args[0], moves)? else { return Ok(None) };
                 Ok(Some((self.emit(op, &[inner])?, factor)))
             }

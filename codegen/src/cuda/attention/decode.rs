@@ -7,7 +7,7 @@
 //! arrive adds them up, in the order of their numbers.
 
 use super::unit::{FRAGMENT, ROWS, Sees, State, Unit};
-use super::{Arguments, AttentionCall, Cache};
+use super::{Arguments, AttentionCall, Cache, Queries};
 use crate::cpu::math::Lanes;
 use crate::cuda::cache::{PAGE, page_of};
 use crate::cuda::expr::{At, wide};
@@ -70,7 +70,7 @@ fn line(call: &AttentionCall) -> u32 {
 pub fn build(name: &str, call: &AttentionCall, tile: DecodeTile) -> Result<Kernel> {
     call.check()?;
     let spec = &call.spec;
-    let unit = Unit::new(call, tile.unit)?;
+    let unit = Unit { spread: true, ..Unit::new(call, tile.unit)? };
     if spec.group() > ROWS || call.cache().is_none() {
         return Err(Diag::target(format!(
             "attention of single tokens, with {} heads for one of keys, has no CUDA kernel",
@@ -91,8 +91,9 @@ pub fn build(name: &str, call: &AttentionCall, tile: DecodeTile) -> Result<Kerne
         let partial = b.workspace("partial", Access::Scratch, each);
         (partial, b.workspace("counters", Access::Counters, u64::from(spec.kv_heads) * 4))
     });
-    let t = b.scalar("t");
-    b.grid(Extent::Fixed(spec.kv_heads * tile.splits), Extent::PerScalar { scalar: t, times: 1, per: 1 });
+    let queries = Queries::declare(&mut b, spec);
+    let rows = Extent::PerScalar { scalar: queries.scalar, times: 1, per: 1 };
+    b.grid(Extent::Fixed(spec.kv_heads * tile.splits), rows);
     let at = b.shared(tile.shared_bytes(call)?);
     debug_assert_eq!(at, 0);
 
@@ -101,7 +102,7 @@ pub fn build(name: &str, call: &AttentionCall, tile: DecodeTile) -> Result<Kerne
     let (warp, lane) = (b.div(thread, WARP), b.rem(thread, WARP));
     let (g, quarter) = (b.div(lane, 4), b.rem(lane, 4));
     let place = Place { kv_head, token, warp, lane, g, t: quarter };
-    let cx = Decode { args: &args, unit, tile, place };
+    let cx = Decode { args: &args, unit, tile, place, before: queries.before };
 
     let first_head = b.mul(kv_head, spec.group());
     let row = |b: &mut Builder, plus: u32| {
@@ -139,6 +140,8 @@ struct Decode<'a> {
     unit: Unit<'a>,
     tile: DecodeTile,
     place: Place,
+    /// Tokens of the call in front of the first query.
+    before: Val,
 }
 
 /// A sequence, and the unit that is copied next.
@@ -157,7 +160,8 @@ impl Decode<'_> {
     fn keys(&self, b: &mut Builder, split: Val) -> State {
         let spec = &self.args.call.spec;
         let Some(cache) = self.args.cache else { unreachable!("there is a cache") };
-        let at = b.mul(self.place.token, 4);
+        let token = b.add(self.place.token, self.before);
+        let at = b.mul(token, 4);
         let position = b.load(cache.positions, at, 4)[0];
         let base = b.load(cache.base, at, 4)[0];
         let keys = b.add(position, 1);
@@ -264,7 +268,8 @@ impl Decode<'_> {
                 let line = b.mad(kv_head, PAGE, key);
                 let line = b.mul(line, 4);
                 let from = plus(b, page, line);
-                let to = b.mad(piece, 16, slot);
+                let place = unit.scale_place(b, piece);
+                let to = b.mad(place, 16, slot);
                 let to = b.add(to, unit.scales_at());
                 for (first, (scales, plus)) in
                     [(of_keys, 0), (of_values, 4 * unit.tokens)].into_iter().enumerate()

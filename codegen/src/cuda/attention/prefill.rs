@@ -8,7 +8,7 @@
 //! rounded to bf16 and put where copies would go.
 
 use super::unit::{FRAGMENT, ROWS, Sees, State, Unit};
-use super::{Arguments, AttentionCall, Cache};
+use super::{Arguments, AttentionCall, Cache, Queries};
 use crate::cpu::attention::KvSource;
 use crate::cpu::math::Lanes;
 use crate::cuda::attention::decode::valid_bytes;
@@ -81,19 +81,20 @@ pub fn build(name: &str, call: &AttentionCall, tile: PrefillTile) -> Result<Kern
     }
     let mut b = Builder::new(name, tile.warps * WARP);
     let args = Arguments::declare(&mut b, call);
-    let t = b.scalar("t");
-    b.grid(Extent::Fixed(spec.kv_heads), Extent::PerScalar { scalar: t, times: 1, per: tokens });
+    let queries = Queries::declare(&mut b, spec);
+    let rows = Extent::PerScalar { scalar: queries.scalar, times: 1, per: tokens };
+    b.grid(Extent::Fixed(spec.kv_heads), rows);
     let at = b.shared(tile.shared_bytes(call)?);
     debug_assert_eq!(at, 0);
 
     let (kv_head, block, thread) = (b.block_x(), b.block_y(), b.thread());
     let (warp, lane) = (b.div(thread, WARP), b.rem(thread, WARP));
     let (g, quarter) = (b.div(lane, 4), b.rem(lane, 4));
-    let count = b.scalar_value(t);
+    let Queries { count, before, .. } = queries;
     let first = b.mul(block, tokens);
     let left = b.binary(Binary::Sub, count, first);
     let here = b.binary(Binary::Min, left, tokens);
-    let cx = Prefill { args: &args, unit, tile, kv_head, thread, lane, quarter, first, here, count };
+    let cx = Prefill { args: &args, unit, tile, kv_head, thread, lane, quarter, first, here, before, count };
 
     // The token in the block, and the head, of this lane's rows.
     let first_head = b.mul(kv_head, spec.group());
@@ -145,7 +146,9 @@ struct Prefill<'a> {
     /// The block's first token, and how many it has.
     first: Val,
     here: Val,
-    /// Tokens of the call.
+    /// Tokens of the call in front of the first row of queries.
+    before: Val,
+    /// Rows of queries.
     count: Val,
 }
 
@@ -169,7 +172,8 @@ impl Prefill<'_> {
 
     /// Position and base of a token of the block.
     fn place(&self, b: &mut Builder, cache: Cache, token: Val) -> (Val, Val) {
-        let token = b.add(self.first, token);
+        let row = b.add(self.first, token);
+        let token = b.add(row, self.before);
         let at = b.mul(token, 4);
         (b.load(cache.positions, at, 4)[0], b.load(cache.base, at, 4)[0])
     }

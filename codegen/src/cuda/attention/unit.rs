@@ -36,6 +36,8 @@ pub(super) struct Unit<'a> {
     pub values: CacheLayout,
     /// How many.
     pub tokens: u32,
+    /// Whether scales of tokens lie as [`Unit::scale_place`] says, and not in order.
+    pub spread: bool,
 }
 
 /// What a warp knows of its rows: of row g, then of row g + 8.
@@ -58,7 +60,7 @@ pub(super) struct Sees {
 impl<'a> Unit<'a> {
     pub fn new(call: &'a AttentionCall, tokens: u32) -> Result<Unit<'a>> {
         let (keys, values) = (call.layout(Role::Keys)?, call.layout(Role::Values)?);
-        Ok(Unit { call, keys, values, tokens })
+        Ok(Unit { call, keys, values, tokens, spread: false })
     }
 
     fn ty(&self) -> CacheTy {
@@ -261,14 +263,24 @@ impl<'a> Unit<'a> {
         }
     }
 
+    /// Where in a unit's scales that are spread a piece of four of them lies: those that the four lanes of a row read at once
+    /// lie side by side, in banks of their own. Codes come in chunks of 64 keys, a quarter of them for each such lane.
+    pub fn scale_place(&self, b: &mut Builder, piece: Val) -> Val {
+        let (quarter, word) = (b.div(piece, 4), b.rem(piece, 4));
+        let (chunk, quarter) = (b.div(quarter, 4), b.rem(quarter, 4));
+        let place = b.mad(word, 4, quarter);
+        b.mad(chunk, 16, place)
+    }
+
     /// A scale for each key that this lane has, as columns of tiles: `[tile][e]`.
     fn token_scales(&self, b: &mut Builder, at: Val, t: Val) -> Vec<[Val; 2]> {
-        let at = b.mad(t, self.chunk() / 4 * 4, at);
+        let (lane, next) = if self.spread { (4, self.chunk() / 4) } else { (self.chunk() / 4, 4) };
+        let at = b.mad(t, lane * 4, at);
         let mut list = vec![[Val::F32(1.0.into()); 2]; self.key_tiles() as usize];
         let per_chunk = (self.chunk() / 8) as usize;
         for chunk in 0..self.value_chunks() {
             for word in 0..self.chunk() / 16 {
-                let at = b.add(at, (chunk * self.chunk() + 4 * word) * 4);
+                let at = b.add(at, (chunk * self.chunk() + next * word) * 4);
                 let v = b.load(Mem::Shared, at, 16);
                 let v: Vec<Val> = v.into_iter().map(|w| b.unary(Unary::FromBits, w)).collect();
                 let tile = chunk as usize * per_chunk + 2 * word as usize;

@@ -11,6 +11,7 @@ use crate::cpu::math::{self, Lanes};
 use crate::cuda::expr::{alignment, load, wide, write};
 use crate::cuda::tile::{Access, Binary, Builder, Extent, Kernel, Mem, Unary, Val, WARP};
 use crate::eexpr::{MemTy, ReduceOp};
+use crate::spec::Rows;
 use quantc_ir::diag::{Diag, Result};
 
 /// Below every product of a query and a key.
@@ -25,7 +26,7 @@ enum Source {
 /// The kernel of `spec`, called `name`.
 ///
 /// Buffers: q, k, v, then for a cache positions, base, the table of pages, and for codes the scales of keys and of
-/// values, then out. The scalar is `t`.
+/// values, then out. The scalar is `t`, and where only wanted rows have queries then `r`.
 pub fn build(name: &str, spec: &AttentionSpec) -> Result<Kernel> {
     spec.check().map_err(|e| Diag::bug(format!("no such attention: {e}")))?;
     if spec.softcap.is_some() {
@@ -46,13 +47,25 @@ pub fn build(name: &str, spec: &AttentionSpec) -> Result<Kernel> {
     };
     let out = b.buffer("out", Access::Write);
     let t = b.scalar("t");
-    b.grid(Extent::PerScalar { scalar: t, times: spec.heads, per: WARPS }, Extent::Fixed(1));
+    let rows = match spec.rows {
+        Rows::T => t,
+        Rows::R => b.scalar("r"),
+    };
+    b.grid(Extent::PerScalar { scalar: rows, times: spec.heads, per: WARPS }, Extent::Fixed(1));
     let weights = b.shared(WARPS * WARP * 4);
 
-    let (item, here, lane) = warp_item(&mut b, t, spec.heads);
-    let (token, head) = (b.div(item, spec.heads), b.rem(item, spec.heads));
+    let (item, here, lane) = warp_item(&mut b, rows, spec.heads);
+    let (row, head) = (b.div(item, spec.heads), b.rem(item, spec.heads));
     let kv_head = b.div(head, spec.group());
     let tokens = b.scalar_value(t);
+    let token = match spec.rows {
+        Rows::T => row,
+        Rows::R => {
+            let wanted = b.scalar_value(rows);
+            let before = b.binary(Binary::Sub, tokens, wanted);
+            b.add(row, before)
+        }
+    };
     let (position, source) = match (cache, spec.source) {
         (Some((positions, pages, scales, fixed)), _) => {
             let position = word(&mut b, positions, token);
@@ -72,7 +85,7 @@ pub fn build(name: &str, spec: &AttentionSpec) -> Result<Kernel> {
             b.select(inside, 0, first)
         }
     };
-    let work = Work { spec, q, k, v, token, head, kv_head, lane, source };
+    let work = Work { spec, q, k, v, row, head, kv_head, lane, source };
     let thread = b.thread();
     let warp = b.div(thread, WARP);
     let own = b.mad(warp, WARP * 4, weights);
@@ -129,7 +142,7 @@ pub fn build(name: &str, spec: &AttentionSpec) -> Result<Kernel> {
             let y = Lanes::div(b, sum.into(), total.into());
             let in_row = b.mad(head, spec.head_dim, col);
             let in_row = b.mul(in_row, 4);
-            let at = wide(b, token, spec.heads * spec.head_dim * 4, in_row);
+            let at = wide(b, row, spec.heads * spec.head_dim * 4, in_row);
             write(b, out, at, MemTy::F32, &[y], 4);
         });
     }
@@ -142,7 +155,8 @@ struct Work<'a> {
     q: Mem,
     k: Mem,
     v: Mem,
-    token: Val,
+    /// The row of q.
+    row: Val,
     head: Val,
     kv_head: Val,
     lane: Val,
@@ -206,7 +220,7 @@ impl Work<'_> {
         b.repeat(0, spec.head_dim, columns, |b, col| {
             let in_row = b.mad(self.head, spec.head_dim, col);
             let in_row = b.mul(in_row, 4);
-            let at = wide(b, self.token, spec.q_stride * 4, in_row);
+            let at = wide(b, self.row, spec.q_stride * 4, in_row);
             let q = load(b, self.q, at, MemTy::F32, columns, q_aligned);
             let at = self.at(b, row, col);
             let k = load_cached(b, self.k, at, ty, columns, aligned);

@@ -69,6 +69,11 @@ impl RowTilesSpec {
         span * self.span + quarter * (self.span / 4) + within
     }
 
+    /// The tiles of `rows` rows.
+    pub fn tiled(&self, rows: u32) -> Tiled {
+        Tiled { kind: self.kind, rows, columns: self.columns() }
+    }
+
     fn check(&self) -> Result<()> {
         let good = match self.from {
             From::Same { stride } => {
@@ -114,7 +119,7 @@ pub fn build(name: &str, spec: &RowTilesSpec) -> Result<Kernel> {
     let m = b.scalar_value(spec.rows.dim());
     let (block, thread) = (b.block_x(), b.thread());
     let (warp, lane) = (b.div(thread, WARP), b.rem(thread, WARP));
-    let tiled = Tiled { kind: spec.kind, rows: 1, columns: spec.columns() };
+    let tiled = spec.tiled(1);
     let cx = Move { spec, tiled, x, lane };
     b.repeat(warp, ROWS, WARPS, |b, in_tile| {
         let row = b.mad(block, ROWS, in_tile);

@@ -17,22 +17,20 @@ onnx_ops! {
     /// Sequences of known length, which are unrolled.
     "" "LinearAttention" since 26 => linear_attention;
     "" "RotaryEmbedding" since 23 => rotary;
-    /// Separate queries, keys and values; no padding mask.
-    "com.microsoft" "MultiHeadAttention" since 1 => multi_head;
 }
 
 /// The most steps that are unrolled.
 const MOST_STEPS: u64 = 1024;
 
 /// A count that an attribute gives.
-fn count(cx: &mut Cx<'_, '_>, name: &'static str) -> Result<Option<u64>> {
+pub(super) fn count(cx: &mut Cx<'_, '_>, name: &'static str) -> Result<Option<u64>> {
     let Some(n) = cx.int(name)? else { return Ok(None) };
     let fit = u64::try_from(n).ok().filter(|&n| n > 0);
     fit.map(Some).ok_or_else(|| Diag::input(format!("attribute `{name}` is {n}")))
 }
 
 /// `[B, S, n * d]` as `[B, n, S, d]`.
-fn heads(cx: &mut Cx<'_, '_>, x: &Val, n: u64) -> Result<Val> {
+pub(super) fn heads(cx: &mut Cx<'_, '_>, x: &Val, n: u64) -> Result<Val> {
     let [batch, length, Dim::Static(width)] = cx.dims(x)[..] else {
         return Err(Diag::input(format!("{} is not split into heads", cx.ty(x))));
     };
@@ -44,7 +42,7 @@ fn heads(cx: &mut Cx<'_, '_>, x: &Val, n: u64) -> Result<Val> {
 }
 
 /// `[B, n, S, d]` as `[B, S, n * d]`.
-fn joined(cx: &mut Cx<'_, '_>, x: &Val) -> Result<Val> {
+pub(super) fn joined(cx: &mut Cx<'_, '_>, x: &Val) -> Result<Val> {
     let y = cx.transpose(x, &[0, 2, 1, 3])?;
     let [batch, length, Dim::Static(n), Dim::Static(d)] = cx.dims(&y)[..] else {
         return Err(Diag::input(format!("heads of {} are not joined", cx.ty(x))));
@@ -63,21 +61,23 @@ fn repeated(cx: &mut Cx<'_, '_>, x: &Val, times: u64) -> Result<Val> {
 }
 
 /// What attention is computed of: heads `[B, n, S, d]`.
-struct Parts {
-    q: Val,
-    k: Val,
-    v: Val,
+pub(super) struct Parts {
+    pub(super) q: Val,
+    pub(super) k: Val,
+    pub(super) v: Val,
     /// Added to the products.
-    bias: Option<Val>,
+    pub(super) bias: Option<Val>,
+    /// Whether every query sees a key, so that no row of weights must be made zeros.
+    pub(super) sees: bool,
     /// Factor on the products; none is one over the root of the size of a head.
-    scale: Option<f64>,
-    softcap: f64,
-    precision: Option<ElemTy>,
-    mode: i64,
+    pub(super) scale: Option<f64>,
+    pub(super) softcap: f64,
+    pub(super) precision: Option<ElemTy>,
+    pub(super) mode: i64,
 }
 
 /// The heads of the result, and the products as `mode` wants them.
-fn attend(cx: &mut Cx<'_, '_>, p: Parts) -> Result<(Val, Val)> {
+pub(super) fn attend(cx: &mut Cx<'_, '_>, p: Parts) -> Result<(Val, Val)> {
     let (qd, kd) = (cx.dims(&p.q), cx.dims(&p.k));
     let ([_, Dim::Static(hq), _, Dim::Static(d)], [_, Dim::Static(hk), ..]) = (&qd[..], &kd[..]) else {
         return Err(Diag::input(format!("queries {} and keys {} need 4 axes", cx.ty(&p.q), cx.ty(&p.k))));
@@ -109,7 +109,7 @@ fn attend(cx: &mut Cx<'_, '_>, p: Parts) -> Result<(Val, Val)> {
     let wide = cx.cast(&biased, p.precision.unwrap_or(elem))?;
     let axis = cx.rank(&wide) as u8 - 1;
     let mut shares = cx.op(Softmax { axis, log: false }, &[&wide])?;
-    if let Some(bias) = &p.bias {
+    if let Some(bias) = p.bias.as_ref().filter(|_| !p.sees) {
         // A query that sees no key yields zeros.
         let last = cx.rank(bias) - 1;
         let most = cx.reduce(ReduceKind::Max, bias, &[last])?;
@@ -130,29 +130,97 @@ fn attend(cx: &mut Cx<'_, '_>, p: Parts) -> Result<(Val, Val)> {
 }
 
 /// `[.., S, d]` and `[.., P, d]` before it, as one.
-fn behind(cx: &mut Cx<'_, '_>, past: Option<Val>, x: Val) -> Result<Val> {
+pub(super) fn behind(cx: &mut Cx<'_, '_>, past: Option<Val>, x: Val) -> Result<Val> {
     match past {
+        Some(past) if cx.dims(&past).get(2) == Some(&Dim::Static(0)) => Ok(x),
         Some(past) => cx.concat(&[&past, &x], 2),
         None => Ok(x),
     }
 }
 
 /// The length of a sequence, which must be known.
-fn length(cx: &Cx<'_, '_>, x: &Val, axis: usize) -> Result<u64> {
+pub(super) fn length(cx: &Cx<'_, '_>, x: &Val, axis: usize) -> Result<u64> {
     cx.dims(x).get(axis).and_then(|d| d.fixed()).ok_or_else(|| {
         Diag::input(format!("the length of {} must be known where keys are hidden", cx.ty(x)))
             .help("give the named extents of the inputs numbers")
     })
 }
 
+/// The places of queries as a column, and of keys as a row, as i64; `past` is what comes before the queries.
+fn places(cx: &mut Cx<'_, '_>, q: &Val, k: &Val, past: Option<&Val>) -> Result<(Val, Val)> {
+    let (rows, cols) = (cx.dims(q)[2], cx.dims(k)[2]);
+    let start = past.map_or(Ok(0), |p| length(cx, p, 2))?;
+    let row = cx.places(rows)?;
+    let row = cx.reshape(&row, vec![rows, Dim::Static(1)])?;
+    let row = if start == 0 { row } else { cx.shift(&row, start as f64)? };
+    let col = cx.places(cols)?;
+    Ok((row, cx.reshape(&col, vec![Dim::Static(1), cols])?))
+}
+
+/// Which keys a query sees by its place, and what hides the others; `start` is what comes before the queries.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sight {
+    /// Nothing later.
+    pub(super) causal: bool,
+    /// So many places to the left at most; any number when negative.
+    pub(super) left: i64,
+    /// So many places to the right at most; any number when negative.
+    pub(super) right: i64,
+}
+
+impl Sight {
+    /// Adds to `bias` what hides keys that are out of sight.
+    pub(super) fn hide(
+        self,
+        cx: &mut Cx<'_, '_>,
+        mut bias: Option<Val>,
+        (row, col): (&Val, &Val),
+        elem: ElemTy,
+    ) -> Result<Option<Val>> {
+        if self.causal {
+            let seen = cx.compare(Order::LessEqual, col, row)?;
+            let hidden = hidden_unless(cx, &seen, elem)?;
+            bias = plus(cx, bias, hidden)?;
+        }
+        if self.left >= 0 {
+            let first = cx.shift(row, -(self.left as f64))?;
+            let seen = cx.compare(Order::LessEqual, &first, col)?;
+            let hidden = hidden_unless(cx, &seen, elem)?;
+            bias = plus(cx, bias, hidden)?;
+        }
+        if self.right >= 0 {
+            let last = cx.shift(row, self.right as f64)?;
+            let seen = cx.compare(Order::LessEqual, col, &last)?;
+            let hidden = hidden_unless(cx, &seen, elem)?;
+            bias = plus(cx, bias, hidden)?;
+        }
+        Ok(bias)
+    }
+
+    /// The bias of queries behind `past`, as far as places tell.
+    pub(super) fn bias(
+        self,
+        cx: &mut Cx<'_, '_>,
+        bias: Option<Val>,
+        (q, k, past): (&Val, &Val, Option<&Val>),
+    ) -> Result<Option<Val>> {
+        if !self.causal && self.left < 0 && self.right < 0 {
+            return Ok(bias);
+        }
+        let elem = cx.ty(q).elem;
+        let (row, col) = places(cx, q, k, past)?;
+        self.hide(cx, bias, (&row, &col), elem)
+    }
+}
+
 /// Zero where `allowed`, minus infinity elsewhere.
-fn hidden_unless(cx: &mut Cx<'_, '_>, allowed: &Val, elem: ElemTy) -> Result<Val> {
+pub(super) fn hidden_unless(cx: &mut Cx<'_, '_>, allowed: &Val, elem: ElemTy) -> Result<Val> {
     let (zero, none) = (cx.scalar(elem, 0.0)?, cx.scalar(elem, f64::NEG_INFINITY)?);
     cx.select(allowed, &zero, &none)
 }
 
 /// The sum, when there is something to add to.
-fn plus(cx: &mut Cx<'_, '_>, a: Option<Val>, b: Val) -> Result<Option<Val>> {
+pub(super) fn plus(cx: &mut Cx<'_, '_>, a: Option<Val>, b: Val) -> Result<Option<Val>> {
     Ok(Some(match a {
         Some(a) => cx.add(&a, &b)?,
         None => b,
@@ -175,41 +243,24 @@ fn attention(cx: &mut Cx<'_, '_>) -> Results {
     let causal = cx.flag("is_causal", false)?;
     let mut window = |name| -> Result<i64> { Ok(cx.int(name)?.unwrap_or(-1)) };
     let (left, right) = (window("left_window_size")?, window("right_window_size")?);
+    let sight = Sight { causal, left, right };
     let mut bias = None;
     if let Some(mask) = cx.opt(3) {
         bias = Some(mask_bias(cx, mask, &k, elem)?);
     }
-    if causal || left >= 0 || right >= 0 {
-        let (rows, cols) = (length(cx, &q, 2)?, length(cx, &k, 2)?);
-        let start = past.as_ref().map_or(Ok(0), |p| length(cx, p, 2))?;
-        let row = super::constants::filled(cx, ElemTy::I64, &[rows, 1], |i| i128::from(i[0] + start))?;
-        let col = super::constants::filled(cx, ElemTy::I64, &[1, cols], |i| i[1].into())?;
-        let row = match (&valid, &past) {
-            (Some(valid), None) => {
-                let offset = cx.cast(valid, ElemTy::I64)?;
-                let offset = cx.shift(&offset, -(rows as f64))?;
-                let offset = cx.unsqueeze(&offset, &[1, 2, 3])?;
-                cx.add(&row, &offset)?
-            }
-            _ => row,
-        };
-        if causal {
-            let seen = cx.compare(Order::LessEqual, &col, &row)?;
-            let hidden = hidden_unless(cx, &seen, elem)?;
-            bias = plus(cx, bias, hidden)?;
+    // A query sees itself where nothing but its place hides keys.
+    let sees = bias.is_none() && valid.is_none() && past.is_none() && cx.dims(&q)[2] == cx.dims(&k)[2];
+    match (&valid, &past) {
+        (Some(valid), None) if causal || left >= 0 || right >= 0 => {
+            let (row, col) = places(cx, &q, &k, None)?;
+            let rows = length(cx, &q, 2)?;
+            let offset = cx.cast(valid, ElemTy::I64)?;
+            let offset = cx.shift(&offset, -(rows as f64))?;
+            let offset = cx.unsqueeze(&offset, &[1, 2, 3])?;
+            let row = cx.add(&row, &offset)?;
+            bias = sight.hide(cx, bias, (&row, &col), elem)?;
         }
-        if left >= 0 {
-            let first = cx.shift(&row, -(left as f64))?;
-            let seen = cx.compare(Order::LessEqual, &first, &col)?;
-            let hidden = hidden_unless(cx, &seen, elem)?;
-            bias = plus(cx, bias, hidden)?;
-        }
-        if right >= 0 {
-            let last = cx.shift(&row, right as f64)?;
-            let seen = cx.compare(Order::LessEqual, &col, &last)?;
-            let hidden = hidden_unless(cx, &seen, elem)?;
-            bias = plus(cx, bias, hidden)?;
-        }
+        _ => bias = sight.bias(cx, bias, (&q, &k, past.as_ref()))?,
     }
     if let Some(valid) = &valid {
         let cols = length(cx, &k, 2)?;
@@ -225,6 +276,7 @@ fn attention(cx: &mut Cx<'_, '_>) -> Results {
         k: k.clone(),
         v: v.clone(),
         bias,
+        sees,
         scale: cx.opt_float("scale")?,
         softcap: cx.float("softcap", 0.0)?,
         precision: cx.int("softmax_precision")?.map(tensor::elem).transpose()?,
@@ -254,96 +306,83 @@ fn mask_bias(cx: &mut Cx<'_, '_>, mut mask: Val, k: &Val, elem: ElemTy) -> Resul
     if cx.ty(&mask).elem == ElemTy::BOOL { hidden_unless(cx, &mask, elem) } else { cx.cast(&mask, elem) }
 }
 
-fn multi_head(cx: &mut Cx<'_, '_>) -> Results {
-    let n = count(cx, "num_heads")?.ok_or_else(|| Diag::input("attribute `num_heads` is missing"))?;
-    let (mut q, mut k, mut v) = (cx.input(0)?, cx.input(1)?, cx.input(2)?);
-    if cx.rank(&q) != 3 || cx.rank(&k) != 3 || cx.rank(&v) != 3 || cx.opt(4).is_some() {
-        return Err(Diag::input("packed operands and padding masks are not supported"));
-    }
-    if cx.flag("unidirectional", false)? {
-        return Err(Diag::input("attribute `unidirectional` is not supported"));
-    }
-    cx.ignore(&["mask_filter_value"]);
-    if let Some(bias) = cx.opt(3) {
-        let mut at = 0;
-        for x in [&mut q, &mut k, &mut v] {
-            let Some(Dim::Static(width)) = cx.dims(x).get(2).copied() else {
-                return Err(Diag::input("the width of heads must be known"));
-            };
-            let part = cx.slice(&bias, 0, at, width)?;
-            *x = cx.add(x, &part)?;
-            at += width;
-        }
-    }
-    let (q, k, v) = (heads(cx, &q, n)?, heads(cx, &k, n)?, heads(cx, &v, n)?);
-    let (past_k, past_v) = (cx.opt(6), cx.opt(7));
-    let (k, v) = (behind(cx, past_k, k)?, behind(cx, past_v, v)?);
-    let scale = cx.opt_float("scale")?.filter(|&s| s != 0.0);
-    let (bias, kept) = (cx.opt(5), (k.clone(), v.clone()));
-    let parts = Parts { q, k, v, bias, scale, softcap: 0.0, precision: None, mode: 0 };
-    let (y, _) = attend(cx, parts)?;
-    let y = joined(cx, &y)?;
-    Ok(vec![Some(y), Some(kept.0), Some(kept.1)])
+fn rotary(cx: &mut Cx<'_, '_>) -> Results {
+    let (x, cos, sin, at) = (cx.input(0)?, cx.input(1)?, cx.input(2)?, cx.opt(3));
+    let turn = Turn { cos, sin, at, interleaved: cx.flag("interleaved", false)? };
+    let n = count_or_zero(cx, "num_heads")?;
+    let size = count_or_zero(cx, "rotary_embedding_dim")?;
+    one(rotated(cx, &x, n, size, turn))
 }
 
-fn rotary(cx: &mut Cx<'_, '_>) -> Results {
-    let (x, mut cos, mut sin) = (cx.input(0)?, cx.input(1)?, cx.input(2)?);
-    let whole = cx.dims(&x);
-    let n = count_or_zero(cx, "num_heads")?;
+/// Rotations: cosines and sines, which rows of them, and what makes a pair.
+pub(super) struct Turn {
+    pub(super) cos: Val,
+    pub(super) sin: Val,
+    /// Rows of the tables, `[B, S]`; without them the tables have those axes.
+    pub(super) at: Option<Val>,
+    pub(super) interleaved: bool,
+}
+
+/// `x` with the first `size` numbers of its heads rotated, all of them if that is 0: `[B, S, n * d]` or `[B, n, S, d]`.
+pub(super) fn rotated(cx: &mut Cx<'_, '_>, x: &Val, n: u64, size: u64, turn: Turn) -> Result<Val> {
+    let Turn { mut cos, mut sin, at, interleaved } = turn;
+    let whole = cx.dims(x);
     let flat = whole.len() == 3;
     // [B, S, heads, d]
     let y = match whole[..] {
         [batch, length, Dim::Static(width)] if n > 0 && width % n == 0 => {
-            cx.reshape(&x, vec![batch, length, Dim::Static(n), Dim::Static(width / n)])?
+            cx.reshape(x, vec![batch, length, Dim::Static(n), Dim::Static(width / n)])?
         }
-        [_, _, _, _] => cx.transpose(&x, &[0, 2, 1, 3])?,
-        _ => return Err(Diag::input(format!("input 0 has type {}", cx.ty(&x)))),
+        [_, _, _, _] => cx.transpose(x, &[0, 2, 1, 3])?,
+        _ => return Err(Diag::input(format!("input 0 has type {}", cx.ty(x)))),
     };
     let dims = cx.dims(&y);
     let Dim::Static(d) = dims[3] else { return Err(Diag::input("the size of a head must be known")) };
-    let size = match count_or_zero(cx, "rotary_embedding_dim")? {
-        0 => d,
-        n => n,
-    };
+    let size = if size == 0 { d } else { size };
     if size > d || size % 2 != 0 {
-        return Err(Diag::input(format!("attribute `rotary_embedding_dim` is {size}, heads have {d} numbers")));
+        return Err(Diag::input(format!("{size} numbers of a head are to be rotated, heads have {d}")));
     }
-    if let Some(positions) = cx.opt(3) {
-        cos = cx.op(Gather { axis: 0 }, &[&cos, &positions])?;
-        sin = cx.op(Gather { axis: 0 }, &[&sin, &positions])?;
+    if let Some(at) = at {
+        cos = cx.op(Gather { axis: 0 }, &[&cos, &at])?;
+        sin = cx.op(Gather { axis: 0 }, &[&sin, &at])?;
     }
     let (cos, sin) = (cx.unsqueeze(&cos, &[2])?, cx.unsqueeze(&sin, &[2])?);
-    let interleaved = cx.flag("interleaved", false)?;
-    let turned = cx.slice(&y, 3, 0, size)?;
+    let part = cx.slice(&y, 3, 0, size)?;
     let half = size / 2;
     let (a, b) = if interleaved {
-        let mut every = |start| cx.op(Slice { axis: 3, start, len: half, step: 2 }, &[&turned]);
+        let mut every = |start| cx.op(Slice { axis: 3, start, len: half, step: 2 }, &[&part]);
         (every(0)?, every(1)?)
     } else {
-        (cx.slice(&turned, 3, 0, half)?, cx.slice(&turned, 3, half, half)?)
+        (cx.slice(&part, 3, 0, half)?, cx.slice(&part, 3, half, half)?)
     };
-    let (ac, bs) = (cx.mul(&a, &cos)?, cx.mul(&b, &sin)?);
-    let (as_, bc) = (cx.mul(&a, &sin)?, cx.mul(&b, &cos)?);
-    let (real, imag) = (cx.sub(&ac, &bs)?, cx.add(&as_, &bc)?);
-    let turned = if interleaved {
-        let (real, imag) = (cx.unsqueeze(&real, &[4])?, cx.unsqueeze(&imag, &[4])?);
-        let pairs = cx.concat(&[&real, &imag], 4)?;
-        let mut dims = dims.clone();
-        dims[3] = Dim::Static(size);
-        cx.reshape(&pairs, dims)?
-    } else {
-        cx.concat(&[&real, &imag], 3)?
-    };
+    let (cos, sin) = (pairs(cx, &cos, &cos, interleaved)?, pairs(cx, &sin, &sin, interleaved)?);
+    let b = cx.unary(U::Neg, &b)?;
+    let moved = pairs(cx, &b, &a, interleaved)?;
+    let (still, moved) = (cx.mul(&part, &cos)?, cx.mul(&moved, &sin)?);
+    let turned = cx.add(&still, &moved)?;
     let y = if size < d {
         let rest = cx.slice(&y, 3, size, d - size)?;
         cx.concat(&[&turned, &rest], 3)?
     } else {
         turned
     };
-    one(if flat { cx.reshape(&y, whole) } else { cx.transpose(&y, &[0, 2, 1, 3]) })
+    if flat { cx.reshape(&y, whole) } else { cx.transpose(&y, &[0, 2, 1, 3]) }
 }
 
-fn count_or_zero(cx: &mut Cx<'_, '_>, name: &'static str) -> Result<u64> {
+/// `a` and `b` behind one another, or in turn, along axis 3.
+fn pairs(cx: &mut Cx<'_, '_>, a: &Val, b: &Val, in_turn: bool) -> Result<Val> {
+    if !in_turn {
+        return cx.concat(&[a, b], 3);
+    }
+    let mut dims = cx.dims(a);
+    let Dim::Static(half) = dims[3] else { return Err(Diag::input("the size of a head must be known")) };
+    let (a, b) = (cx.unsqueeze(a, &[4])?, cx.unsqueeze(b, &[4])?);
+    let both = cx.concat(&[&a, &b], 4)?;
+    dims[3] = Dim::Static(2 * half);
+    cx.reshape(&both, dims)
+}
+
+pub(super) fn count_or_zero(cx: &mut Cx<'_, '_>, name: &'static str) -> Result<u64> {
     let n = cx.int(name)?.unwrap_or(0);
     u64::try_from(n).map_err(|_| Diag::input(format!("attribute `{name}` is {n}")))
 }
@@ -434,7 +473,8 @@ fn linear_attention(cx: &mut Cx<'_, '_>) -> Results {
     for t in 0..steps {
         let mut at = |x: &Val| cx.slice(x, 2, t, 1);
         let (q, k, mut v) = (at(&q)?, at(&k)?, at(&v)?);
-        let (decay, rate) = (decay.as_ref().map(&mut at).transpose()?, rate.as_ref().map(&mut at).transpose()?);
+        let (decay, rate) =
+            (decay.as_ref().map(&mut at).transpose()?, rate.as_ref().map(&mut at).transpose()?);
         if let Some(decay) = decay {
             let column = swapped(cx, &decay)?;
             state = cx.mul(&state, &column)?;

@@ -35,6 +35,9 @@ pub(super) fn product(cx: &mut Cx<'_, '_>, a: &Val, b: &Val) -> Result<Val> {
     } else {
         cx.op(Dot {}, &[&row, &column])?
     };
+    // Products with weights are f32; in the model they have the type of their rows.
+    let elem = cx.ty(&row).elem;
+    let y = cx.cast(&y, elem)?;
     let rank = cx.rank(&y);
     let gone: Vec<usize> =
         [(rank_a == 1, rank - 2), (rank_b == 1, rank - 1)].into_iter().filter(|g| g.0).map(|g| g.1).collect();
@@ -82,7 +85,9 @@ fn gemm(cx: &mut Cx<'_, '_>) -> Results {
     let turned = cx.flag("transB", false)?;
     let weight = cx.is_weight(&b) && cx.ty(&b).elem.is_float() && cx.ty(&a).elem == cx.ty(&b).elem;
     let mut y = if weight && turned {
-        cx.op(MatMul::default(), &[&a, &b])?
+        let y = cx.op(MatMul::default(), &[&a, &b])?;
+        let elem = cx.ty(&a).elem;
+        cx.cast(&y, elem)?
     } else {
         if turned {
             b = swapped(cx, &b)?;
@@ -110,7 +115,9 @@ pub(super) struct Moves {
 /// Numbers of an attribute, one for each spatial axis.
 pub(super) fn per_axis(cx: &mut Cx<'_, '_>, name: &'static str, n: usize, default: u32) -> Result<Vec<u32>> {
     let Some(list) = cx.ints_attr(name)? else { return Ok(vec![default; n]) };
-    let fit = |&x: &i64| u32::try_from(x).map_err(|_| Diag::input(format!("attribute `{name}` has the number {x}")));
+    let fit = |&x: &i64| {
+        u32::try_from(x).map_err(|_| Diag::input(format!("attribute `{name}` has the number {x}")))
+    };
     let list: Vec<u32> = list.iter().map(fit).collect::<Result<_>>()?;
     if list.len() == n {
         return Ok(list);
@@ -132,14 +139,16 @@ pub(super) fn moves(cx: &mut Cx<'_, '_>, space: &[Dim], kernel: &[u32]) -> Resul
         "VALID" => pads.fill(0),
         "SAME_UPPER" | "SAME_LOWER" => {
             for i in 0..n {
-                let bad = || Diag::input(format!("attribute `auto_pad` is {auto}: the extents must be known"));
+                let bad =
+                    || Diag::input(format!("attribute `auto_pad` is {auto}: the extents must be known"));
                 let size = space[i].fixed().ok_or_else(bad)?;
                 let reach = u64::from(kernel[i].saturating_sub(1)) * u64::from(dilations[i]) + 1;
                 let stride = u64::from(strides[i]);
                 let covered = (size.div_ceil(stride).max(1) - 1) * stride + reach;
                 let total = u32::try_from(covered.saturating_sub(size)).map_err(|_| bad())?;
                 let small = total / 2;
-                let (before, after) = if auto == "SAME_UPPER" { (small, total - small) } else { (total - small, small) };
+                let (before, after) =
+                    if auto == "SAME_UPPER" { (small, total - small) } else { (total - small, small) };
                 (pads[i], pads[n + i]) = (before, after);
             }
         }
@@ -168,7 +177,10 @@ fn kernel(cx: &mut Cx<'_, '_>, w: &Val) -> Result<Vec<u32>> {
 /// `group` as it is given.
 fn groups(cx: &mut Cx<'_, '_>) -> Result<u32> {
     let group = cx.int("group")?.unwrap_or(1);
-    u32::try_from(group).ok().filter(|&g| g > 0).ok_or_else(|| Diag::input(format!("attribute `group` is {group}")))
+    u32::try_from(group)
+        .ok()
+        .filter(|&g| g > 0)
+        .ok_or_else(|| Diag::input(format!("attribute `group` is {group}")))
 }
 
 /// The sum with one number for each channel.
@@ -233,7 +245,11 @@ fn conv_transpose(cx: &mut Cx<'_, '_>) -> Results {
                 let total = full - want;
                 // More than there is to see is put behind it.
                 let small = total.max(0) / 2;
-                if auto == "SAME_UPPER" || total < 0 { (small, total - small) } else { (total - small, small) }
+                if auto == "SAME_UPPER" || total < 0 {
+                    (small, total - small)
+                } else {
+                    (total - small, small)
+                }
             }
         };
         before[axis] = reach - low;
@@ -275,7 +291,8 @@ fn spread(cx: &mut Cx<'_, '_>, x: &Val, axis: usize, stride: u64) -> Result<Val>
     let y = cx.reshape(x, apart.clone())?;
     let mut after = vec![0; apart.len()];
     after[axis + 1] = stride as i64 - 1;
-    let y = cx.op_with(Pad { before: vec![0; apart.len()], after, mode: PadMode::Constant }, &[Some(&y), None])?;
+    let y =
+        cx.op_with(Pad { before: vec![0; apart.len()], after, mode: PadMode::Constant }, &[Some(&y), None])?;
     let mut joined = dims;
     let wide = n.checked_mul(stride).ok_or_else(|| Diag::input("an extent is too large"))?;
     joined[axis] = Dim::Static(wide);
@@ -307,7 +324,8 @@ fn einsum(cx: &mut Cx<'_, '_>) -> Results {
         most = most.max(hidden(term, rank).ok_or_else(bad)?);
     }
     let ellipsis = free.get(..most).ok_or_else(bad)?;
-    let expanded = |term: &str, n: usize| term.replacen("...", &ellipsis[most - n..].iter().collect::<String>(), 1);
+    let expanded =
+        |term: &str, n: usize| term.replacen("...", &ellipsis[most - n..].iter().collect::<String>(), 1);
     let mut left = vec![];
     for (term, &rank) in terms.iter().zip(&ranks) {
         left.push(expanded(term, hidden(term, rank).ok_or_else(bad)?));
@@ -318,7 +336,8 @@ fn einsum(cx: &mut Cx<'_, '_>) -> Results {
             // Without an arrow: what occurs once, in alphabetical order, behind the ellipsis.
             let letters: String = left.concat();
             let once = |c: &char| letters.matches(*c).count() == 1;
-            let mut named: Vec<char> = letters.chars().filter(|c| !ellipsis.contains(c)).filter(once).collect();
+            let mut named: Vec<char> =
+                letters.chars().filter(|c| !ellipsis.contains(c)).filter(once).collect();
             named.sort_unstable();
             ellipsis.iter().chain(&named).collect()
         }

@@ -43,21 +43,40 @@ pub(super) fn add(sum: &mut [f32], k: usize, rows: &[f32]) {
     });
 }
 
+/// Panels that one task packs: rows are read by stretches of several lines of the cache.
+const TOGETHER: usize = 4;
+
 /// The panels of `rows`, each a list of pairs of tokens. The last panel is filled with zeros, and an odd number of tokens too.
 fn packed(k: usize, rows: &[f32]) -> Vec<Vec<Pairs>> {
-    let panel = |first: usize| -> Vec<Pairs> {
-        let channels = first..k.min(first + PANEL);
-        let pair = |two: &[f32]| {
-            let (even, odd) = two.split_at(k);
+    let step = TOGETHER * PANEL;
+    // SAFETY: the only caller has asserted that the processor has these instructions.
+    let task = |n: usize| unsafe { packed_panels(k, rows, n * step..k.min((n + 1) * step)) };
+    (0..k.div_ceil(step)).into_par_iter().flat_map_iter(task).collect()
+}
+
+/// The panels of some `channels`, the first of which begins a panel.
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn packed_panels(k: usize, rows: &[f32], channels: std::ops::Range<usize>) -> Vec<Vec<Pairs>> {
+    let depth = rows.len() / k;
+    let mut panels = vec![Vec::with_capacity(depth.div_ceil(2)); channels.len().div_ceil(PANEL)];
+    for two in rows.chunks(2 * k) {
+        let (even, odd) = two.split_at(k);
+        let stretches = even[channels.clone()].chunks(PANEL);
+        for (n, (panel, even)) in panels.iter_mut().zip(stretches).enumerate() {
             let mut pairs = [0; PANEL];
-            for (to, c) in pairs.iter_mut().zip(channels.clone()) {
-                *to = bf16_bits(even[c]) >> 16 | odd.get(c).map_or(0, |&x| bf16_bits(x) & 0xffff_0000);
+            for (to, &x) in pairs.iter_mut().zip(even) {
+                *to = bf16_bits(x) >> 16;
             }
-            pairs
-        };
-        rows.chunks(2 * k).map(pair).collect()
-    };
-    (0..k.div_ceil(PANEL)).into_par_iter().map(|p| panel(p * PANEL)).collect()
+            if !odd.is_empty() {
+                let at = channels.start + n * PANEL;
+                for (to, &x) in pairs.iter_mut().zip(&odd[at..at + even.len()]) {
+                    *to |= bf16_bits(x) & 0xffff_0000;
+                }
+            }
+            panel.push(pairs);
+        }
+    }
+    panels
 }
 
 /// Adds to rows `from ..` of the sum.

@@ -13,7 +13,7 @@ use quantc_ir::ty::Float;
 use std::ops::Range;
 
 /// Rows of a task. It does not depend on the number of threads, and so neither do the sums.
-pub(super) const ROWS: usize = 256;
+pub(super) const ROWS: usize = 128;
 
 /// No scale becomes smaller than this part of itself at once; negative ones are none.
 const LEAST_CHANGE: f32 = 0.1;
