@@ -2,86 +2,151 @@
 //! they give on a processor. `make gpu-check` builds and packs it; `docs/gpu.md` tells what it prints.
 //!
 //! ```text
-//! gpu-check pack FOLDER [--target NAME] [--small]    where NVRTC is: compiles the kernels of the table
-//! gpu-check run FOLDER [--only PART]                 where the GPU is: facts, correctness, engines, speed; as Markdown
+//! gpu-check model FOLDER                              a model of 8 billion weights, with holes for them
+//! gpu-check plan ENGINE OUT                           what of such a model's engine is not weights
+//! gpu-check pack FOLDER [--target NAME] [--small]     where NVRTC is: compiles the kernels of the tables
+//! gpu-check run FOLDER [--only PART] [--seconds N] [--small] [--interpreted]
+//!                                                     where the GPU is: all parts, as Markdown
 //! ```
 //!
-//! Exit codes: 0 all is right, 1 something is wrong or there is no GPU, 2 the command line was wrong.
+//! Exit codes: 0 all is right and as fast as wanted, 1 something is wrong or there is no GPU, 2 the command line was wrong, 3
+//! results are right and something is slower than wanted or was not reached in time.
 
+mod attention;
+mod ceilings;
+mod correctness;
+mod cublas;
+mod device;
 mod engines;
+mod facts;
 mod inputs;
-mod measure;
+mod interpreted;
+mod kernel;
+mod model;
+mod parts;
+mod products;
+mod random;
+mod reference;
+mod report;
+mod rows;
+mod sanitizer;
 mod table;
+mod torch;
+mod whole;
 
+use parts::Options;
 use quantc::ir::diag::{Diag, Result};
 use quantc::ir::target::GpuTarget;
-use quantc_codegen::cuda::plan;
-use quantc_codegen::cuda::text;
 use quantc_codegen::targets::GPUS;
-use quantc_runtime::format::{Gpu, GpuCode, GpuEntry, GpuKernel};
-use quantc_runtime::gpu::{self, Driver};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-/// The file of kernels in a packed folder.
-const KERNELS: &str = "kernels.cuda";
-
-/// Its name of the target.
-const TARGET: &str = "target.txt";
-
-/// Parts of a run.
-const PARTS: [&str; 4] = ["facts", "kernels", "engines", "speed"];
+/// Seconds of a run unless asked otherwise: with what parts may take longer, below nine minutes.
+const SECONDS: f64 = 505.0;
 
 enum Command {
+    Model { folder: PathBuf },
+    Plan { engine: PathBuf, out: PathBuf },
     Pack { folder: PathBuf, target: &'static GpuTarget, small: bool },
-    Run { folder: PathBuf, only: Option<String> },
+    Run(Options),
 }
+
+const USAGE: &str = "usage: gpu-check model FOLDER, gpu-check plan ENGINE OUT, gpu-check pack FOLDER [--target NAME] [--small], \
+                     or gpu-check run FOLDER [--only PART] [--seconds N] [--small] [--interpreted]";
 
 /// Reads the command line; what is wrong with it.
 fn parse(args: &[String]) -> std::result::Result<Command, String> {
-    let usage =
-        "usage: gpu-check pack FOLDER [--target NAME] [--small], or gpu-check run FOLDER [--only PART]";
-    let [what, folder, rest @ ..] = args else { return Err(usage.into()) };
+    let [what, folder, rest @ ..] = args else { return Err(USAGE.into()) };
     let folder = PathBuf::from(folder);
     let value = |name: &str, value: Option<&String>| value.cloned().ok_or(format!("`{name}` needs a value"));
-    let mut rest = rest.iter();
+    let other = |option: &str| Err(format!("there is no option `{option}`; {USAGE}"));
+    let mut options = rest.iter();
     match what.as_str() {
+        "model" => match rest {
+            [] => Ok(Command::Model { folder }),
+            [option, ..] => other(option),
+        },
+        "plan" => match rest {
+            [out] => Ok(Command::Plan { engine: folder, out: out.into() }),
+            _ => Err(USAGE.into()),
+        },
         "pack" => {
             let (mut target, mut small) = ("cuda-sm90".to_string(), false);
-            while let Some(option) = rest.next() {
+            while let Some(option) = options.next() {
                 match option.as_str() {
-                    "--target" => target = value(option, rest.next())?,
+                    "--target" => target = value(option, options.next())?,
                     "--small" => small = true,
-                    other => return Err(format!("there is no option `{other}`; {usage}")),
+                    option => return other(option),
                 }
             }
             Ok(Command::Pack { folder, target: gpu_target(&target)?, small })
         }
         "run" => {
-            let mut only = None;
-            while let Some(option) = rest.next() {
+            let (mut only, mut seconds, mut small, mut interpreted) = (None, SECONDS, false, false);
+            let (mut from, mut scratch) = (None, None);
+            while let Some(option) = options.next() {
+                let number = |text: String| text.parse().map_err(|_| format!("`{option}` needs a number"));
                 match option.as_str() {
-                    "--only" => only = Some(value(option, rest.next())?),
-                    other => return Err(format!("there is no option `{other}`; {usage}")),
+                    "--only" => only = Some(value(option, options.next())?),
+                    "--seconds" => seconds = number(value(option, options.next())?)?,
+                    "--small" => small = true,
+                    "--interpreted" => interpreted = true,
+                    // How a part is started in a process of its own.
+                    "--from" => from = Some(number(value(option, options.next())?)? as usize),
+                    "--scratch" => scratch = Some(PathBuf::from(value(option, options.next())?)),
+                    option => return other(option),
                 }
             }
+            if !(0.0..=86400.0).contains(&seconds) {
+                return Err("`--seconds` needs a number up to 86400".into());
+            }
+            let inside = from.zip(scratch);
             match &only {
-                Some(part) if !PARTS.contains(&part.as_str()) => {
-                    Err(format!("there is no part `{part}`; parts are {}", PARTS.join(", ")))
+                Some(part) if !parts::names().contains(&part.as_str()) => {
+                    Err(format!("there is no part `{part}`; parts are {}", parts::names().join(", ")))
                 }
-                _ => Ok(Command::Run { folder, only }),
+                _ => Ok(Command::Run(Options { folder, only, seconds, small, interpreted, inside })),
             }
         }
-        other => Err(format!("there is no command `{other}`; {usage}")),
+        other => Err(format!("there is no command `{other}`; {USAGE}")),
     }
 }
 
-fn gpu_target(name: &str) -> std::result::Result<&'static GpuTarget, String> {
+/// The target of this name, or what targets there are.
+pub fn gpu_target(name: &str) -> std::result::Result<&'static GpuTarget, String> {
     let names = || GPUS.iter().map(|g| g.name).collect::<Vec<_>>().join(", ");
     GPUS.iter()
         .copied()
         .find(|g| g.name == name)
         .ok_or_else(|| format!("there is no GPU target `{name}`: {}", names()))
+}
+
+/// Whether kernels are run by the interpreter.
+static INTERPRETED: AtomicBool = AtomicBool::new(false);
+
+/// Whether kernels are run by the interpreter, in place of a GPU.
+pub fn interpreted() -> bool {
+    INTERPRETED.load(Ordering::Relaxed)
+}
+
+/// What the system says of a file.
+pub fn system(path: &Path, e: &std::io::Error) -> Diag {
+    Diag::system(e.to_string()).in_file(path.display().to_string())
+}
+
+fn done(outcome: Result<()>) -> Result<ExitCode> {
+    outcome.map(|()| ExitCode::SUCCESS)
+}
+
+fn run(options: &Options) -> Result<ExitCode> {
+    INTERPRETED.store(options.interpreted, Ordering::Relaxed);
+    match &options.inside {
+        Some((from, scratch)) => {
+            parts::inside(options, *from, scratch).map(|verdict| ExitCode::from(verdict.code()))
+        }
+        None => parts::run(options),
+    }
 }
 
 fn main() -> ExitCode {
@@ -91,123 +156,15 @@ fn main() -> ExitCode {
             eprintln!("error: {what}");
             return ExitCode::from(2);
         }
-        Ok(Command::Pack { folder, target, small }) => pack(&folder, target, small).map(|()| true),
-        Ok(Command::Run { folder, only }) => run(&folder, only.as_deref()),
-    };
-    match outcome {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(diag) => {
-            eprintln!("error: {diag}");
-            ExitCode::FAILURE
+        Ok(Command::Model { folder }) => done(model::write(&folder)),
+        Ok(Command::Plan { engine, out }) => done(whole::plan(&engine, &out)),
+        Ok(Command::Pack { folder, target, small }) => {
+            done(kernel::pack(&folder, target, table::all(small, &target.gpu)))
         }
-    }
-}
-
-/// A kernel of the table, ready to be loaded.
-pub struct Ready {
-    /// Code and spec.
-    pub entry: GpuEntry,
-    /// What it computes.
-    pub want: plan::Want,
-    /// How.
-    pub planned: plan::Planned,
-    /// How it is launched.
-    pub launch: GpuKernel,
-}
-
-fn ready(want: plan::Want, cubin: Vec<u8>, target: &GpuTarget) -> Result<Ready> {
-    let symbol = plan::symbol(&want.spec, want.tokens);
-    let planned = plan::kernel(&symbol, &want, &target.gpu)?;
-    let launch = plan::launch(&planned.kernel, 0)?;
-    let spec = serde_json::to_string(&want).map_err(|e| Diag::bug(format!("a spec: {e}")))?;
-    let source = if cubin.is_empty() { text::emit(&planned.kernel) } else { String::new() };
-    Ok(Ready { entry: GpuEntry { symbol, cubin, source, spec }, want, planned, launch })
-}
-
-fn system(path: &Path, e: &std::io::Error) -> Diag {
-    Diag::system(e.to_string()).in_file(path.display().to_string())
-}
-
-/// Compiles the kernels of the table; where there is no NVRTC they stay text, which the GPU's machine then compiles.
-fn pack(folder: &Path, target: &'static GpuTarget, small: bool) -> Result<()> {
-    let wants = table::kernels(small).into_iter().chain(table::shapes(small).into_iter().map(|s| s.want));
-    let mut wants: Vec<plan::Want> = wants.collect();
-    wants.sort_by_key(|want| plan::symbol(&want.spec, want.tokens));
-    wants.dedup();
-    let store = quantc::ir::weights::Store::in_memory();
-    let wanted = wants.iter().map(|want| (plan::symbol(&want.spec, want.tokens), want.clone())).collect();
-    let code = plan::compile(&wanted, &target.gpu, &store)?;
-    let count = code.kernels.len();
-    let entries: Vec<GpuEntry> = code.kernels.into_iter().map(|k| k.entry).collect();
-    let compiled = entries.iter().filter(|e| !e.cubin.is_empty()).count();
-    std::fs::create_dir_all(folder).map_err(|e| system(folder, &e))?;
-    let bytes = GpuCode { kernels: entries }.encode_file();
-    let at = folder.join(KERNELS);
-    std::fs::write(&at, &bytes).map_err(|e| system(&at, &e))?;
-    let at = folder.join(TARGET);
-    std::fs::write(&at, format!("{}\n", target.name)).map_err(|e| system(&at, &e))?;
-    println!("{count} kernels for {}, {compiled} of them machine code, {} bytes", target.name, bytes.len());
-    Ok(())
-}
-
-fn unpack(folder: &Path) -> Result<(&'static GpuTarget, Vec<Ready>)> {
-    let at = folder.join(TARGET);
-    let name = std::fs::read_to_string(&at)
-        .map_err(|e| system(&at, &e).help("`gpu-check pack` makes the folder"))?;
-    let target = gpu_target(name.trim()).map_err(|e| Diag::input(e).in_file(at.display().to_string()))?;
-    let at = folder.join(KERNELS);
-    let bytes = std::fs::read(&at).map_err(|e| system(&at, &e))?;
-    let place = |what: String| Diag::input(what).in_file(at.display().to_string());
-    let code = GpuCode::decode_file(&bytes).map_err(|e| place(e.to_string()))?;
-    let read = |entry: GpuEntry| {
-        let want = serde_json::from_str(&entry.spec)
-            .map_err(|e| place(format!("the spec of {}: {e}", entry.symbol)))?;
-        ready(want, entry.cubin, target)
+        Ok(Command::Run(options)) => run(&options),
     };
-    Ok((target, code.kernels.into_iter().map(read).collect::<Result<_>>()?))
-}
-
-/// Whether all is right.
-fn run(folder: &Path, only: Option<&str>) -> Result<bool> {
-    let (target, kernels) = unpack(folder)?;
-    let asked = |part: &str| only.is_none_or(|only| only == part);
-    let device_error = |e: quantc_runtime::Error| Diag::target(format!("no GPU to check: {e}"));
-    let mut driver: Box<dyn Driver> = gpu::driver().map_err(device_error)?;
-    let device = driver.device().map_err(device_error)?;
-    let gpu = Gpu {
-        arch: target.gpu.arch.into(),
-        page_rows: plan::PAGE,
-        cuda: 0,
-        kernels: vec![],
-        sampler: String::new(),
-    };
-    println!("# {} with kernels for {}\n", device.name, target.name);
-    if asked("facts") {
-        println!("| fact | |\n|---|---|");
-        println!("| compute capability | {}.{} |", device.capability.0, device.capability.1);
-        println!("| driver knows CUDA | {}.{} |", device.cuda / 1000, device.cuda % 1000 / 10);
-        println!("| multiprocessors | {} |", device.multiprocessors);
-        println!("| memory, free of all | {:.1} of {:.1} GiB |\n", gib(device.free), gib(device.total));
-    }
-    let mut right = true;
-    if asked("kernels") {
-        right &= measure::correctness(driver.as_mut(), &gpu, &kernels)?;
-    }
-    if asked("engines") {
-        right &= engines::compare(folder)?;
-    }
-    if asked("speed") {
-        measure::speed(driver.as_mut(), &gpu, &kernels, target)?;
-        engines::beside();
-    }
-    println!(
-        "\n{}",
-        if right { "All that was checked is right." } else { "**Something is wrong: see above.**" }
-    );
-    Ok(right)
-}
-
-fn gib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 30)
+    outcome.unwrap_or_else(|diag| {
+        eprintln!("error: {diag}");
+        ExitCode::FAILURE
+    })
 }

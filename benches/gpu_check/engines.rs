@@ -1,83 +1,67 @@
-//! Engines of the bundled model, for the GPU and for processors: both give the same perplexity, nearly. And what else the
-//! machine has to compare with.
+//! Engines of the bundled model, for the GPU and for processors: both give the same perplexity, nearly.
 
+use crate::kernel::Packed;
+use crate::parts::{Part, Verdict};
+use crate::report::{Table, WRONG};
 use quantc::ir::diag::{Diag, Result};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Instant;
 
 /// How far perplexities may lie apart, relatively.
-const APART: f64 = 5e-3;
+const APART: f64 = 1e-3;
 
 /// Compares the engines `NAME.gpu` with those called `NAME.cpu` in the folder.
-pub fn compare(folder: &Path) -> Result<bool> {
-    let listed = std::fs::read_dir(folder).map_err(|e| crate::system(folder, &e))?;
+pub fn run(part: &Part<'_>, _: &Packed) -> Result<Verdict> {
+    let listed = std::fs::read_dir(part.folder).map_err(|e| crate::system(part.folder, &e))?;
     let mut names: Vec<String> = listed
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.strip_suffix(".gpu").map(str::to_owned))
         .collect();
     names.sort();
-    println!("## Engines\n");
     if names.is_empty() {
-        println!("There are no engines in the folder.\n");
-        return Ok(true);
+        println!("## Engines\n\nThere are no engines in the folder.\n");
+        return Ok(Verdict::Right);
     }
-    println!("| engine | perplexity on the GPU | on a processor | |\n|---|---|---|---|");
-    let mut right = true;
-    for name in names {
-        let of = |kind: &str| perplexity(folder, &format!("{name}.{kind}"));
-        let line = match (of("gpu"), of("cpu")) {
-            (Ok(gpu), Ok(cpu)) => {
-                let same = (gpu / cpu - 1.0).abs() <= APART;
-                right &= same;
-                format!("{gpu:.4} | {cpu:.4} | {}", if same { "right" } else { "**wrong**" })
-            }
-            (Err(diag), _) | (_, Err(diag)) => {
-                right = false;
-                format!("{} | | **wrong**", diag.to_string().replace('\n', " "))
-            }
-        };
-        println!("| {name} | {line} |");
+    let note = format!("Perplexities may lie {} % apart.", APART * 100.0);
+    let columns = ["engine", "perplexity on the GPU", "on a processor", "apart", ""];
+    let mut table = Table::new(part, "Engines", &note, &columns);
+    for (i, name) in names.iter().enumerate() {
+        table.each(i, |say| {
+            let of = |kind: &str| perplexity(part.folder, &format!("{name}.{kind}"), part.until);
+            let (gpu, cpu) = (of("gpu")?, of("cpu")?);
+            let apart = gpu / cpu - 1.0;
+            let said = if apart.abs() <= APART { "right" } else { WRONG };
+            say(vec![
+                name.clone(),
+                format!("{gpu:.4}"),
+                format!("{cpu:.4}"),
+                format!("{:.3} %", apart * 100.0),
+                said.into(),
+            ]);
+            Ok(())
+        })?;
     }
-    println!();
-    Ok(right)
+    Ok(table.finish())
 }
 
-fn perplexity(folder: &Path, engine: &str) -> Result<f64> {
-    let out = Command::new(folder.join("quantc"))
-        .arg("eval")
-        .arg(folder.join(engine))
-        .arg("--text")
-        .arg(folder.join("tales_eval.txt"))
-        .args(["--max-tokens", "8176", "--json"])
-        .output()
-        .map_err(|e| crate::system(&folder.join("quantc"), &e))?;
+fn perplexity(folder: &Path, engine: &str, until: Instant) -> Result<f64> {
+    let at = folder.join("quantc");
+    let mut command = Command::new(&at);
+    command.arg("eval").arg(folder.join(engine)).arg("--text").arg(folder.join("tales_eval.txt"));
+    command.args(["--max-tokens", "8176", "--json"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(|e| crate::system(&at, &e))?;
+    // What it prints is short, so it never waits for a reader.
+    while child.try_wait().map_err(|e| crate::system(&at, &e))?.is_none() {
+        if Instant::now() >= until {
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(Diag::system(format!("`quantc eval {engine}` took too long")));
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let out = child.wait_with_output().map_err(|e| crate::system(&at, &e))?;
     let text = String::from_utf8_lossy(&out.stdout);
     let value: serde_json::Value = serde_json::from_str(&text)
-        .map_err(|_| Diag::system(String::from_utf8_lossy(&out.stderr).trim().to_owned()))?;
+        .map_err(|_| Diag::system(format!("{engine}: {}", String::from_utf8_lossy(&out.stderr).trim())))?;
     value["perplexity"].as_f64().ok_or_else(|| Diag::bug("`quantc eval` gives no perplexity"))
-}
-
-/// What PyTorch says of the same products in bf16, where there is one.
-const TORCH: &str = "
-import torch, time
-assert torch.cuda.is_available()
-print('| matrix | tokens | us |\\n|---|---|---|')
-for n, k in [(6144, 4096), (14336, 4096), (8192, 8192), (28672, 8192)]:
-    w = [torch.zeros(n, k, device='cuda', dtype=torch.bfloat16) for _ in range(8)]
-    for m in [1, 8, 64, 512, 4096]:
-        x = torch.zeros(m, k, device='cuda', dtype=torch.bfloat16)
-        for y in w: torch.nn.functional.linear(x, y)
-        torch.cuda.synchronize(); t = time.perf_counter()
-        for _ in range(5):
-            for y in w: torch.nn.functional.linear(x, y)
-        torch.cuda.synchronize()
-        print(f'| {n} x {k} | {m} | {(time.perf_counter() - t) / 40 * 1e6:.1f} |')
-";
-
-/// Prints what PyTorch reaches.
-pub fn beside() {
-    println!("## PyTorch beside\n");
-    match Command::new("python3").args(["-c", TORCH]).output() {
-        Ok(out) if out.status.success() => println!("{}", String::from_utf8_lossy(&out.stdout)),
-        _ => println!("There is no PyTorch with CUDA on this machine.\n"),
-    }
 }

@@ -1,91 +1,84 @@
 //! Random inputs of kernels, in the order of their buffers.
 
-use half::{bf16, f16};
+use crate::cublas::Numbers;
+use crate::kernel::Asked;
+use crate::random::{Num, Random, weights};
 use quantc::ir::diag::{Diag, Result};
-use quantc_codegen::cpu::attention::KvSource;
+use quantc_codegen::cpu::attention::{AttentionSpec, KvSource};
+use quantc_codegen::cpu::cache::{CacheAppendSpec, CacheTy};
+use quantc_codegen::cuda::cache::PAGE;
+use quantc_codegen::cuda::group::{GroupSpec, Scales};
 use quantc_codegen::cuda::layout::FragmentLayout;
 use quantc_codegen::cuda::mixed::MixedTile;
-use quantc_codegen::cuda::plan::{self, Want};
+use quantc_codegen::cuda::plan;
 use quantc_codegen::cuda::sample::RowOptions;
 use quantc_codegen::cuda::tile::GroupKind;
+use quantc_codegen::cuda::tiles::Tiled;
 use quantc_codegen::cuda::tiles::rows::{From, RowTilesSpec};
 use quantc_codegen::eexpr::{EExpr, InputKind, MemTy, OutputKind};
-use quantc_codegen::layout::WeightRows;
-use quantc_codegen::spec::{AFmt, Code, KernelSpec, ScaleTy, Zero, bf16_row_stride, i8_row_stride};
+use quantc_codegen::layout::{Layout, Unpacked};
+use quantc_codegen::spec::{
+    AFmt, Code, MRange, MatmulSpec, ScaleTy, WFmt, Zero, bf16_row_stride, i8_row_stride,
+};
 
-/// Numbers that look random: Sebastiano Vigna's splitmix64.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Between -1 and 1.
-    pub fn float(&mut self) -> f32 {
-        (self.bits() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    }
-
-    pub fn numbers(&mut self, ty: MemTy, count: usize) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(count * ty.bytes());
-        for _ in 0..count {
-            match ty {
-                MemTy::F32 => bytes.extend(self.float().to_le_bytes()),
-                MemTy::F16 => bytes.extend(f16::from_f32(self.float()).to_le_bytes()),
-                MemTy::Bf16 => bytes.extend(bf16::from_f32(self.float()).to_le_bytes()),
-                MemTy::I8 => bytes.push(self.bits() as u8),
-                MemTy::I32 => bytes.extend((self.bits() as i32 % 1000).to_le_bytes()),
-            }
-        }
-        bytes
-    }
-}
+/// The first position of each sequence.
+pub const FIRST: u32 = 5;
 
 /// One buffer.
+#[derive(Clone, Debug)]
 pub enum Buffer {
     /// What a kernel reads.
     Given(Vec<u8>),
-    /// What it writes: numbers of this type, `bytes` of them.
-    Made { bytes: usize, ty: MemTy },
+    /// What it writes.
+    Made {
+        /// Its size.
+        bytes: usize,
+        /// What it holds.
+        num: Num,
+    },
 }
 
-/// Weights at random.
-struct Weights<'a> {
-    random: &'a mut Random,
-    code: Code,
-}
+impl Buffer {
+    /// Room for so many numbers.
+    pub fn made(count: usize, num: Num) -> Buffer {
+        Buffer::Made { bytes: count * num.bytes(), num }
+    }
 
-impl WeightRows for Weights<'_> {
-    fn rows(
-        &mut self,
-        _: u32,
-        _: u32,
-        codes: &mut [u8],
-        scales: &mut [f32],
-        zeros: &mut [i32],
-    ) -> Result<()> {
-        match self.code {
-            Code::U4 | Code::Lut4 => codes.iter_mut().for_each(|c| *c = self.random.bits() as u8 & 15),
-            Code::Bf16 => {
-                let numbers = self.random.numbers(MemTy::Bf16, codes.len() / 2);
-                codes.copy_from_slice(&numbers);
-            }
-            // Without the codes of small floats that are not numbers.
-            Code::E4m3 | Code::E5m2 => codes.iter_mut().for_each(|c| *c = self.random.bits() as u8 & 0xbf),
-            _ => codes.iter_mut().for_each(|c| *c = self.random.bits() as u8),
+    /// The bytes that are given.
+    pub fn given(&self) -> &[u8] {
+        match self {
+            Buffer::Given(bytes) => bytes,
+            Buffer::Made { .. } => &[],
         }
-        scales.iter_mut().for_each(|s| *s = 0.01 + self.random.float().abs() * 0.05);
-        zeros.iter_mut().for_each(|z| *z = (self.random.bits() & 15) as i32);
-        Ok(())
     }
 }
 
-fn integers(values: impl Iterator<Item = u32>) -> Buffer {
+const F32: Num = Num::Of(MemTy::F32);
+
+/// Arguments of a call, and what products multiply: rows `[m][k]` and each matrix `[n][k]` in f64.
+pub struct Case {
+    /// In the kernel's order.
+    pub buffers: Vec<Buffer>,
+    /// The rows of a product.
+    pub x: Vec<f64>,
+    /// Its matrices.
+    pub w: Vec<Vec<f64>>,
+}
+
+impl Case {
+    fn plain(buffers: Vec<Buffer>) -> Case {
+        Case { buffers, x: vec![], w: vec![] }
+    }
+}
+
+/// 32-bit integers as a buffer.
+pub fn integers(values: impl Iterator<Item = u32>) -> Buffer {
     Buffer::Given(values.flat_map(u32::to_le_bytes).collect())
+}
+
+/// 32-bit floats as a buffer.
+pub fn floats(values: impl IntoIterator<Item = f32>) -> Buffer {
+    Buffer::Given(values.into_iter().flat_map(f32::to_le_bytes).collect())
 }
 
 /// Inputs and outputs of an expression over rows.
@@ -105,174 +98,361 @@ fn expression(random: &mut Random, e: &EExpr, rows: usize, cols: usize) -> Vec<B
             OutputKind::Elem { stride, .. } | OutputKind::GroupSums { stride, .. } => rows * stride as usize,
             OutputKind::Row => rows,
         };
-        Buffer::Made { bytes: count * desc.ty.bytes(), ty: desc.ty }
+        Buffer::made(count, Num::Of(desc.ty))
     }));
     buffers
 }
 
-/// Buffers of a call of `m` rows. Tokens of a cache belong to two sequences, in pages that lie anywhere.
-pub fn of(want: &Want, m: u32, random: &mut Random) -> Result<Vec<Buffer>> {
-    let rows = m as usize;
-    let first = 5u32;
-    let half = m.div_ceil(2);
-    let positions = || integers((0..m).map(|i| first + if i < half { i } else { i - half }));
-    let slot = |i: u32| u32::from(i >= half);
-    Ok(match &want.spec {
-        KernelSpec::Matmul(s) | KernelSpec::TiledMatmul(s) => {
-            let layout = FragmentLayout::of(s)?;
-            let groups = s.groups() as usize;
-            let k = s.k as usize;
-            let mut buffers = match s.a {
-                AFmt::Bf16 => {
-                    vec![Buffer::Given(random.numbers(MemTy::Bf16, rows * bf16_row_stride(s.k) as usize))]
-                }
-                AFmt::I8Token => {
-                    let stride = i8_row_stride(s.k) as usize;
-                    let mut a = random.numbers(MemTy::I8, rows * stride);
-                    let mut sums = vec![];
-                    for row in a.chunks_exact_mut(stride) {
-                        row[k..].fill(0);
-                        let of_group = |g: &[u8]| g.iter().map(|&x| i32::from(x as i8)).sum::<i32>();
-                        sums.extend(row[..k].chunks(s.w.group as usize).map(of_group));
-                    }
-                    debug_assert_eq!(sums.len(), rows * groups);
-                    let scales =
-                        (0..rows).flat_map(|_| (0.01 + random.float().abs()).to_le_bytes()).collect();
-                    let sums = sums.into_iter().flat_map(i32::to_le_bytes).collect();
-                    vec![Buffer::Given(a), Buffer::Given(scales), Buffer::Given(sums)]
-                }
-                AFmt::F32 => return Err(Diag::bug("products of f32 rows are in no table")),
-            };
-            if let KernelSpec::TiledMatmul(_) = &want.spec {
-                let tiles = MixedTile::tokens_spec(s)?;
-                buffers[0] = Buffer::Given(numbers_of_tiles(&tiles, m, random));
+/// Rows of activations: their buffers, and their values.
+pub fn rows(random: &mut Random, spec: &MatmulSpec, m: u32) -> Result<(Vec<Buffer>, Vec<f64>)> {
+    let k = spec.k as usize;
+    match spec.a {
+        AFmt::Bf16 => {
+            let stride = bf16_row_stride(spec.k) as usize * 2;
+            // What lies between rows is not zero: NaN.
+            let mut bytes = vec![0xff; m as usize * stride];
+            let mut values = vec![];
+            for row in bytes.chunks_exact_mut(stride) {
+                row[..k * 2].copy_from_slice(&random.numbers(MemTy::Bf16, k));
+                values.extend(Num::Of(MemTy::Bf16).all(&row[..k * 2]));
             }
-            for _ in 0..s.products() {
-                let mut blob = vec![];
-                let mut weights = Weights { random, code: s.w.code };
-                debug_assert!(s.w.scale != ScaleTy::None || s.w.zero == Zero::Sym(0));
-                layout.pack(&mut weights, &mut |part| {
-                    blob.extend_from_slice(part);
-                    Ok(())
-                })?;
-                buffers.push(Buffer::Given(blob));
-            }
-            buffers.extend(expression(random, &s.epilogue, rows, s.n as usize));
-            buffers
+            Ok((vec![Buffer::Given(bytes)], values))
         }
-        KernelSpec::Row(s) => expression(random, &s.body, rows * s.rows.per as usize, s.cols as usize),
-        KernelSpec::RopeTable(s) => vec![
-            positions(),
-            Buffer::Given(
-                (0..s.half).flat_map(|i| (1e4f32).powf(-(i as f32) / s.half as f32).to_le_bytes()).collect(),
-            ),
-            Buffer::Made { bytes: rows * s.half as usize * 8, ty: MemTy::F32 },
-        ],
-        KernelSpec::Rope(s) => vec![
+        AFmt::I8Token => {
+            let stride = i8_row_stride(spec.k) as usize;
+            let mut bytes = random.numbers(MemTy::I8, m as usize * stride);
+            let (mut scales, mut sums, mut values) = (vec![], vec![], vec![]);
+            for row in bytes.chunks_exact_mut(stride) {
+                row[k..].fill(0);
+                let sum = |g: &[u8]| g.iter().map(|&x| i32::from(x as i8)).sum::<i32>() as u32;
+                sums.extend(row[..k].chunks(spec.w.group as usize).map(sum));
+                let scale = random.scale();
+                scales.push(scale);
+                values.extend(row[..k].iter().map(|&x| f64::from(x as i8) * f64::from(scale)));
+            }
+            let buffers = vec![Buffer::Given(bytes), floats(scales), integers(sums.into_iter())];
+            Ok((buffers, values))
+        }
+        AFmt::F32 => Err(Diag::bug("products of f32 rows are in no table")),
+    }
+}
+
+/// Rows as the tiles of the template that takes them so: what its own kernel makes of them.
+pub fn tiles_of(spec: &RowTilesSpec, from: &[u8], m: u32) -> Result<Vec<u8>> {
+    let From::Same { stride } = spec.from else { return Err(Diag::bug("tiles of the same numbers only")) };
+    let tiled = Tiled { kind: spec.kind, rows: m, columns: spec.columns() };
+    let size = (128 / spec.kind.columns()) as usize;
+    let mut to = vec![0; tiled.bytes() as usize];
+    for (row, at) in (0..m).flat_map(|row| (0..tiled.columns).map(move |at| (row, at))) {
+        let column = spec.column(at);
+        if column < spec.k {
+            let from = &from[row as usize * stride as usize + column as usize * size..][..size];
+            to[tiled.at(row, at) as usize..][..size].copy_from_slice(from);
+        }
+    }
+    Ok(to)
+}
+
+/// A matrix as it is packed for warps.
+pub fn packed(spec: &MatmulSpec, m: &Unpacked) -> Result<Vec<u8>> {
+    let mut blob = vec![];
+    FragmentLayout::of(spec)?.pack(&mut (&Layout::of(spec), m), &mut |part| {
+        blob.extend_from_slice(part);
+        Ok(())
+    })?;
+    Ok(blob)
+}
+
+fn product(random: &mut Random, spec: &MatmulSpec, m: u32, tiles: bool) -> Result<Case> {
+    let (mut buffers, x) = rows(random, spec, m)?;
+    if tiles {
+        buffers[0] = Buffer::Given(tiles_of(&MixedTile::tokens_spec(spec)?, buffers[0].given(), m)?);
+    }
+    let mut w = vec![];
+    for _ in 0..spec.products() {
+        let matrix = random.matrix(spec.n, spec.k, spec.w);
+        w.push(weights(&matrix, spec.n, spec.k, spec.w));
+        buffers.push(Buffer::Given(packed(spec, &matrix)?));
+    }
+    buffers.extend(expression(random, &spec.epilogue, m as usize, spec.n as usize));
+    Ok(Case { buffers, x, w })
+}
+
+/// The format of the weights of a product of groups, as matrices come.
+pub fn group_format(spec: &GroupSpec) -> WFmt {
+    let code = match spec.kind {
+        GroupKind::Bf16 => Code::Bf16,
+        GroupKind::S8 => Code::U8,
+        GroupKind::E4m3 => Code::E4m3,
+    };
+    let (group, scale) = match spec.scales {
+        Scales::None => (spec.k, ScaleTy::None),
+        Scales::Rows => (spec.k, ScaleTy::F32),
+        Scales::Blocks => (128.min(spec.k), ScaleTy::F32),
+    };
+    let zero = match spec.kind {
+        GroupKind::S8 if spec.zeros => Zero::Asym,
+        GroupKind::S8 => Zero::Sym(128),
+        _ => Zero::Sym(0),
+    };
+    WFmt { code, group, zero, scale }
+}
+
+/// A matrix for groups: its blob, and its values.
+pub fn group_weights(random: &mut Random, spec: &GroupSpec) -> Result<(Vec<u8>, Vec<f64>)> {
+    let w = group_format(spec);
+    let mut m = random.matrix(spec.n, spec.k, w);
+    if spec.scales == Scales::Blocks {
+        let groups = spec.k.div_ceil(w.group) as usize;
+        for row in 0..spec.n as usize {
+            for g in 0..groups {
+                m.scales[row * groups + g] = m.scales[row / 128 * 128 * groups + g];
+            }
+        }
+    }
+    // What the packer asks of a product is how many codes and scales there are.
+    let integer = w.code == Code::U8 && spec.scales == Scales::Rows;
+    let asks = MatmulSpec {
+        n: spec.n,
+        k: spec.k,
+        m: MRange { min: 1, max: 1 },
+        rows: spec.rows,
+        w,
+        a: if integer { AFmt::I8Token } else { AFmt::Bf16 },
+        epilogue: EExpr::store_acc(MemTy::F32, spec.n),
+    };
+    let mut blob = vec![];
+    spec.layout().pack(w, &mut (&Layout::of(&asks), &m), &mut |part| {
+        blob.extend_from_slice(part);
+        Ok(())
+    })?;
+    Ok((blob, weights(&m, spec.n, spec.k, w)))
+}
+
+/// Rows for groups: their buffers, and their values.
+pub fn group_rows(random: &mut Random, spec: &GroupSpec, m: u32) -> (Vec<Buffer>, Vec<f64>) {
+    let tiled = Tiled { kind: spec.kind, rows: m, columns: spec.k };
+    let blocks = spec.k.div_ceil(128);
+    let scales: Vec<f32> = match spec.scales {
+        Scales::None => vec![],
+        Scales::Rows => (0..m).map(|_| random.scale()).collect(),
+        Scales::Blocks => (0..m * blocks).map(|_| random.scale()).collect(),
+    };
+    let (numbers, num) = match spec.kind {
+        GroupKind::Bf16 => (Numbers::Bf16, Num::Of(MemTy::Bf16)),
+        GroupKind::S8 => (Numbers::Int8, Num::Of(MemTy::I8)),
+        GroupKind::E4m3 => (Numbers::Fp8, Num::E4m3),
+    };
+    let mut tiles = vec![0; tiled.bytes() as usize];
+    let (mut values, mut sums) = (vec![], vec![]);
+    for row in 0..m {
+        let bytes = random.operands(numbers, spec.k as usize * num.bytes());
+        let mut sum = 0i32;
+        for (column, code) in (0..).zip(bytes.chunks_exact(num.bytes())) {
+            tiles[tiled.at(row, column) as usize..][..code.len()].copy_from_slice(code);
+            let v = num.read(code);
+            sum += v as i32;
+            let scale = match spec.scales {
+                Scales::None => 1.0,
+                Scales::Rows => scales[row as usize],
+                Scales::Blocks => scales[(row * blocks + column / 128) as usize],
+            };
+            values.push(v * f64::from(scale));
+        }
+        sums.push(sum as u32);
+    }
+    let mut buffers = vec![Buffer::Given(tiles)];
+    if !scales.is_empty() {
+        buffers.push(floats(scales));
+    }
+    if spec.zeros {
+        buffers.push(integers(sums.into_iter()));
+    }
+    (buffers, values)
+}
+
+/// The sequence of a token of a call of `m`, and its position there: two sequences, one after the other.
+pub fn place(m: u32, token: u32) -> (u32, u32) {
+    let half = m.div_ceil(2);
+    if token < half { (0, FIRST + token) } else { (1, FIRST + token - half) }
+}
+
+/// Positions, and where sequences begin.
+fn places(m: u32, slot_rows: u32) -> [Buffer; 2] {
+    [integers((0..m).map(|i| place(m, i).1)), integers((0..m).map(|i| place(m, i).0 * slot_rows))]
+}
+
+/// Pages of slots, the last one first.
+pub fn pages(slots: u32, slot_rows: u32) -> Buffer {
+    integers((0..slots * slot_rows / PAGE).rev())
+}
+
+/// What a cache holds.
+pub fn cache_num(ty: CacheTy) -> Num {
+    match ty {
+        CacheTy::F32 => F32,
+        CacheTy::F16 => Num::Of(MemTy::F16),
+        CacheTy::Bf16 => Num::Of(MemTy::Bf16),
+        CacheTy::I8 => Num::Of(MemTy::I8),
+        CacheTy::E4m3 => Num::E4m3,
+    }
+}
+
+/// Random numbers of a cache.
+pub fn cache_numbers(random: &mut Random, ty: CacheTy, count: usize) -> Vec<u8> {
+    match cache_num(ty) {
+        Num::E4m3 => random.e4m3(count),
+        Num::Of(ty) => random.numbers(ty, count),
+    }
+}
+
+fn append(random: &mut Random, s: &CacheAppendSpec, table: Option<u32>, paged: bool, m: u32) -> Case {
+    let rows = m as usize;
+    let state = plan::state_row_bytes(s.ty, s.heads, s.head_dim) as usize * 2 * s.slot_rows as usize;
+    let num = cache_num(s.ty);
+    let mut buffers = vec![Buffer::Given(random.numbers(MemTy::F32, rows * s.x_stride as usize))];
+    if let Some(width) = table {
+        buffers.push(Buffer::Given(random.numbers(MemTy::F32, rows * width as usize)));
+    }
+    buffers.extend(places(m, s.slot_rows));
+    if paged {
+        buffers.push(pages(2, s.slot_rows));
+    }
+    buffers.push(Buffer::Made { bytes: state, num });
+    if s.ty.is_scaled() {
+        buffers.push(Buffer::made(2 * (s.slot_rows * s.heads) as usize, F32));
+    }
+    Case::plain(buffers)
+}
+
+fn attention(random: &mut Random, s: &AttentionSpec, paged: bool, m: u32) -> Case {
+    let rows = m as usize;
+    // Queries large enough that some keys weigh more than others, and numbers that bf16 has.
+    let queries = random.numbers(MemTy::Bf16, rows * s.q_stride as usize);
+    let queries = Num::Of(MemTy::Bf16).all(&queries).into_iter().map(|x| 4.0 * x as f32);
+    let mut buffers = vec![floats(queries)];
+    match s.source {
+        KvSource::Direct { stride } => {
+            for _ in 0..2 {
+                buffers.push(Buffer::Given(random.numbers(MemTy::F32, rows * stride as usize)));
+            }
+        }
+        KvSource::Cache { ty, slot_rows, .. } => {
+            let bytes = plan::state_row_bytes(ty, s.kv_heads, s.head_dim) as usize * 2 * slot_rows as usize;
+            for _ in 0..2 {
+                buffers.push(Buffer::Given(cache_numbers(random, ty, bytes / ty.bytes() as usize)));
+            }
+            buffers.extend(places(m, slot_rows));
+            if paged {
+                buffers.push(pages(2, slot_rows));
+            }
+            if ty.is_scaled() {
+                for _ in 0..2 {
+                    let count = 2 * slot_rows * s.kv_heads;
+                    buffers.push(floats((0..count).map(|_| 0.001 + random.float().abs() * 0.02)));
+                }
+            }
+        }
+    }
+    buffers.push(Buffer::made(rows * (s.heads * s.head_dim) as usize, F32));
+    Case::plain(buffers)
+}
+
+/// Options of rows of logits: the largest in turn without and with a temperature, where it is the only one left.
+fn options(m: u32) -> Vec<u8> {
+    let row = |i: u32| match i % 2 {
+        0 => RowOptions { temperature: 0.0, top_k: 0, top_p: 1.0, seed: i },
+        _ => RowOptions { temperature: 0.7, top_k: 1, top_p: 1.0, seed: i },
+    };
+    (0..m).flat_map(|i| row(i).to_bytes()).collect()
+}
+
+/// Buffers of a call of `m` rows. Tokens of a cache belong to two sequences, in pages that lie anywhere.
+pub fn of(asked: &Asked, m: u32, random: &mut Random) -> Result<Case> {
+    let rows = m as usize;
+    Ok(match asked {
+        Asked::Skinny(s) | Asked::Wide(s) => product(random, s, m, false)?,
+        Asked::Mixed(s) => product(random, s, m, true)?,
+        Asked::Group { spec, .. } => {
+            let (mut buffers, x) = group_rows(random, spec, m);
+            let mut w = vec![];
+            for _ in 0..spec.products() {
+                let (blob, values) = group_weights(random, spec)?;
+                buffers.push(Buffer::Given(blob));
+                w.push(values);
+            }
+            buffers.extend(expression(random, &spec.epilogue, rows, spec.n as usize));
+            Case { buffers, x, w }
+        }
+        Asked::Tiles(s) => {
+            let tiled = Tiled { kind: s.kind, rows: m, columns: s.columns() };
+            let num = match s.kind {
+                GroupKind::Bf16 => Num::Of(MemTy::Bf16),
+                GroupKind::S8 => Num::Of(MemTy::I8),
+                GroupKind::E4m3 => Num::E4m3,
+            };
+            let mut buffers = match s.from {
+                From::Same { stride } => {
+                    let numbers = match s.kind {
+                        GroupKind::Bf16 => Numbers::Bf16,
+                        GroupKind::S8 => Numbers::Int8,
+                        GroupKind::E4m3 => Numbers::Fp8,
+                    };
+                    vec![Buffer::Given(random.operands(numbers, rows * stride as usize))]
+                }
+                From::Floats { ty, stride, .. } => {
+                    vec![Buffer::Given(random.numbers(ty, rows * stride as usize))]
+                }
+            };
+            buffers.push(Buffer::Made { bytes: tiled.bytes() as usize, num });
+            if let From::Floats { scales, sums, .. } = s.from {
+                match scales {
+                    Scales::None => {}
+                    Scales::Rows => buffers.push(Buffer::made(rows, F32)),
+                    Scales::Blocks => buffers.push(Buffer::made(rows * s.k.div_ceil(128) as usize, F32)),
+                }
+                if sums {
+                    buffers.push(Buffer::made(rows, Num::Of(MemTy::I32)));
+                }
+            }
+            Case::plain(buffers)
+        }
+        Asked::Row(s) => {
+            Case::plain(expression(random, &s.body, rows * s.rows.per as usize, s.cols as usize))
+        }
+        Asked::RopeTable(s) => {
+            let frequency = |i: u32| 1e4f32.powf(-(i as f32) / s.half as f32);
+            Case::plain(vec![
+                integers((0..m).map(|i| place(m, i).1 * 1001)),
+                floats((0..s.half).map(frequency)),
+                Buffer::made(rows * s.half as usize * 2, F32),
+            ])
+        }
+        Asked::Rope(s) => Case::plain(vec![
             Buffer::Given(random.numbers(MemTy::F32, rows * s.x_stride as usize)),
             Buffer::Given(random.numbers(MemTy::F32, rows * s.rotary_dim as usize)),
-            Buffer::Made { bytes: rows * s.out_stride as usize * 4, ty: MemTy::F32 },
-        ],
-        KernelSpec::Gather(s) => vec![
-            integers((0..m).map(|_| random.bits() as u32 % s.table_rows)),
-            Buffer::Given(random.numbers(s.ty, (s.table_rows * s.width) as usize)),
-            Buffer::Made { bytes: rows * s.width as usize * 4, ty: MemTy::F32 },
-        ],
-        KernelSpec::RowTiles(s) => {
-            let From::Same { stride } = s.from else {
-                return Err(Diag::bug("tiles of floats are in no table"));
-            };
-            let ty = if s.kind == GroupKind::Bf16 { MemTy::Bf16 } else { MemTy::I8 };
-            let rows = random.numbers(ty, rows * stride as usize / ty.bytes());
-            let bytes = s.tiled(m).bytes() as usize;
-            vec![Buffer::Given(rows), Buffer::Made { bytes, ty }]
-        }
-        KernelSpec::Sample(s) => {
-            let options = (0..m).flat_map(|i| {
-                let temperature = if i % 2 == 0 { 0.0 } else { 0.7 };
-                RowOptions { temperature, top_k: 9, top_p: 0.8, seed: random.bits() as u32 }.to_bytes()
-            });
-            let options = options.collect();
-            vec![
-                Buffer::Given(random.numbers(MemTy::F32, rows * s.stride as usize)),
-                Buffer::Given(options),
-                Buffer::Made { bytes: rows * 4, ty: MemTy::I32 },
-            ]
-        }
-        KernelSpec::Nest(_) | KernelSpec::Conv(_) => {
-            return Err(Diag::bug("a kernel of a graph over arrays among those of GPUs"));
-        }
-        KernelSpec::CacheAppend(s) => {
-            let state = plan::state_row_bytes(s.ty, s.heads, s.head_dim) as usize * 2 * s.slot_rows as usize;
-            let ty = number_type(s.ty);
+            Buffer::made(rows * s.out_stride as usize, F32),
+        ]),
+        Asked::Gather(s) => {
             let mut buffers = vec![
-                Buffer::Given(random.numbers(MemTy::F32, rows * s.x_stride as usize)),
-                positions(),
-                integers((0..m).map(|i| slot(i) * s.slot_rows)),
-                pages(s.slot_rows),
-                Buffer::Made { bytes: state, ty },
+                integers((0..m).map(|_| random.below(s.table_rows))),
+                Buffer::Given(random.numbers(s.ty, (s.table_rows * s.width) as usize)),
             ];
-            if s.ty.is_scaled() {
-                buffers
-                    .push(Buffer::Made { bytes: 2 * (s.slot_rows * s.heads) as usize * 4, ty: MemTy::F32 });
+            if s.ty == MemTy::I8 {
+                buffers.push(floats((0..s.table_rows).map(|_| random.scale())));
             }
-            buffers
+            buffers.push(Buffer::made(rows * s.width as usize, F32));
+            Case::plain(buffers)
         }
-        KernelSpec::Attention(s) => {
-            let mut buffers = vec![Buffer::Given(random.numbers(MemTy::F32, rows * s.q_stride as usize))];
-            match s.source {
-                KvSource::Direct { stride } => {
-                    for _ in 0..2 {
-                        buffers.push(Buffer::Given(random.numbers(MemTy::F32, rows * stride as usize)));
-                    }
-                }
-                KvSource::Cache { ty, slot_rows, .. } => {
-                    let count =
-                        plan::state_row_bytes(ty, s.kv_heads, s.head_dim) as usize * 2 * slot_rows as usize;
-                    for _ in 0..2 {
-                        let numbers = random.numbers(number_type(ty), count / ty.bytes() as usize);
-                        // As above: no code that is not a number.
-                        let keep = if ty == quantc_codegen::cpu::cache::CacheTy::E4m3 { 0xbf } else { 0xff };
-                        buffers.push(Buffer::Given(numbers.into_iter().map(|b| b & keep).collect()));
-                    }
-                    buffers.extend([
-                        positions(),
-                        integers((0..m).map(|i| slot(i) * slot_rows)),
-                        pages(slot_rows),
-                    ]);
-                    if ty.is_scaled() {
-                        for _ in 0..2 {
-                            let count = 2 * (slot_rows * s.kv_heads) as usize;
-                            let scale = |_| (0.001 + random.float().abs() * 0.02).to_le_bytes();
-                            buffers.push(Buffer::Given((0..count).flat_map(scale).collect()));
-                        }
-                    }
-                }
-            }
-            buffers.push(Buffer::Made { bytes: rows * (s.heads * s.head_dim) as usize * 4, ty: MemTy::F32 });
-            buffers
-        }
+        Asked::Append(s) => append(random, &s.rows, s.rotation.map(|r| r.rotary_dim), s.paged, m),
+        Asked::PlainAppend(s) => append(random, s, None, true, m),
+        Asked::Decode { call, .. } | Asked::Prefill(call) => attention(random, &call.spec, call.paged, m),
+        Asked::PlainAttention(s) => attention(random, s, matches!(s.source, KvSource::Cache { .. }), m),
+        Asked::Sample(s) => Case::plain(vec![
+            Buffer::Given(random.numbers(MemTy::F32, rows * s.stride as usize)),
+            Buffer::Given(options(m)),
+            Buffer::made(rows, Num::Of(MemTy::I32)),
+        ]),
+        Asked::Ceiling(_) => return Err(Diag::bug("ceilings are measured, not compared")),
     })
-}
-
-/// Tiles of so many rows, which are numbers at random.
-fn numbers_of_tiles(spec: &RowTilesSpec, m: u32, random: &mut Random) -> Vec<u8> {
-    let ty = if spec.kind == GroupKind::Bf16 { MemTy::Bf16 } else { MemTy::I8 };
-    random.numbers(ty, spec.tiled(m).bytes() as usize / ty.bytes())
-}
-
-/// Pages of two slots, the last one first.
-fn pages(slot_rows: u32) -> Buffer {
-    let count = 2 * slot_rows / plan::PAGE;
-    integers((0..count).rev())
-}
-
-fn number_type(ty: quantc_codegen::cpu::cache::CacheTy) -> MemTy {
-    use quantc_codegen::cpu::cache::CacheTy;
-    match ty {
-        CacheTy::F32 => MemTy::F32,
-        CacheTy::F16 => MemTy::F16,
-        CacheTy::Bf16 => MemTy::Bf16,
-        CacheTy::I8 | CacheTy::E4m3 => MemTy::I8,
-    }
 }

@@ -95,6 +95,10 @@ pub trait Driver: Send {
     fn forget(&mut self, graph: u64);
     /// Waits for everything.
     fn wait(&mut self) -> Result<()>;
+    /// What other libraries call the stream that work is done in; 0 where there is none.
+    fn stream(&self) -> u64 {
+        0
+    }
 }
 
 /// The driver of this machine.

@@ -126,7 +126,7 @@ pub fn fake_cuda() -> Option<&'static Path> {
     let build = || {
         let to = folder().join("lib");
         std::fs::create_dir_all(&to).expect("the target folder is writable");
-        for name in ["libcuda", "libnvrtc"] {
+        for name in ["libcuda", "libnvrtc", "libcublasLt"] {
             let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake").join(format!("{name}.c"));
             let mut cc = Command::new("cc");
             cc.args(["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o"]);

@@ -1,6 +1,7 @@
 /* A driver for tests: device memory is memory of the process, kernels do nothing, and every call is written down in the
  * file that FAKE_CUDA_LOG names. Further variables make it another machine: FAKE_CUDA_INIT is what cuInit returns,
- * FAKE_CUDA_CAPABILITY two digits, FAKE_CUDA_FREE the bytes that are free. */
+ * FAKE_CUDA_CAPABILITY two digits, FAKE_CUDA_FREE the bytes that are free, FAKE_CUDA_LOST the launch of a process at which
+ * the device is lost. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -81,8 +82,10 @@ R cuModuleGetFunction(void **f, void *m, const char *name) { (void)name; *f = m;
 R cuFuncSetAttribute(void *f, int which, int value) { (void)f; note("shared", which == 8 ? (P)value : 0); return 0; }
 R cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
                  void *s, void **args, void **extra) {
+  static long launches;
   (void)f; (void)by; (void)bz; (void)shared; (void)s; (void)args; (void)extra;
   note("launch", (P)gx * gy * gz * bx);
+  if (++launches == variable("FAKE_CUDA_LOST", 0)) return 700;
   return gx && gy && gz == 1 && bx && bx <= 1024 && args[0] ? 0 : 1;
 }
 R cuGraphInstantiateWithFlags(void **e, void *g, P flags) { (void)g; (void)flags; *e = malloc(1); note("graph", 1); return 0; }

@@ -413,6 +413,10 @@ impl Driver for Nvidia {
         // SAFETY: the stream is this driver's own.
         check(unsafe { sys::cuStreamSynchronize(self.stream) }, "finish its work")
     }
+
+    fn stream(&self) -> u64 {
+        self.stream as u64
+    }
 }
 
 impl Drop for Nvidia {
