@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo bench --bench kernels -- [--target NAME] [--only TEXT] [--rounds N] [--threads 1,2] [--rows 256,1]
-//!     [--tile RxV] [--out FILE.md]
+//!     [--columns N] [--tile RxV] [--out FILE.md]
 //! ```
 //!
 //! Every kernel is timed in turns with its limit, a kernel too, on the same threads: many rows beside products on
@@ -29,7 +29,7 @@ use quantc_codegen::tune::{self, Workload};
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
-/// Columns and depth of the products.
+/// Columns of the products unless `--columns` says otherwise, and their depth.
 const N: u32 = 4096;
 const K: u32 = 4096;
 /// Bytes of the weights that a pass over memory reads: ten times a large cache.
@@ -84,6 +84,7 @@ struct Options {
     rounds: usize,
     threads: Vec<usize>,
     rows: Vec<u32>,
+    columns: u32,
     tile: Option<(u32, u32)>,
     out: Option<PathBuf>,
 }
@@ -96,6 +97,7 @@ fn options() -> Result<Options> {
         rounds: 7,
         threads: if cpus > 1 { vec![1, 2] } else { vec![1] },
         rows: vec![256, 1],
+        columns: N,
         tile: None,
         out: None,
     };
@@ -116,6 +118,10 @@ fn options() -> Result<Options> {
             "--rounds" => o.rounds = value.parse().map_err(|_| bad())?,
             "--threads" => o.threads = list()?.into_iter().map(|n| n as usize).collect(),
             "--rows" => o.rows = list()?,
+            "--columns" => match list()?[..] {
+                [n] if (1..=N).contains(&n) => o.columns = n,
+                _ => return Err(bad()),
+            },
             "--tile" => match list()?[..] {
                 [rows, vectors] => o.tile = Some((rows, vectors)),
                 _ => return Err(bad()),
@@ -150,8 +156,9 @@ fn run(o: &Options) -> Result<()> {
         small: Memory::filled(SMALL, Workload::fill)?,
     };
     let mut text = format!(
-        "# Kernels on {}\n\nProducts with {N} columns and depth {K}; medians of {} rounds in turn with the limit.\n",
+        "# Kernels on {}\n\nProducts with {} columns and depth {K}; medians of {} rounds in turn with the limit.\n",
         processor(),
+        o.columns,
         o.rounds
     );
     for target in &o.targets {
@@ -256,8 +263,8 @@ impl Bench<'_> {
             _ => MRange { min: 17, max: 512 },
         };
         let w = WFmt { code: kind.code, group: kind.group, zero: kind.zero, scale: kind.scale };
-        let epilogue = EExpr::store_acc(MemTy::F32, N);
-        let spec = MatmulSpec { n: N, k: K, m, rows: Rows::T, w, a: kind.a, epilogue };
+        let epilogue = EExpr::store_acc(MemTy::F32, self.o.columns);
+        let spec = MatmulSpec { n: self.o.columns, k: K, m, rows: Rows::T, w, a: kind.a, epilogue };
         let mut plan = schedule(&spec, &target.cpu);
         let wanted = |t: &CpuTile| self.o.tile == Some((t.mr, t.nr));
         if let (true, Some(tile)) = (rows > 4, candidates(&spec, &target.cpu).into_iter().find(wanted)) {

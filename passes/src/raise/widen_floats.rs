@@ -33,9 +33,9 @@ impl Pass for WidenFloats {
     }
 }
 
-/// Whether numbers are floats that f32 holds all of.
+/// Whether numbers are those that graphs compute in to save memory. Floats of 8 bits are codes: rounding to them is meant.
 fn is_narrow(elem: ElemTy) -> bool {
-    elem.is_float() && elem.is_real() && elem != ElemTy::F32 && elem != ElemTy::F64
+    matches!(elem, ElemTy::F16 | ElemTy::Bf16)
 }
 
 fn wide(b: &mut Rebuild<'_>, op: &Op, args: &[ValueId], ty: &TensorTy) -> Result<Option<ValueId>> {
