@@ -68,7 +68,7 @@ enum Kind {
     Sorter,
 }
 
-/// The option of the preset that searches for strengths, and what it is compared with.
+/// The option of the presets that search for strengths, and what they are compared with.
 const SEARCHED: &str = "smoothquant{alpha=search}";
 const FIXED: &str = "smoothquant{alpha=0.5}";
 
@@ -518,7 +518,7 @@ the embedding counts as a matrix of its own); neither counts padding. `MB` is th
         };
         let mut all: Vec<Way> =
             self.presets.iter().map(|p| way(p.name.into(), &["--preset", p.name], p.needs_data())).collect();
-        if let Some(searched) = self.presets.iter().find(|p| p.pipeline.contains(SEARCHED)) {
+        for searched in self.presets.iter().filter(|p| p.pipeline.contains(SEARCHED)) {
             let pipeline = searched.pipeline.replace(SEARCHED, FIXED);
             all.push(way(format!("{}, alpha 0.5", searched.name), &["-p", &pipeline], true));
         }

@@ -81,11 +81,16 @@ pub fn write(request: Request<'_>, out: &Path) -> Result<Written> {
     };
     let limits = Limits { always_full: request.always_full, ..limits(module, request.max_tokens, encoder)? };
     let lowered = lower::lower_for(request.target, module, request.store, limits)?;
-    let Made { kernels_file, bytes: object, mut reports, gpu } = make(&request, &lowered)?;
-    name_launches(&mut reports, &lowered);
-
     let folder = Folder::create(out)?;
-    let (blobs, weights_file) = write_weights(&folder, module, request.store, &lowered.blobs)?;
+    // Kernels are compiled while weights are packed and written.
+    let (made, written) = std::thread::scope(|scope| {
+        let made = scope.spawn(|| make(&request, &lowered));
+        let written = write_weights(&folder, module, request.store, &lowered.blobs);
+        (made.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), written)
+    });
+    let Made { kernels_file, bytes: object, mut reports, gpu } = made?;
+    let (blobs, weights_file) = written?;
+    name_launches(&mut reports, &lowered);
     let report = report_text(request.report, &reports)?;
     let mut files = vec![weights_file, folder.write(kernels_file, &object)?];
     files.push(folder.write("report.json", report.as_bytes())?);

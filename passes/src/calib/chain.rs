@@ -454,10 +454,14 @@ impl Boundary {
             sums.collect()
         };
         let (to, old) = (offsets(self), offsets(&made.from));
-        let mut sample = vec![0.0; self.sample_len(tokens)];
+        let only_result = matches!(made.sources[..], [Source::Result(_)]);
+        let mut sample = vec![0.0; if only_result { 0 } else { self.sample_len(tokens) }];
         let results = made.sources.iter().filter(|s| matches!(s, Source::Result(_))).count();
         let mut seen = 0;
         job.run(&made.piece, &made.from, from, usize::MAX, &mut |_, i, rows, given| {
+            if only_result {
+                return out.write(rows);
+            }
             for ((source, &at), &(_, columns)) in made.sources.iter().zip(&to).zip(&self.values) {
                 let place = &mut sample[at..at + columns * tokens];
                 match *source {

@@ -114,14 +114,18 @@ impl Hessian {
     /// As [`add`](Self::add), of rows rounded to bf16, as products of bf16 read them. Faster where the processor multiplies
     /// such numbers.
     pub fn add_rounded(&mut self, rows: &[f32]) -> Result<()> {
+        #[cfg(target_arch = "x86_64")]
+        if bf16::available() {
+            let tokens = self.tokens(rows)?;
+            if tokens > 0 && !bf16::add(&mut self.sum, self.k, rows) {
+                return Err(self.not_finite(rows));
+            }
+            self.count += tokens as u64;
+            return Ok(());
+        }
         let tokens = self.check(rows)?;
         self.count += tokens as u64;
         if tokens == 0 {
-            return Ok(());
-        }
-        #[cfg(target_arch = "x86_64")]
-        if bf16::available() {
-            bf16::add(&mut self.sum, self.k, rows);
             return Ok(());
         }
         let rounded: Vec<f32> =
@@ -131,24 +135,34 @@ impl Hessian {
     }
 
     /// The number of tokens in `rows`.
-    fn check(&self, rows: &[f32]) -> Result<usize> {
+    fn tokens(&self, rows: &[f32]) -> Result<usize> {
         let k = self.k;
         if k == 0 || !rows.len().is_multiple_of(k) {
             let text = format!("{} numbers are no tokens of {k} channels", rows.len());
             return if rows.is_empty() { Ok(0) } else { Err(Diag::bug(text)) };
         }
+        Ok(rows.len() / k)
+    }
+
+    /// The number of tokens in `rows`, all numbers of which are finite.
+    fn check(&self, rows: &[f32]) -> Result<usize> {
         // Without an early exit within a chunk, the comparisons are done by vectors.
         let finite = |xs: &[f32]| xs.iter().fold(true, |all, x| all & (x.abs() <= f32::MAX));
         if !rows.par_chunks(1 << 16).all(finite) {
-            let at = rows.iter().position(|x| !x.is_finite()).unwrap_or(0);
-            return Err(Diag::input(format!(
-                "channel {} of token {} is {}; activations must be finite",
-                at % k,
-                self.count + (at / k) as u64,
-                rows[at]
-            )));
+            return Err(self.not_finite(rows));
         }
-        Ok(rows.len() / k)
+        self.tokens(rows)
+    }
+
+    /// Names the first number that is not finite.
+    fn not_finite(&self, rows: &[f32]) -> Diag {
+        let at = rows.iter().position(|x| !x.is_finite()).unwrap_or(0);
+        Diag::input(format!(
+            "channel {} of token {} is {}; activations must be finite",
+            at % self.k,
+            self.count + (at / self.k) as u64,
+            rows[at]
+        ))
     }
 
     /// Adds the products of one token or more.

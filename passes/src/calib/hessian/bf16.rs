@@ -30,53 +30,63 @@ pub(super) fn available() -> bool {
 }
 
 /// Adds the products of all pairs of channels of `rows`, which has `k` columns, rounded to bf16, to the lower triangle of `sum`.
-/// What lies above it gets any numbers.
+/// What lies above it gets any numbers. Adds nothing and returns false when a number is not finite.
 ///
 /// # Panics
 /// If [`available`] is false.
-pub(super) fn add(sum: &mut [f32], k: usize, rows: &[f32]) {
+#[must_use]
+pub(super) fn add(sum: &mut [f32], k: usize, rows: &[f32]) -> bool {
     assert!(available());
-    let panels = packed(k, rows);
+    let Some(panels) = packed(k, rows) else { return false };
     sum.par_chunks_mut(STRIP * k).enumerate().rev().with_max_len(1).for_each(|(i, strip)| {
         // SAFETY: the assertion above says that the processor has these instructions.
         unsafe { add_strip(strip, k, i * STRIP, &panels) };
     });
+    true
 }
 
 /// Panels that one task packs: rows are read by stretches of several lines of the cache.
 const TOGETHER: usize = 4;
 
-/// The panels of `rows`, each a list of pairs of tokens. The last panel is filled with zeros, and an odd number of tokens too.
-fn packed(k: usize, rows: &[f32]) -> Vec<Vec<Pairs>> {
+/// Bits of an infinite number. Those of numbers that are none, without their sign, are above it.
+const INFINITE: u32 = 0x7f80_0000;
+
+/// The panels of `rows`, each a list of pairs of tokens; `None` when a number is not finite. The last panel is filled with
+/// zeros, and an odd number of tokens too.
+fn packed(k: usize, rows: &[f32]) -> Option<Vec<Vec<Pairs>>> {
     let step = TOGETHER * PANEL;
     // SAFETY: the only caller has asserted that the processor has these instructions.
     let task = |n: usize| unsafe { packed_panels(k, rows, n * step..k.min((n + 1) * step)) };
-    (0..k.div_ceil(step)).into_par_iter().flat_map_iter(task).collect()
+    let packed: Option<Vec<_>> = (0..k.div_ceil(step)).into_par_iter().map(task).collect();
+    Some(packed?.into_iter().flatten().collect())
 }
 
 /// The panels of some `channels`, the first of which begins a panel.
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn packed_panels(k: usize, rows: &[f32], channels: std::ops::Range<usize>) -> Vec<Vec<Pairs>> {
+fn packed_panels(k: usize, rows: &[f32], channels: std::ops::Range<usize>) -> Option<Vec<Vec<Pairs>>> {
     let depth = rows.len() / k;
+    let mut largest = [0; PANEL];
     let mut panels = vec![Vec::with_capacity(depth.div_ceil(2)); channels.len().div_ceil(PANEL)];
     for two in rows.chunks(2 * k) {
         let (even, odd) = two.split_at(k);
         let stretches = even[channels.clone()].chunks(PANEL);
         for (n, (panel, even)) in panels.iter_mut().zip(stretches).enumerate() {
             let mut pairs = [0; PANEL];
-            for (to, &x) in pairs.iter_mut().zip(even) {
+            for ((to, largest), &x) in pairs.iter_mut().zip(&mut largest).zip(even) {
                 *to = bf16_bits(x) >> 16;
+                *largest = (*largest).max(x.abs().to_bits());
             }
             if !odd.is_empty() {
                 let at = channels.start + n * PANEL;
-                for (to, &x) in pairs.iter_mut().zip(&odd[at..at + even.len()]) {
+                for ((to, largest), &x) in pairs.iter_mut().zip(&mut largest).zip(&odd[at..at + even.len()]) {
                     *to |= bf16_bits(x) & 0xffff_0000;
+                    *largest = (*largest).max(x.abs().to_bits());
                 }
             }
             panel.push(pairs);
         }
     }
-    panels
+    largest.iter().all(|&bits| bits < INFINITE).then_some(panels)
 }
 
 /// Adds to rows `from ..` of the sum.
