@@ -52,6 +52,11 @@ impl Affine {
         Some(Affine { factors, offset: sum(a.offset, b.offset)? })
     }
 
+    /// What is at least 0 where this is not: `-a - 1`.
+    pub(super) fn negated(&self) -> Option<Affine> {
+        Affine::constant(-1).plus(self, -1)
+    }
+
     /// Whether it is at least 0 for all indices, or for none; `None` when it depends on them.
     fn sign(&self) -> Option<bool> {
         if self.offset >= 0 && self.factors.iter().all(|&f| f >= 0) {
@@ -98,8 +103,7 @@ impl Form {
         match self {
             Form::Choice { atoms, yes, no } if *yes != 0.0 && *no == 0.0 => Some(atoms.clone()),
             Form::Choice { atoms, yes, no } if *yes == 0.0 && *no != 0.0 => match &atoms[..] {
-                // not (a >= 0) = (-a - 1 >= 0)
-                [one] => Some(vec![Affine::constant(-1).plus(one, -1)?]),
+                [one] => Some(vec![one.negated()?]),
                 _ => None,
             },
             _ => None,
