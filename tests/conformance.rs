@@ -470,6 +470,13 @@ fn elementwise() -> Module {
                 let w = g.weight(w, &ty);
                 g.append(ops::Add::default(), &[x, w], None)
             });
+            cases.case(&name("scale"), width, |cx, g, x| {
+                let (w, ty) = cx.weight(&name("sw"), elem, &[], 1.5);
+                let (b, bty) = cx.weight(&name("sb"), elem, &[], 1.5);
+                let (w, b) = (g.weight(w, &ty), g.weight(b, &bty));
+                let y = g.append(ops::Mul::default(), &[x, w], None)?;
+                g.append(ops::Add::default(), &[y, b], None)
+            });
         }
         cases.case(&format!("square{width}"), width, |_, g, x| g.append(ops::Mul::default(), &[x, x], None));
         cases.case(&format!("plain_norm{width}"), width, |_, g, x| {

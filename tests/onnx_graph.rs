@@ -201,13 +201,19 @@ fn wrong_arrays_and_damaged_engines_are_refused() {
     assert!(said.contains("i64") && said.contains("the engine takes"), "{said}");
     let torn = write("wrong-torn.npy", &std::fs::read(&x).unwrap()[..100]);
     assert!(refused(&engine, &[given("x", &torn)]).contains("wrong-torn.npy"));
-    for part in ["weights.bin", "kernels.o"] {
+    for part in ["weights.bin", "kernels.o", "manifest.pb"] {
         let copy = folder().join(format!("cut-{part}"));
         copy_folder(&engine, &copy);
         let bytes = std::fs::read(copy.join(part)).unwrap();
         std::fs::write(copy.join(part), &bytes[..bytes.len() / 2]).unwrap();
         let said = refused(&copy, &[given("x", &x)]);
         assert!(said.contains(part), "{part}: {said}");
+        if part == "manifest.pb" {
+            let done =
+                quantc(["eval".as_ref(), copy.as_os_str(), "--input".as_ref(), given("x", &x).as_ref()]);
+            assert!(done.code == 1 && done.err.contains(part), "{}", done.err);
+            assert!(!done.err.contains("--input is for"), "{}", done.err);
+        }
     }
 }
 

@@ -147,6 +147,16 @@ impl Net {
         self.op("Transpose", &[&heads], &[attr_ints("perm", perm)])
     }
 
+    /// The rows of `v` in the shares that masked scores give them, heads beside each other.
+    fn mixed(&mut self, scores: &str, mask: &str, v: &str, width: i64) -> String {
+        let scores = self.op("Add", &[scores, mask], &[]);
+        let weights = self.op("Softmax", &[&scores], &[attr_int("axis", -1)]);
+        let rows = self.op("MatMul", &[&weights, v], &[]);
+        let rows = self.op("Transpose", &[&rows], &[attr_ints("perm", &[0, 2, 1, 3])]);
+        let shape = self.shape(&rows, &[width]);
+        self.op("Reshape", &[&rows, &shape], &[])
+    }
+
     /// Writes the model into a new folder beside a copy of the checkpoint.
     fn written(self, name: &str, inputs: &[&str], output: &str) -> PathBuf {
         let to = folder().join(format!("{name}-onnx"));
@@ -194,12 +204,7 @@ fn bert() -> PathBuf {
         let scores = net.op("MatMul", &[&q, &k], &[]);
         let root = net.float((size as f32).sqrt());
         let scores = net.op("Div", &[&scores, &root], &[]);
-        let scores = net.op("Add", &[&scores, &mask], &[]);
-        let weights = net.op("Softmax", &[&scores], &[attr_int("axis", -1)]);
-        let rows = net.op("MatMul", &[&weights, &v], &[]);
-        let rows = net.op("Transpose", &[&rows], &[attr_ints("perm", &[0, 2, 1, 3])]);
-        let shape = net.shape(&rows, &[heads * size]);
-        let rows = net.op("Reshape", &[&rows, &shape], &[]);
+        let rows = net.mixed(&scores, &mask, &v, heads * size);
         let o = net.linear(&rows, &l("attention.output.dense"));
         let sum = net.op("Add", &[&o, &x], &[]);
         let mid = net.layer_norm(&sum, &l("attention.output.LayerNorm"));
@@ -280,12 +285,7 @@ fn mistral() -> PathBuf {
         let scores = net.op("MatMul", &[&q, &k], &[]);
         let scale = net.float(1.0 / (size as f32).sqrt());
         let scores = net.op("Mul", &[&scores, &scale], &[]);
-        let scores = net.op("Add", &[&scores, &mask], &[]);
-        let weights = net.op("Softmax", &[&scores], &[attr_int("axis", -1)]);
-        let rows = net.op("MatMul", &[&weights, &v], &[]);
-        let rows = net.op("Transpose", &[&rows], &[attr_ints("perm", &[0, 2, 1, 3])]);
-        let shape = net.shape(&rows, &[heads * size]);
-        let rows = net.op("Reshape", &[&rows, &shape], &[]);
+        let rows = net.mixed(&scores, &mask, &v, heads * size);
         let o = net.linear(&rows, &l("self_attn.o_proj"));
         let mid = net.op("Add", &[&x, &o], &[]);
         let n = net.rms_norm(&mid, &l("post_attention_layernorm"), 1e-5);

@@ -928,6 +928,9 @@ impl Lowering<'_> {
             if operand.ty.shape.0[..] == out.shape.0[out.rank() - 1..] {
                 return Ok(e.col_input(ty));
             }
+            if operand.ty.rank() == 0 {
+                return Ok(e.one_input(ty));
+            }
             Err(Diag::target(format!(
                 "an operand of type {} next to a result of type {out} has no kernel",
                 operand.ty

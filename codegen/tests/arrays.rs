@@ -704,16 +704,19 @@ fn calls_with_other_arrays_are_refused() {
     let out = folder.path().join("engine");
     let store = Store::in_memory();
     let names: Vec<String> = vec!["x".into(), "cond".into()];
-    let request = GraphRequest {
-        module: &net.module,
-        store: &store,
-        target: TARGETS[0],
-        inputs: &names,
-        outputs: &names[..1],
-        facts: vec![],
-        report: serde_json::Map::new(),
+    let write = || {
+        let request = GraphRequest {
+            module: &net.module,
+            store: &store,
+            target: TARGETS[0],
+            inputs: &names,
+            outputs: &names[..1],
+            facts: vec![],
+            report: serde_json::Map::new(),
+        };
+        engine::write_graph(request, &out).unwrap();
     };
-    engine::write_graph(request, &out).unwrap();
+    write();
     let engine = Arc::new(Engine::open(&out, &OpenOptions::default()).unwrap());
     let mut session = Session::new(engine, &SessionOptions::default()).unwrap();
     let said = |e: quantc_runtime::Error| e.to_string();
@@ -728,15 +731,6 @@ fn calls_with_other_arrays_are_refused() {
     // The same graph gives the same bytes.
     let bytes = |name: &str| std::fs::read(out.join(name)).unwrap();
     let before: Vec<_> = ["manifest.pb", "kernels.o", "weights.bin"].map(bytes).to_vec();
-    let request = GraphRequest {
-        module: &net.module,
-        store: &store,
-        target: TARGETS[0],
-        inputs: &names,
-        outputs: &names[..1],
-        facts: vec![],
-        report: serde_json::Map::new(),
-    };
-    engine::write_graph(request, &out).unwrap();
+    write();
     assert_eq!(before, ["manifest.pb", "kernels.o", "weights.bin"].map(bytes).to_vec());
 }

@@ -50,7 +50,7 @@ pub struct Args {
 
 /// Runs the subcommand.
 pub fn run(args: Args) -> Outcome {
-    if subject::is_graph(&args.engine) {
+    if subject::is_graph(&args.engine)? {
         return crate::bench_graph::run(&args.engine, args.threads, args.repeat, args.profile, args.json);
     }
     let start = Instant::now();

@@ -39,7 +39,7 @@ pub struct Args {
 
 /// Runs the subcommand.
 pub fn run(args: Args) -> Outcome {
-    if subject::is_graph(&args.subject) || quantc_frontends::onnx::is_onnx(&args.subject) {
+    if subject::is_graph(&args.subject)? || quantc_frontends::onnx::is_onnx(&args.subject) {
         let against = args.against.as_deref();
         return crate::eval_graph::run(&args.subject, against, &args.classes, args.threads, args.json);
     }

@@ -68,7 +68,7 @@ pub fn run(args: Args) -> Outcome {
     if quantc_frontends::onnx::is_onnx(&args.engine) {
         return crate::run_graph::run(&args.engine, &args.graph, args.json);
     }
-    if subject::is_graph(&args.engine) {
+    if subject::is_graph(&args.engine)? {
         return crate::run_graph::run_engine(&args.engine, &args.graph, args.threads, args.json);
     }
     if !args.graph.inputs.is_empty() || args.graph.output.is_some() {

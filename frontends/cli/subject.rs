@@ -23,9 +23,9 @@ pub fn is_engine(path: &Path) -> bool {
     path.join(MANIFEST_FILE).is_file()
 }
 
-/// Whether `path` is the folder of an engine over arrays.
-pub fn is_graph(path: &Path) -> bool {
-    is_engine(path) && manifest(path).is_ok_and(|m| m.kind() == Kind::Graph)
+/// Whether `path` is the folder of an engine over arrays; an engine whose manifest cannot be read is neither.
+pub fn is_graph(path: &Path) -> Outcome<bool> {
+    Ok(is_engine(path) && manifest(path)?.kind() == Kind::Graph)
 }
 
 /// The manifest of an engine, which may be for another machine.

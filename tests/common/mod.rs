@@ -274,6 +274,14 @@ impl Golden {
         (t.shape().to_vec(), t.data().to_vec())
     }
 
+    /// The names of all tensors.
+    pub fn names(&self) -> Vec<String> {
+        let file = safetensors::SafeTensors::deserialize(&self.0).expect("a safetensors file");
+        let mut names: Vec<String> = file.names().into_iter().map(String::from).collect();
+        names.sort();
+        names
+    }
+
     /// The elements of a float tensor.
     pub fn floats(&self, name: &str) -> Vec<f32> {
         let bytes = self.tensor(name, safetensors::Dtype::F32).1;

@@ -1,13 +1,45 @@
 //! Ops whose places are computed: loads and stores at addresses that depend on data.
 
 use super::value::{Body, Value, View, identity};
-use super::{Lowering, dims_of, origin};
+use super::{Lowering, dims_of};
 use crate::nest::{Affine, Bin, Mem, NestSpec, Node, NodeId, To};
 use quantc_ir::diag::Result;
 use quantc_ir::entity::ValueId;
 use quantc_ir::graph::Graph;
 use quantc_ir::ops::Combine;
 use quantc_ir::ty::TensorTy;
+
+/// The place of `x` whose index along `axis` is an element of `indices`, and elsewhere that of the element.
+fn along(body: &mut Body, x: &View, indices: &Value, axis: usize) -> NodeId {
+    let index = body.absorb(indices, &identity(body.rank));
+    let index = body.place(index, x.dims[axis]);
+    let mut base = x.at.clone();
+    base.strides[axis] = 0;
+    body.address(base, &[(index, x.at.strides[axis])])
+}
+
+/// The place of `x` that a list of indices names, from the axis `batch` on: the lists lie along the last axis of `indices`,
+/// whose first axes are the first of the body, as the axes of `x` before `batch` are; those after the list are its last.
+fn listed(body: &mut Body, x: &View, indices: &Value, batch: usize) -> NodeId {
+    let (rank, outer) = (body.rank, indices.dims().len() - 1);
+    let depth = indices.dims()[outer] as usize;
+    let one = |k: usize| {
+        let mut at: Vec<Affine> = (0..outer).map(|a| Affine::axis(a, rank)).collect();
+        at.push(Affine::constant(k as i64, rank));
+        let index = body.absorb(indices, &at);
+        (body.place(index, x.dims[batch + k]), x.at.strides[batch + k])
+    };
+    let parts: Vec<(NodeId, i64)> = (0..depth).map(one).collect();
+    let mut base = Affine::constant(x.at.base, rank);
+    for (a, &stride) in x.at.strides.iter().enumerate() {
+        if a < batch {
+            base = base.plus(&Affine::axis(a, rank).scaled(stride, 0));
+        } else if a >= batch + depth {
+            base = base.plus(&Affine::axis(outer + a - batch - depth, rank).scaled(stride, 0));
+        }
+    }
+    body.address(base, &parts)
+}
 
 impl Lowering<'_> {
     /// Indices that many elements read are computed once.
@@ -70,34 +102,9 @@ impl Lowering<'_> {
         dims: &[u64],
     ) -> Result<Value> {
         let (x, indices) = (self.stored(x)?, self.indices(indices)?);
-        let rank = dims.len();
-        let mut body = Body::new(rank);
-        let index = body.absorb(&indices, &identity(rank));
-        let index = body.place(index, x.dims[axis]);
-        let mut base = x.at.clone();
-        base.strides[axis] = 0;
-        let at = body.address(base, &[(index, x.at.strides[axis])]);
+        let mut body = Body::new(dims.len());
+        let at = along(&mut body, &x, &indices, axis);
         self.loaded(&x, body, at, dims)
-    }
-
-    /// The place that a list of indices names, from the axis `first` of an array on: the lists lie along the last axis of
-    /// `indices`, and `map` says where its other axes are.
-    fn listed(
-        &mut self,
-        body: &mut Body,
-        x: &View,
-        indices: &Value,
-        map: &[Affine],
-        first: usize,
-    ) -> Vec<(NodeId, i64)> {
-        let depth = indices.dims().last().copied().unwrap_or(0) as usize;
-        let one = |k: usize| {
-            let mut at = map.to_vec();
-            at.push(Affine::constant(k as i64, body.rank));
-            let index = body.absorb(indices, &at);
-            (body.place(index, x.dims[first + k]), x.at.strides[first + k])
-        };
-        (0..depth).map(one).collect()
     }
 
     pub(super) fn gather_nd(
@@ -111,20 +118,8 @@ impl Lowering<'_> {
         let (x, indices) = (self.value(g, x)?, self.value(g, indices)?);
         let (x, indices) = (self.stored(&x)?, Value::View(self.stored(&indices)?));
         let dims = dims_of(out)?;
-        let (rank, outer) = (dims.len(), indices.dims().len() - 1);
-        let depth = indices.dims()[outer] as usize;
-        let mut body = Body::new(rank);
-        let map: Vec<Affine> = (0..outer).map(|a| Affine::axis(a, rank)).collect();
-        let parts = self.listed(&mut body, &x, &indices, &map, batch);
-        let mut base = Affine::constant(x.at.base, rank);
-        for (a, &stride) in x.at.strides.iter().enumerate() {
-            if a < batch {
-                base = base.plus(&Affine::axis(a, rank).scaled(stride, 0));
-            } else if a >= batch + depth {
-                base = base.plus(&Affine::axis(outer + a - batch - depth, rank).scaled(stride, 0));
-            }
-        }
-        let at = body.address(base, &parts);
+        let mut body = Body::new(dims.len());
+        let at = listed(&mut body, &x, &indices, batch);
         self.loaded(&x, body, at, &dims)
     }
 
@@ -141,14 +136,9 @@ impl Lowering<'_> {
         let (indices, updates) = (self.without_product(&indices)?, self.without_product(&updates)?);
         let view = self.copied(&x)?;
         let dims = updates.dims().to_vec();
-        let rank = dims.len();
-        let mut body = Body::new(rank);
-        let index = body.absorb(&indices, &identity(rank));
-        let index = body.place(index, view.dims[axis]);
-        let mut base = view.at.clone();
-        base.strides[axis] = 0;
-        let at = body.address(base, &[(index, view.at.strides[axis])]);
-        let update = body.absorb(&updates, &identity(rank));
+        let mut body = Body::new(dims.len());
+        let at = along(&mut body, &view, &indices, axis);
+        let update = body.absorb(&updates, &identity(dims.len()));
         self.scattered(view, body, at, update, &dims, combine, out)
     }
 
@@ -164,17 +154,9 @@ impl Lowering<'_> {
         let (indices, updates) = (Value::View(self.stored(&indices)?), self.without_product(&updates)?);
         let view = self.copied(&x)?;
         let dims = updates.dims().to_vec();
-        let (rank, outer) = (dims.len(), indices.dims().len() - 1);
-        let depth = indices.dims()[outer] as usize;
-        let mut body = Body::new(rank);
-        let map: Vec<Affine> = (0..outer).map(|a| Affine::axis(a, rank)).collect();
-        let parts = self.listed(&mut body, &view, &indices, &map, 0);
-        let mut base = origin(rank);
-        for (a, &stride) in view.at.strides.iter().enumerate().skip(depth) {
-            base = base.plus(&Affine::axis(outer + a - depth, rank).scaled(stride, 0));
-        }
-        let at = body.address(base, &parts);
-        let update = body.absorb(&updates, &identity(rank));
+        let mut body = Body::new(dims.len());
+        let at = listed(&mut body, &view, &indices, 0);
+        let update = body.absorb(&updates, &identity(dims.len()));
         self.scattered(view, body, at, update, &dims, combine, out)
     }
 

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Write tiny text models with random weights as ONNX files, by every exporter that is installed.
 
-    make_models.py OUTDIR [--family NAME]... [--exporter NAME]...
+    make_models.py OUTDIR [--family NAME]... [--exporter NAME]... [--record]
 
-OUTDIR/FAMILY/EXPORTER/model.onnx is a model, case.safetensors beside it holds the tokens of one
-sequence and the rows that ONNX Runtime computes from them. Where an exporter does not write a
-family, failed.txt says why. Needs torch, transformers, onnx, onnxscript and onnxruntime; optimum
-and onnxruntime-genai are exporters of their own, and are left out, by name, where they are missing.
+OUTDIR/FAMILY/EXPORTER/model.onnx is a model, case.safetensors beside it holds sequences of several
+lengths (`ids.LENGTH`) and the rows that ONNX Runtime computes from them (`rows.LENGTH`). Where an
+exporter does not write a family, failed.txt says why. `--record` leaves the models that are there
+as they are, and computes the rows again. Needs torch, transformers, onnx, onnxscript and
+onnxruntime; optimum and onnxruntime-genai are exporters of their own, and are left out, by name,
+where they are missing.
 """
 
 import argparse
@@ -29,6 +31,8 @@ from safetensors.numpy import save_file
 TOKENS = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 32, 38]
 VOCAB = 64
 CONTEXT = 40
+# Lengths of the sequences that are recorded; some families keep two rows of their positions for padding.
+LENGTHS = [1, 2, 5, len(TOKENS), 24, CONTEXT - 3]
 
 # What all families have, by the usual names.
 DECODER = dict(
@@ -60,6 +64,9 @@ FAMILIES = {
     "opt": ("OPTForCausalLM", lambda: config(
         "OPT", vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=CONTEXT, word_embed_proj_dim=32)),
+    "gpt-neo": ("GPTNeoForCausalLM", lambda: config(
+        "GPTNeo", vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, window_size=6,
+        max_position_embeddings=CONTEXT, attention_types=[[["global", "local"], 1]], bos_token_id=1, eos_token_id=2)),
     "llama": ("LlamaForCausalLM", lambda: config("Llama", **GROUPED)),
     "mistral": ("MistralForCausalLM", lambda: config("Mistral", **GROUPED, sliding_window=6)),
     "qwen2": ("Qwen2ForCausalLM", lambda: config("Qwen2", **GROUPED)),
@@ -71,12 +78,21 @@ FAMILIES = {
 ENCODERS = ["bert", "roberta", "distilbert"]
 
 
-def make(family, attention="eager"):
-    name, settings = FAMILIES[family]
+def settings(family, wide=False):
+    """The family's configuration; wide ones have heads of 32 numbers, others of 8."""
+    made = FAMILIES[family][1]()
+    if wide:
+        made.hidden_size *= 4
+        if getattr(made, "head_dim", None):
+            made.head_dim = 32
+    return made
+
+
+def make(family, attention="eager", wide=False):
     torch.manual_seed(7)
-    model_config = settings()
+    model_config = settings(family, wide)
     model_config._attn_implementation = attention
-    model = getattr(hf, name)(model_config)
+    model = getattr(hf, FAMILIES[family][0])(model_config)
     # Norms and biases that are ones and zeros would hide mistakes.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -118,8 +134,8 @@ def torch_export(family, path, dynamo, attention, half=False):
                           dynamic_axes=dict(input_ids=axes, attention_mask=axes, logits=axes), **names)
 
 
-def saved(family, folder, attention="eager"):
-    model = make(family, attention)
+def saved(family, folder, attention="eager", wide=False):
+    model = make(family, attention, wide)
     model.save_pretrained(folder)
     return folder
 
@@ -129,7 +145,7 @@ def optimum_export(family, path, past):
 
     task = "feature-extraction" if family in ENCODERS else "text-generation" + ("-with-past" if past else "")
     with tempfile.TemporaryDirectory() as folder:
-        saved(family, os.path.join(folder, "model"), "eager" if family == "gptj" else "sdpa")
+        saved(family, os.path.join(folder, "model"), "eager" if family in ["gptj", "gpt-neo"] else "sdpa")
         main_export(os.path.join(folder, "model"), os.path.join(folder, "onnx"), task=task, do_validation=False,
                     no_post_process=False, library_name="transformers", framework="pt")
         shutil.copy(os.path.join(folder, "onnx", "model.onnx"), path)
@@ -156,7 +172,7 @@ def genai_export(family, path):
 
     with tempfile.TemporaryDirectory() as folder:
         model, out = os.path.join(folder, "model"), os.path.join(folder, "onnx")
-        saved(family, model)
+        saved(family, model, wide=True)
         write_tokenizer(model)
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", model, "-o", out, "-p", "fp32",
                    "-e", "cpu", "-c", os.path.join(folder, "cache")]
@@ -164,7 +180,7 @@ def genai_export(family, path):
         done = subprocess.run(command, capture_output=True, text=True, env=offline)
         if done.returncode != 0:
             why = (done.stderr.strip().splitlines() or ["no reason"])[-1]
-            raise ValueError(why.replace(model, "model"))
+            raise ValueError(why.replace(model + " ", ""))
         onnx.save(onnx.load(os.path.join(out, "model.onnx")), path)
 
 
@@ -188,14 +204,22 @@ EXPORTERS = {
     "ort-optimizer-dynamo": lambda f, p: runtime_export(f, p, "dynamo"),
     "genai-builder": genai_export,
 }
+# Exporters whose models ONNX Runtime does not run with heads of 8 numbers.
+WIDE = ["genai-builder"]
 # Exporters that only know decoders.
 NO_ENCODERS = ["optimum-past", "genai-builder"]
 
 
-def expected(path):
-    """The rows that ONNX Runtime computes for the tokens."""
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    ids = np.array([TOKENS], dtype=np.int64)
+def sequence(length):
+    """Tokens that no family takes for padding."""
+    if length == len(TOKENS):
+        return np.array(TOKENS, dtype=np.int64)
+    return np.random.default_rng(length).integers(3, VOCAB, length, dtype=np.int64)
+
+
+def expected(session, ids, head):
+    """The rows that ONNX Runtime computes for the tokens; heads have `head` numbers."""
+    ids = ids[None]
     feeds = {}
     for i in session.get_inputs():
         kind = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(float)": np.float32,
@@ -209,8 +233,8 @@ def expected(path):
         elif i.name == "token_type_ids":
             feeds[i.name] = np.zeros_like(ids).astype(kind)
         elif i.name.startswith("past"):
-            # Batch, heads, earlier tokens, size of a head; all heads here have 8 numbers.
-            unknown = [1, 0, 0, 8]
+            # Batch, heads, earlier tokens, size of a head.
+            unknown = [1, 0, 0, head]
             shape = [d if isinstance(d, int) else unknown[axis] for axis, d in enumerate(i.shape)]
             feeds[i.name] = np.zeros(shape, dtype=kind)
         else:
@@ -218,11 +242,25 @@ def expected(path):
     return session.run(None, feeds)[0].astype(np.float32)[0]
 
 
+def record(folder, wide):
+    """Keeps what ONNX Runtime computes beside the model."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    path = os.path.join(folder, "model.onnx")
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    case = {}
+    for length in LENGTHS:
+        ids = sequence(length)
+        case[f"ids.{length}"], case[f"rows.{length}"] = ids, expected(session, ids, 32 if wide else 8)
+    save_file(case, os.path.join(folder, "case.safetensors"))
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("out")
     parser.add_argument("--family", action="append", choices=list(FAMILIES))
     parser.add_argument("--exporter", action="append", choices=list(EXPORTERS))
+    parser.add_argument("--record", action="store_true")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -233,15 +271,18 @@ def main():
             if exporter in missing or family in ENCODERS and exporter in NO_ENCODERS:
                 continue
             folder = os.path.join(args.out, family, exporter)
+            if args.record:
+                if os.path.exists(os.path.join(folder, "model.onnx")):
+                    record(folder, exporter in WIDE)
+                    made += 1
+                continue
             shutil.rmtree(folder, ignore_errors=True)
             os.makedirs(folder)
             path = os.path.join(folder, "model.onnx")
             try:
                 EXPORTERS[exporter](family, path)
-                rows = expected(path)
-                FAMILIES[family][1]().save_pretrained(folder)
-                save_file({"input_ids": np.array(TOKENS, dtype=np.int64), "rows": rows},
-                          os.path.join(folder, "case.safetensors"))
+                record(folder, exporter in WIDE)
+                settings(family, exporter in WIDE).save_pretrained(folder)
                 made += 1
                 print(f"{family}/{exporter}", flush=True)
             except ImportError as e:

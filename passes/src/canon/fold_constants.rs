@@ -65,9 +65,11 @@ impl FoldConstants {
         let inputs: Vec<WeightId> = present.map(|&a| graph.as_weight(a)).collect::<Option<_>>()?;
         // A type without elements may have extents of any size, and nothing is gained by computing it here.
         let plain = |ty: &TensorTy| ty.elem != ElemTy::I32 && ty.shape.elements().is_some_and(|n| n > 0);
-        let all_plain =
-            inputs.iter().all(|&w| plain(&cx.module.weights[w].ty)) && plain(graph.ty(node.result));
-        (!inputs.is_empty() && all_plain).then_some(inputs)
+        let result = graph.ty(node.result);
+        // Integers and truths are no weights that passes make.
+        let is_stored = float(result).is_some() || result.elem.scheme().is_some();
+        let all_plain = inputs.iter().all(|&w| plain(&cx.module.weights[w].ty)) && plain(result);
+        (!inputs.is_empty() && all_plain && is_stored).then_some(inputs)
     }
 }
 

@@ -13,11 +13,11 @@ pass! {
     /// Writes things in one way that exporters write in many.
     ///
     /// Moves of elements that undo each other go, reshapes of reshapes become one, and so do transposes of transposes;
-    /// casts to what a value is, sums with 0, products with 1 and choices that are known go. What is the same number
-    /// everywhere, whatever the extents are, becomes one number; places along the sequence become `positions`; rows that
-    /// are gathered from a table become `embedding`. Indices into tables are rows of them, never counted from the end.
-    /// Einstein's sums of two operands become products. The module's facts count: where `sequence` is `whole`, a running
-    /// count of the tokens is their positions, and no token is the `padding`.
+    /// casts to what a value is, sums with 0, products with 1 and choices that are known go, and constants are cast
+    /// before they are repeated. What is the same number everywhere, whatever the extents are, becomes one number; places along the sequence
+    /// become `positions`; rows that are gathered from a table become `embedding`. Indices into tables are rows of them,
+    /// never counted from the end. Einstein's sums of two operands become products. The module's facts count: where
+    /// `sequence` is `whole`, a running count of the tokens is their positions, and no token is the `padding`.
     ///
     /// ```qir before
     /// %a = transpose %x
@@ -187,6 +187,11 @@ fn cast(b: &mut Rebuild<'_>, x: ValueId, c: &Cast) -> Result<Option<ValueId>> {
         let wide = b.emit(Embedding { to: Float::F32 }, &found)?;
         let dims = b.dims(x);
         return b.reshape(wide, &dims).map(Some);
+    }
+    // A constant is cast once, and repeated then.
+    if let Some((_, inner)) = b.is::<Expand>(x).filter(|(_, inner)| b.is_constant(inner[0])) {
+        let (once, dims) = (b.cast(inner[0], c.to)?, b.dims(x));
+        return b.expand(once, &dims).map(Some);
     }
     let Some((_, inner)) = b.is::<Cast>(x) else { return Ok(None) };
     let (from, over, to) = (b.ty(inner[0]).elem, b.ty(x).elem, c.to);

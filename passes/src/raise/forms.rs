@@ -52,6 +52,11 @@ impl Affine {
         Some(Affine { factors, offset: sum(a.offset, b.offset)? })
     }
 
+    /// What is at least 0 where this is not: `-a - 1`.
+    pub(super) fn negated(&self) -> Option<Affine> {
+        Affine::constant(-1).plus(self, -1)
+    }
+
     /// Whether it is at least 0 for all indices, or for none; `None` when it depends on them.
     fn sign(&self) -> Option<bool> {
         if self.offset >= 0 && self.factors.iter().all(|&f| f >= 0) {
@@ -98,8 +103,7 @@ impl Form {
         match self {
             Form::Choice { atoms, yes, no } if *yes != 0.0 && *no == 0.0 => Some(atoms.clone()),
             Form::Choice { atoms, yes, no } if *yes == 0.0 && *no != 0.0 => match &atoms[..] {
-                // not (a >= 0) = (-a - 1 >= 0)
-                [one] => Some(vec![Affine::constant(-1).plus(one, -1)?]),
+                [one] => Some(vec![one.negated()?]),
                 _ => None,
             },
             _ => None,
@@ -428,12 +432,22 @@ pub(super) fn of_weight(
     }
     let rank = dims.len();
     if square(&dims) {
+        // Each row sees its own place and so many before it.
         let (n, visible, hidden) = (dims[rank - 1] as usize, all[0], all[1]);
-        let triangle = |(at, &x): (usize, &f64)| x == if at % n <= at / n { visible } else { hidden };
-        if visible != hidden && all.iter().enumerate().all(triangle) {
-            let mut factors = vec![0; rank];
-            (factors[rank - 2], factors[rank - 1]) = (1, -1);
-            return Some(Form::choice(vec![Affine { factors, offset: 0 }], visible, hidden));
+        let window = (0..n).take_while(|row| all[row * n] == visible).count();
+        let sees = |row: usize, column: usize| column <= row && row - column < window;
+        let band = |(at, &x): (usize, &f64)| x == if sees(at / n, at % n) { visible } else { hidden };
+        if visible != hidden && all.iter().enumerate().all(band) {
+            let atom = |sign: i64, offset: usize| {
+                let mut factors = vec![0; rank];
+                (factors[rank - 2], factors[rank - 1]) = (sign, -sign);
+                Affine { factors, offset: offset as i64 }
+            };
+            let mut atoms = vec![atom(1, 0)];
+            if window < n {
+                atoms.push(atom(-1, window - 1));
+            }
+            return Some(Form::choice(atoms, visible, hidden));
         }
     }
     // Indices of one axis.

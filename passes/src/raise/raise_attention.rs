@@ -1,6 +1,6 @@
 //! Finds attention in what it is computed from.
 
-use super::forms::{Affine, Form, HIDDEN};
+use super::forms::{Form, HIDDEN};
 use super::rebuild::{Rebuild, near, rebuild, tell_found};
 use crate::pass::prelude::*;
 use quantc_ir::ops::{Attention, Cast, Dot, Expand, Real, Reshape, Select, Softmax, Unary, UnaryKind};
@@ -196,16 +196,17 @@ impl Mask {
     /// With one more summand, which is multiplied with `factor` later. What is hidden already stays hidden.
     fn and_added(self, form: Option<Form>, factor: f64) -> Mask {
         let (Mask::Known(old), Some(new)) = (self, form) else { return Mask::Unknown };
-        match (old, new) {
-            (old, Form::Uniform(x)) if x.is_finite() => Mask::Known(old),
-            (Form::Uniform(_), Form::Choice { atoms, yes, no }) => {
-                Mask::Known(Form::Choice { atoms, yes: yes * factor, no: no * factor })
-            }
-            (Form::Choice { mut atoms, yes, no }, Form::Choice { atoms: more, yes: y, no: n }) => {
-                let (y, n) = (y * factor, n * factor);
-                if yes - no < -HIDDEN || y - n < -HIDDEN {
-                    return Mask::Unknown;
-                }
+        let (more, y, n) = match new {
+            Form::Uniform(x) if x.is_finite() => return Mask::Known(old),
+            Form::Choice { atoms, yes, no } => (atoms, yes * factor, no * factor),
+            _ => return Mask::Unknown,
+        };
+        // Hidden where an atom fails: one atom may be written the other way round.
+        let turned = if let ([one], true) = (&more[..], y < n) { one.negated() } else { None };
+        let (more, y, n) = turned.map_or((more, y, n), |atom| (vec![atom], n, y));
+        match old {
+            Form::Uniform(_) => Mask::Known(Form::Choice { atoms: more, yes: y, no: n }),
+            Form::Choice { mut atoms, yes, no } if yes - no >= -HIDDEN && y - n >= -HIDDEN => {
                 atoms.extend(more);
                 atoms.sort();
                 atoms.dedup();
@@ -246,15 +247,10 @@ fn seen(mask: Mask, rank: usize) -> Option<Seen> {
         Mask::Known(Form::Choice { atoms, yes, no }) => (atoms, yes, no),
         _ => return None,
     };
-    // Hidden where an atom fails: one atom may be written the other way round.
-    let atoms = match &atoms[..] {
-        _ if yes.is_finite() && no - yes <= HIDDEN => atoms,
-        [one] if no.is_finite() && yes - no <= HIDDEN => {
-            let turned = one.factors.iter().map(|f| -f).collect();
-            vec![Affine { factors: turned, offset: -one.offset - 1 }]
-        }
-        _ => return None,
-    };
+    let hides = yes.is_finite() && no - yes <= HIDDEN;
+    if !hides {
+        return None;
+    }
     let mut seen = Seen { causal: false, window: 0 };
     for atom in atoms {
         let mut factors = vec![0; rank.saturating_sub(atom.factors.len())];
