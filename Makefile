@@ -26,9 +26,11 @@ demo: deps
 test: deps lint nvrtc
 	INSTA_UPDATE=no $(CARGO) test --quiet
 
+# The second time as the tool is for machines without LLVM.
 lint:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --quiet --all-targets -- -D warnings
+	$(CARGO) clippy --quiet --no-default-features --features cuda -p quantc -- -D warnings
 
 # The ONNX standard's node tests, for `cargo test -p quantc-frontends --test onnx_nodes`. Needs Python and its packages.
 onnx-nodes:

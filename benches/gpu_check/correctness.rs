@@ -36,7 +36,8 @@ fn rows_of_calls(asked: &Asked) -> Vec<u32> {
 
 /// Checks every kernel of the table.
 pub fn run(part: &Part<'_>, packed: &Packed) -> Result<Verdict> {
-    let note = "The error is the largest one, as a part of the largest number that should come out.";
+    let note = "The error is the largest one, as a part of the largest number that should come out. Some kernels have the last rows \
+                of a call alone.";
     let mut table = Table::new(part, "Kernels", note, &["kernel", "rows", "largest error", ""]);
     let mut device = Device::open(packed)?;
     let wanted = table::kernels(part.small);
@@ -51,7 +52,11 @@ pub fn run(part: &Part<'_>, packed: &Packed) -> Result<Verdict> {
             let symbol = &kernel.entry.symbol;
             match one(&mut device, kernel, m, &mut Random(seed)) {
                 Ok(error) => {
-                    say(vec![format!("`{symbol}`"), m.to_string(), format!("{error:.1e}"), "right".into()])
+                    let rows = match kernel.asked.tokens(m) {
+                        tokens if tokens > m => format!("{m} of {tokens}"),
+                        _ => m.to_string(),
+                    };
+                    say(vec![format!("`{symbol}`"), rows, format!("{error:.1e}"), "right".into()])
                 }
                 Err(fault) => {
                     let named = |what: String| format!("`{symbol}`, {m} rows, seed {seed}: {what}");
@@ -85,8 +90,9 @@ fn one(
             Buffer::Made { bytes, .. } => held.filled((bytes + BEHIND) as u64, POISON)?,
         });
     }
-    at.extend(workspace(&mut held, kernel, m)?);
-    held.launch(kernel, &at, m, m)?;
+    let tokens = kernel.asked.tokens(m);
+    at.extend(workspace(&mut held, kernel, tokens)?);
+    held.launch(kernel, &at, tokens, m)?;
     held.wait()?;
     let wanted = reference::of(&kernel.asked, &case, m)?;
     let mut worst = 0.0f64;

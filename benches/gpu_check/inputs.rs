@@ -6,6 +6,7 @@ use crate::random::{Num, Random, weights};
 use quantc::ir::diag::{Diag, Result};
 use quantc_codegen::cpu::attention::{AttentionSpec, KvSource};
 use quantc_codegen::cpu::cache::{CacheAppendSpec, CacheTy};
+use quantc_codegen::cpu::row::RowOffset;
 use quantc_codegen::cuda::cache::PAGE;
 use quantc_codegen::cuda::group::{GroupSpec, Scales};
 use quantc_codegen::cuda::layout::FragmentLayout;
@@ -17,9 +18,7 @@ use quantc_codegen::cuda::tiles::Tiled;
 use quantc_codegen::cuda::tiles::rows::{From, RowTilesSpec};
 use quantc_codegen::eexpr::{EExpr, InputKind, MemTy, OutputKind};
 use quantc_codegen::layout::{Layout, Unpacked};
-use quantc_codegen::spec::{
-    AFmt, Code, MRange, MatmulSpec, ScaleTy, WFmt, Zero, bf16_row_stride, i8_row_stride,
-};
+use quantc_codegen::spec::{AFmt, MatmulSpec, bf16_row_stride, i8_row_stride};
 
 /// The first position of each sequence.
 pub const FIRST: u32 = 5;
@@ -81,13 +80,13 @@ pub fn floats(values: impl IntoIterator<Item = f32>) -> Buffer {
     Buffer::Given(values.into_iter().flat_map(f32::to_le_bytes).collect())
 }
 
-/// Inputs and outputs of an expression over rows.
-fn expression(random: &mut Random, e: &EExpr, rows: usize, cols: usize) -> Vec<Buffer> {
+/// Inputs and outputs of an expression over rows, where inputs have some more in front.
+fn expression(random: &mut Random, e: &EExpr, before: usize, rows: usize, cols: usize) -> Vec<Buffer> {
     let inputs = e.inputs.iter().map(|desc| {
         let count = match desc.kind {
-            InputKind::Elem { stride } => rows * stride as usize,
+            InputKind::Elem { stride } => (before + rows) * stride as usize,
             InputKind::Col => cols,
-            InputKind::Row => rows,
+            InputKind::Row => before + rows,
             InputKind::One => 1,
         };
         Buffer::Given(random.numbers(desc.ty, count))
@@ -174,33 +173,13 @@ fn product(random: &mut Random, spec: &MatmulSpec, m: u32, tiles: bool) -> Resul
         w.push(weights(&matrix, spec.n, spec.k, spec.w));
         buffers.push(Buffer::Given(packed(spec, &matrix)?));
     }
-    buffers.extend(expression(random, &spec.epilogue, m as usize, spec.n as usize));
+    buffers.extend(expression(random, &spec.epilogue, 0, m as usize, spec.n as usize));
     Ok(Case { buffers, x, w })
-}
-
-/// The format of the weights of a product of groups, as matrices come.
-pub fn group_format(spec: &GroupSpec) -> WFmt {
-    let code = match spec.kind {
-        GroupKind::Bf16 => Code::Bf16,
-        GroupKind::S8 => Code::U8,
-        GroupKind::E4m3 => Code::E4m3,
-    };
-    let (group, scale) = match spec.scales {
-        Scales::None => (spec.k, ScaleTy::None),
-        Scales::Rows => (spec.k, ScaleTy::F32),
-        Scales::Blocks => (128.min(spec.k), ScaleTy::F32),
-    };
-    let zero = match spec.kind {
-        GroupKind::S8 if spec.zeros => Zero::Asym,
-        GroupKind::S8 => Zero::Sym(128),
-        _ => Zero::Sym(0),
-    };
-    WFmt { code, group, zero, scale }
 }
 
 /// A matrix for groups: its blob, and its values.
 pub fn group_weights(random: &mut Random, spec: &GroupSpec) -> Result<(Vec<u8>, Vec<f64>)> {
-    let w = group_format(spec);
+    let w = spec.weights();
     let mut m = random.matrix(spec.n, spec.k, w);
     if spec.scales == Scales::Blocks {
         let groups = spec.k.div_ceil(w.group) as usize;
@@ -210,23 +189,7 @@ pub fn group_weights(random: &mut Random, spec: &GroupSpec) -> Result<(Vec<u8>, 
             }
         }
     }
-    // What the packer asks of a product is how many codes and scales there are.
-    let integer = w.code == Code::U8 && spec.scales == Scales::Rows;
-    let asks = MatmulSpec {
-        n: spec.n,
-        k: spec.k,
-        m: MRange { min: 1, max: 1 },
-        rows: spec.rows,
-        w,
-        a: if integer { AFmt::I8Token } else { AFmt::Bf16 },
-        epilogue: EExpr::store_acc(MemTy::F32, spec.n),
-    };
-    let mut blob = vec![];
-    spec.layout().pack(w, &mut (&Layout::of(&asks), &m), &mut |part| {
-        blob.extend_from_slice(part);
-        Ok(())
-    })?;
-    Ok((blob, weights(&m, spec.n, spec.k, w)))
+    Ok((spec.pack(&m)?, weights(&m, spec.n, spec.k, w)))
 }
 
 /// Rows for groups: their buffers, and their values.
@@ -325,7 +288,7 @@ fn append(random: &mut Random, s: &CacheAppendSpec, table: Option<u32>, paged: b
     Case::plain(buffers)
 }
 
-fn attention(random: &mut Random, s: &AttentionSpec, paged: bool, m: u32) -> Case {
+fn attention(random: &mut Random, s: &AttentionSpec, paged: bool, m: u32, tokens: u32) -> Case {
     let rows = m as usize;
     // Queries large enough that some keys weigh more than others, and numbers that bf16 has.
     let queries = random.numbers(MemTy::Bf16, rows * s.q_stride as usize);
@@ -342,7 +305,7 @@ fn attention(random: &mut Random, s: &AttentionSpec, paged: bool, m: u32) -> Cas
             for _ in 0..2 {
                 buffers.push(Buffer::Given(cache_numbers(random, ty, bytes / ty.bytes() as usize)));
             }
-            buffers.extend(places(m, slot_rows));
+            buffers.extend(places(tokens, slot_rows));
             if paged {
                 buffers.push(pages(2, slot_rows));
             }
@@ -367,6 +330,14 @@ fn options(m: u32) -> Vec<u8> {
     (0..m).flat_map(|i| row(i).to_bytes()).collect()
 }
 
+/// Rows of inputs in front of those that outputs have.
+pub fn skipped(asked: &Asked, m: u32) -> usize {
+    match asked {
+        Asked::Row(s) if s.row_offset == RowOffset::LastRows => (asked.tokens(m) - m) as usize,
+        _ => 0,
+    }
+}
+
 /// Buffers of a call of `m` rows. Tokens of a cache belong to two sequences, in pages that lie anywhere.
 pub fn of(asked: &Asked, m: u32, random: &mut Random) -> Result<Case> {
     let rows = m as usize;
@@ -381,7 +352,7 @@ pub fn of(asked: &Asked, m: u32, random: &mut Random) -> Result<Case> {
                 buffers.push(Buffer::Given(blob));
                 w.push(values);
             }
-            buffers.extend(expression(random, &spec.epilogue, rows, spec.n as usize));
+            buffers.extend(expression(random, &spec.epilogue, 0, rows, spec.n as usize));
             Case { buffers, x, w }
         }
         Asked::Tiles(s) => {
@@ -418,7 +389,8 @@ pub fn of(asked: &Asked, m: u32, random: &mut Random) -> Result<Case> {
             Case::plain(buffers)
         }
         Asked::Row(s) => {
-            Case::plain(expression(random, &s.body, rows * s.rows.per as usize, s.cols as usize))
+            let per = s.rows.per as usize;
+            Case::plain(expression(random, &s.body, skipped(asked, m) * per, rows * per, s.cols as usize))
         }
         Asked::RopeTable(s) => {
             let frequency = |i: u32| 1e4f32.powf(-(i as f32) / s.half as f32);
@@ -446,8 +418,12 @@ pub fn of(asked: &Asked, m: u32, random: &mut Random) -> Result<Case> {
         }
         Asked::Append(s) => append(random, &s.rows, s.rotation.map(|r| r.rotary_dim), s.paged, m),
         Asked::PlainAppend(s) => append(random, s, None, true, m),
-        Asked::Decode { call, .. } | Asked::Prefill(call) => attention(random, &call.spec, call.paged, m),
-        Asked::PlainAttention(s) => attention(random, s, matches!(s.source, KvSource::Cache { .. }), m),
+        Asked::Decode { call, .. } | Asked::Prefill(call) => {
+            attention(random, &call.spec, call.paged, m, asked.tokens(m))
+        }
+        Asked::PlainAttention(s) => {
+            attention(random, s, matches!(s.source, KvSource::Cache { .. }), m, asked.tokens(m))
+        }
         Asked::Sample(s) => Case::plain(vec![
             Buffer::Given(random.numbers(MemTy::F32, rows * s.stride as usize)),
             Buffer::Given(options(m)),

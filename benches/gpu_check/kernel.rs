@@ -21,7 +21,7 @@ use quantc_codegen::cuda::tile::Kernel;
 use quantc_codegen::cuda::tiles::rows::{self, RowTilesSpec};
 use quantc_codegen::cuda::wide::{self, WideTile};
 use quantc_codegen::cuda::{gather, plain, rope, text};
-use quantc_codegen::spec::MatmulSpec;
+use quantc_codegen::spec::{MatmulSpec, Rows};
 use quantc_runtime::format::{Gpu, GpuCode, GpuEntry, GpuKernel};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -100,6 +100,29 @@ impl Asked {
             Asked::Prefill(_) => "prefill_attention",
             Asked::Sample(_) => "sample",
             Asked::Ceiling(_) => "ceiling",
+        }
+    }
+
+    /// Tokens of a call whose kernel has `rows` rows: more where these are the last ones alone, which are wanted.
+    pub fn tokens(&self, rows: u32) -> u32 {
+        let counted = match self {
+            Asked::Skinny(s) | Asked::Wide(s) | Asked::Mixed(s) => s.rows,
+            Asked::Group { spec, .. } => spec.rows,
+            Asked::Tiles(s) => s.rows,
+            Asked::Row(s) => s.rows.sym,
+            Asked::Rope(s) => s.rows,
+            Asked::Decode { call, .. } | Asked::Prefill(call) => call.spec.rows,
+            Asked::PlainAttention(s) => s.rows,
+            Asked::Sample(_) => Rows::R,
+            Asked::RopeTable(_)
+            | Asked::Gather(_)
+            | Asked::Append(_)
+            | Asked::PlainAppend(_)
+            | Asked::Ceiling(_) => Rows::T,
+        };
+        match counted {
+            Rows::T => rows,
+            Rows::R => rows + rows / 2 + 1,
         }
     }
 

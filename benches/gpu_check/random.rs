@@ -4,7 +4,7 @@ use crate::cublas::Numbers;
 use half::{bf16, f16};
 use quantc_codegen::eexpr::MemTy;
 use quantc_codegen::layout::Unpacked;
-use quantc_codegen::spec::{Code, E2M1, ScaleTy, WFmt, Zero};
+use quantc_codegen::spec::{Code, ScaleTy, WFmt, Zero};
 
 /// Bytes that launches of a measurement go through in turn: more than twice what a cache of any GPU holds.
 pub const ROTATED: u64 = 256 << 20;
@@ -113,7 +113,7 @@ impl Num {
             (Num::Of(MemTy::I32), &[a, b, c, d]) => i32::from_le_bytes([a, b, c, d]).into(),
             (Num::Of(MemTy::Bf16), &[a, b]) => bf16::from_le_bytes([a, b]).to_f64(),
             (Num::Of(MemTy::F16), &[a, b]) => f16::from_le_bytes([a, b]).to_f64(),
-            (Num::E4m3, bytes) => value(Code::E4m3, bytes),
+            (Num::E4m3, bytes) => Code::E4m3.value(bytes),
             (Num::Of(_), bytes) => f64::from(bytes[0] as i8),
         }
     }
@@ -121,27 +121,6 @@ impl Num {
     /// All numbers there.
     pub fn all(self, bytes: &[u8]) -> Vec<f64> {
         bytes.chunks_exact(self.bytes()).map(|b| self.read(b)).collect()
-    }
-}
-
-/// What a code of weights stands for, without scale and zero point, by the definition of its format.
-pub fn value(code: Code, bytes: &[u8]) -> f64 {
-    let small = |bits: u8, mantissa: u32, bias: i32| {
-        let sign = if bits & 0x80 != 0 { -1.0 } else { 1.0 };
-        let exponent = i32::from((bits & 0x7f) >> mantissa);
-        let m = f64::from(bits & ((1 << mantissa) - 1)) / f64::from(1 << mantissa);
-        let size =
-            if exponent == 0 { m * 2f64.powi(1 - bias) } else { (1.0 + m) * 2f64.powi(exponent - bias) };
-        sign * size
-    };
-    match code {
-        Code::F32 => Num::Of(MemTy::F32).read(bytes),
-        Code::F16 => Num::Of(MemTy::F16).read(bytes),
-        Code::Bf16 => Num::Of(MemTy::Bf16).read(bytes),
-        Code::U8 | Code::U4 => f64::from(bytes[0]),
-        Code::Lut4 => f64::from(E2M1[bytes[0] as usize]),
-        Code::E4m3 => small(bytes[0], 3, 7),
-        Code::E5m2 => small(bytes[0], 2, 15),
     }
 }
 
@@ -156,7 +135,7 @@ pub fn weights(m: &Unpacked, n: u32, k: u32, w: WFmt) -> Vec<f64> {
             Zero::Asym => f64::from(m.zeros[group]),
         };
         let code = &m.codes[(row * k + col) as usize * bytes..][..bytes];
-        list.push((value(w.code, code) - zero) * m.scales.get(group).map_or(1.0, |s| f64::from(*s)));
+        list.push((w.code.value(code) - zero) * m.scales.get(group).map_or(1.0, |s| f64::from(*s)));
     }
     list
 }

@@ -1,7 +1,7 @@
 //! What kernels should give, in f64, by the definitions of what they compute; and how near a result must be, by the formats that
 //! numbers go through on the way. Bounds are those of the tests of kernels.
 
-use crate::inputs::{Buffer, Case, cache_num, place};
+use crate::inputs::{Buffer, Case, cache_num, place, skipped};
 use crate::kernel::Asked;
 use crate::random::Num;
 use half::bf16;
@@ -17,7 +17,7 @@ use quantc_codegen::cuda::tile::GroupKind;
 use quantc_codegen::cuda::tiles::Tiled;
 use quantc_codegen::cuda::tiles::rows::{From, RowTilesSpec};
 use quantc_codegen::eexpr::interp::{self, Mode, Rows};
-use quantc_codegen::eexpr::{EExpr, MemTy, Node, UnaryOp};
+use quantc_codegen::eexpr::{EExpr, InputKind, MemTy, Node, UnaryOp};
 
 /// The contents of one output.
 pub struct Wanted {
@@ -91,9 +91,11 @@ pub fn near(size: f64, e4m3: bool) -> f64 {
     size * if e4m3 { SUMMED_E4M3 } else { SUMMED }
 }
 
+/// The outputs of an expression over rows, where inputs have some more in front.
 fn expression(
     e: &EExpr,
     buffers: &[Buffer],
+    before: usize,
     rows: usize,
     cols: usize,
     acc: Option<&[f32]>,
@@ -103,7 +105,14 @@ fn expression(
         .inputs
         .iter()
         .zip(buffers)
-        .map(|(desc, b)| Num::Of(desc.ty).all(b.given()).into_iter().map(|x| x as f32).collect())
+        .map(|(desc, b)| {
+            let skipped = match desc.kind {
+                InputKind::Elem { stride } => before * stride as usize,
+                InputKind::Row => before,
+                InputKind::Col | InputKind::One => 0,
+            };
+            Num::Of(desc.ty).all(b.given()).into_iter().skip(skipped).map(|x| x as f32).collect()
+        })
         .collect();
     let inputs: Vec<&[f32]> = inputs.iter().map(Vec::as_slice).collect();
     interp::run(e, mode, Rows { rows, cols, inputs: &inputs, acc }).map_err(|e| Diag::bug(e.0))
@@ -125,7 +134,7 @@ fn product(e: &EExpr, case: &Case, m: usize, n: usize, k: usize, e4m3: bool) -> 
     let (sums, size) = products(&case.x, &case.w, k);
     let count = e.inputs.len() + e.outputs.len();
     let own = &case.buffers[case.buffers.len() - count..];
-    let outputs = expression(e, own, m, n, Some(&sums), Mode::F64)?;
+    let outputs = expression(e, own, 0, m, n, Some(&sums), Mode::F64)?;
     // Two products meet in a third one, whose size is that of both.
     let size = if case.w.len() > 1 { size * size.max(1.0) } else { size };
     Ok(outputs
@@ -305,12 +314,13 @@ pub const ATTENDED: f64 = 1.0 / 250.0;
 /// The same where all is f32.
 const ATTENDED_PLAINLY: f64 = 1e-4;
 
-fn attention(s: &AttentionSpec, paged: bool, plain: bool, b: &[Buffer], m: u32) -> Vec<Wanted> {
+/// Of the last `m` tokens of a call.
+fn attention(s: &AttentionSpec, paged: bool, plain: bool, b: &[Buffer], m: u32, tokens: u32) -> Vec<Wanted> {
     let q = Num::Of(MemTy::F32).all(b[0].given());
     let (mut numbers, mut largest) = (vec![], 0f64);
-    let mut one = |token: u32, position: u32, number: &dyn Fn(usize, u32, u32, u32) -> f64| {
-        let q = &q[token as usize * s.q_stride as usize..];
-        let (out, most) = attend(s, q, position, m, number);
+    let mut one = |row: u32, position: u32, number: &dyn Fn(usize, u32, u32, u32) -> f64| {
+        let q = &q[row as usize * s.q_stride as usize..];
+        let (out, most) = attend(s, q, position, tokens, number);
         numbers.extend(out);
         largest = largest.max(most);
     };
@@ -332,17 +342,17 @@ fn attention(s: &AttentionSpec, paged: bool, plain: bool, b: &[Buffer], m: u32) 
             let scales = ty.is_scaled().then(|| [f32s(&b[after]), f32s(&b[after + 1])]);
             let at = [Role::Keys, Role::Values].map(|role| CacheAt::new(ty, role, s.kv_heads, s.head_dim));
             let num = cache_num(ty);
-            for token in 0..m {
-                let (slot, position) = place(m, token);
+            for row in 0..m {
+                let (slot, position) = place(tokens, tokens - m + row);
                 let number = |which: usize, i: u32, head: u32, c: u32| {
-                    let row = slot * slot_rows + i;
-                    let (page, in_page) = (pages[(row / PAGE) as usize], row % PAGE);
+                    let line = slot * slot_rows + i;
+                    let (page, in_page) = (pages[(line / PAGE) as usize], line % PAGE);
                     let from = at[which].byte(page, head, in_page, c);
                     let v = num.read(&b[1 + which].given()[from..from + num.bytes()]);
                     let scale = |s: &[Vec<f32>; 2]| s[which][at[which].scale(page, head, in_page)];
                     v * scales.as_ref().map_or(1.0, |s| scale(s).into())
                 };
-                one(token, position, &number);
+                one(row, position, &number);
             }
         }
     }
@@ -428,8 +438,8 @@ pub fn of(asked: &Asked, case: &Case, m: u32) -> Result<Vec<Wanted>> {
             let rounds = |n: &Node| matches!(n, Node::Unary(UnaryOp::RoundE4m3, _));
             let steps = s.body.nodes.iter().any(rounds);
             let mode = if steps { Mode::F32 { fused: true } } else { Mode::F64 };
-            let rows = rows * s.rows.per as usize;
-            let outputs = expression(&s.body, b, rows, s.cols as usize, None, mode)?;
+            let [before, rows] = [skipped(asked, m), rows].map(|count| count * s.rows.per as usize);
+            let outputs = expression(&s.body, b, before, rows, s.cols as usize, None, mode)?;
             let wanted = |(numbers, desc): (Vec<f64>, &quantc_codegen::eexpr::OutputDesc)| {
                 let (relative, absolute) = rounded(desc.ty);
                 Wanted { numbers, relative, absolute }
@@ -472,8 +482,12 @@ pub fn of(asked: &Asked, case: &Case, m: u32) -> Result<Vec<Wanted>> {
         }
         Asked::Append(s) => append(&s.rows, s.rotation, s.paged, b, m),
         Asked::PlainAppend(s) => append(s, None, true, b, m),
-        Asked::Decode { call, .. } | Asked::Prefill(call) => attention(&call.spec, call.paged, false, b, m),
-        Asked::PlainAttention(s) => attention(s, matches!(s.source, KvSource::Cache { .. }), true, b, m),
+        Asked::Decode { call, .. } | Asked::Prefill(call) => {
+            attention(&call.spec, call.paged, false, b, m, asked.tokens(m))
+        }
+        Asked::PlainAttention(s) => {
+            attention(s, matches!(s.source, KvSource::Cache { .. }), true, b, m, asked.tokens(m))
+        }
         Asked::Sample(s) => {
             let logits = Num::Of(MemTy::F32).all(b[0].given());
             let largest = |row: &[f64]| {

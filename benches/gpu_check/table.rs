@@ -102,6 +102,7 @@ fn row_specs() -> Vec<RowSpec> {
     vec![
         RowSpec::rms_norm(1000, 1e-5, F32, F32, Bf16),
         RowSpec::rms_norm_quantize(4096, 1e-5, F32, F32, Some(128)),
+        RowSpec::rms_norm(130, 1e-5, F32, F32, Bf16).last_rows(),
         RowSpec::layer_norm(77, 1e-5, F32, F32, Some(F32), F32),
         RowSpec::quantize_token(384, F32, Some(32)),
         RowSpec::unary(UnaryOp::GeluErf, 130, F32, F32),
@@ -167,6 +168,14 @@ pub fn kernels(small: bool) -> Vec<Asked> {
             list.push(Asked::Mixed(mixed));
         }
     }
+    // Of the rows that are wanted alone.
+    let wanted = |spec| MatmulSpec { rows: Rows::R, ..spec };
+    list.push(Asked::Skinny(wanted(product(&FORMATS[0], n, k, 8))));
+    if !small {
+        let mixed = wanted(product(&FORMATS[0], n, k, 256));
+        list.extend(MixedTile::tokens_spec(&mixed).map(Asked::Tiles));
+        list.extend([Asked::Wide(mixed.clone()), Asked::Mixed(mixed)]);
+    }
     let two = MatmulSpec { epilogue: gated(n), ..product(&FORMATS[0], n, k, 8) };
     list.push(Asked::Skinny(two.clone()));
     if !small {
@@ -180,10 +189,11 @@ pub fn kernels(small: bool) -> Vec<Asked> {
         }
     }
     list.extend(tile_specs().into_iter().take(few(2, 5)).map(Asked::Tiles));
-    list.extend(row_specs().into_iter().take(few(2, 9)).map(Asked::Row));
+    list.extend(row_specs().into_iter().take(few(3, 10)).map(Asked::Row));
     list.push(Asked::RopeTable(RopeTableSpec { half: 32, factor: F32::new(1.25) }));
     list.push(Asked::Rope(RopeSpec::new(5, 64, RopeStyle::Half)));
     list.push(Asked::Rope(RopeSpec::new(3, 24, RopeStyle::Interleaved)));
+    list.push(Asked::Rope(RopeSpec { rows: Rows::R, ..RopeSpec::new(5, 64, RopeStyle::Half) }));
     for ty in [MemTy::Bf16, MemTy::I8].into_iter().take(few(1, 2)) {
         list.push(Asked::Gather(GatherSpec { width: 130, table_rows: 77, ty, add: false }));
     }
@@ -195,13 +205,17 @@ pub fn kernels(small: bool) -> Vec<Asked> {
                 list.push(Asked::Append(append(Some(Rotation { rotary_dim: 64, style: RopeStyle::Half }))));
             }
         }
-        for rows in [1, 8, 256] {
-            list.push(cached(AttentionSpec::cached(8, 2, 64, 0.125, ty, SLOT_ROWS), rows));
+        for (rows, of) in [(1, Rows::T), (8, Rows::T), (256, Rows::T), (8, Rows::R), (256, Rows::R)] {
+            let all = AttentionSpec::cached(8, 2, 64, 0.125, ty, SLOT_ROWS);
+            list.push(cached(AttentionSpec { rows: of, ..all }, rows));
         }
     }
     for ty in [CacheTy::F32, CacheTy::F16].into_iter().take(few(1, 2)) {
         list.extend([Role::Keys, Role::Values].map(|role| Asked::PlainAppend(append_spec(ty, role))));
-        list.push(Asked::PlainAttention(AttentionSpec::cached(8, 2, 64, 0.125, ty, SLOT_ROWS)));
+        let all = AttentionSpec::cached(8, 2, 64, 0.125, ty, SLOT_ROWS);
+        list.extend(
+            [Rows::T, Rows::R].map(|rows| Asked::PlainAttention(AttentionSpec { rows, ..all.clone() })),
+        );
     }
     let narrow = AttentionSpec::cached(3, 1, 128, 0.09, CacheTy::Bf16, SLOT_ROWS);
     list.push(cached(AttentionSpec { window: Some(37), ..narrow }, 8));

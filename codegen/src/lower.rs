@@ -1381,9 +1381,10 @@ impl Lowering<'_> {
             .buffers
             .iter()
             .zip(&lives)
-            .map(|(size, live)| Buffer {
-                bytes: size.bytes(u32::MAX),
-                live: live.map_or(end..=end, |(a, b)| a..=b),
+            .map(|(size, live)| match *live {
+                Some((first, last)) => Buffer { bytes: size.bytes(u32::MAX), live: first..=last },
+                // What it was for became a part of another step.
+                None => Buffer { bytes: 0, live: end..=end },
             })
             .collect();
         let arena = schedule::plan(&buffers);

@@ -3,6 +3,7 @@
 //! A [`KernelSpec`] says everything that decides the bytes of a kernel besides the target: two launches with equal
 //! specs share one kernel. [`KernelSpec::key`] names it, and stays the same from run to run.
 
+use half::{bf16, f16};
 use quantc_ir::diag::{Diag, Result};
 use serde::{Deserialize, Serialize};
 
@@ -179,6 +180,29 @@ impl Code {
             Code::Lut4 => "lut4",
             Code::E4m3 => "e4m3",
             Code::E5m2 => "e5m2",
+        }
+    }
+
+    /// What a code stands for, without scale and zero point, by the definition of its format: what kernels are compared
+    /// with. It lies as [`crate::layout::WeightRows`] hands it over, in [`Code::source_bytes`] bytes.
+    pub fn value(self, bytes: &[u8]) -> f64 {
+        let word = bytes.iter().rev().fold(0, |word, &byte| word << 8 | u32::from(byte));
+        let small = |mantissa: u32, bias: i32| {
+            let sign = if word & 0x80 != 0 { -1.0 } else { 1.0 };
+            let exponent = (word as i32 & 0x7f) >> mantissa;
+            let m = f64::from(word & ((1 << mantissa) - 1)) / f64::from(1 << mantissa);
+            let size =
+                if exponent == 0 { m * 2f64.powi(1 - bias) } else { (1.0 + m) * 2f64.powi(exponent - bias) };
+            sign * size
+        };
+        match self {
+            Code::F32 => f64::from(f32::from_bits(word)),
+            Code::F16 => f16::from_bits(word as u16).to_f64(),
+            Code::Bf16 => bf16::from_bits(word as u16).to_f64(),
+            Code::U8 | Code::U4 => f64::from(word),
+            Code::Lut4 => f64::from(E2M1[word as usize % E2M1.len()]),
+            Code::E4m3 => small(3, 7),
+            Code::E5m2 => small(2, 15),
         }
     }
 }

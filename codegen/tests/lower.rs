@@ -122,6 +122,30 @@ fn a_product_that_only_another_product_of_its_rows_reads_is_computed_with_it() {
     assert!(rows.programs[0].1.iter().any(|l| l.name == "main.u"));
 }
 
+/// A chain of so many products, each with another that is computed with it: no more than one of them has rows at a time.
+#[test]
+fn what_no_launch_touches_takes_no_memory() {
+    let other = "weight @p : tensor<4x4x!q<int8:f32 axis 0>> = inline [[4, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]";
+    let arena = |count: usize| {
+        let mut body = String::new();
+        for i in 0..count {
+            let x = if i == 0 { "x".into() } else { format!("y{i}") };
+            let y = if i + 1 == count { "y".into() } else { format!("y{}", i + 1) };
+            writeln!(
+                body,
+                "%s{i} = dynamic_scale %{x}\n%q{i} = quantize %{x}, %s{i}\n\
+                 %u{i} = qmatmul %q{i}, @q, @s, none, %s{i}\n\
+                 %{y} = qmatmul %q{i}, @p, @s, none, %s{i}, %u{i} {{epilogue=[silu, mul0]}}"
+            )
+            .expect("text");
+        }
+        let module = lowered(&decoder(other, &body));
+        assert!(module.programs[0].1.iter().all(|l| !l.name.starts_with("main.u")));
+        module.arena_bytes
+    };
+    assert_eq!(arena(2), arena(24));
+}
+
 #[test]
 fn scales_that_are_not_those_of_the_codes_are_refused() {
     // The scale of other rows.

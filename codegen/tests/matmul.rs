@@ -4,7 +4,7 @@
 #[path = "common/codes.rs"]
 mod codes;
 
-use codes::{random_code, value};
+use codes::random_code;
 use half::bf16;
 use inkwell::context::Context;
 use quantc_codegen::cpu::llvm::Unit;
@@ -122,7 +122,7 @@ impl Case {
                     Zero::Asym => f64::from(matrix.zeros[group]),
                 };
                 let scale = matrix.scales.get(group).map_or(1.0, |&s| f64::from(s));
-                (value(spec.w.code, &codes[at]) - zero) * scale
+                (spec.w.code.value(&codes[at]) - zero) * scale
             })
             .collect();
         let mut blob = vec![];
@@ -434,7 +434,7 @@ fn every_code_converts_exactly() {
             // SAFETY: one row of one value, the packed weights, and room for all columns.
             unsafe { kernel(args.as_ptr(), [1i64, 1].as_ptr(), 0, i64::from(spec.items())) };
             for (c, got) in all.iter().zip(&out) {
-                let want = value(*code, &c.to_le_bytes()[..bytes]) - zero;
+                let want = code.value(&c.to_le_bytes()[..bytes]) - zero;
                 assert_eq!(f64::from(*got), want, "{} {code:?} {a:?} {c:#x}", target.name);
             }
         }

@@ -10,6 +10,7 @@ pub enum Failure {
     /// What was given is refused, or the machine cannot do it.
     Refused(Diags),
     /// A gate failed; the text says which.
+    #[cfg_attr(not(feature = "llvm"), expect(dead_code, reason = "gates are set for compiling"))]
     Gate(String),
     /// The reader of stdout has gone.
     Closed,

@@ -39,6 +39,7 @@ mod inspect;
 #[cfg(feature = "llvm")]
 mod layer_exec;
 mod manual;
+#[cfg(feature = "llvm")]
 pub mod measure;
 mod opt;
 mod output;

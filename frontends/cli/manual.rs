@@ -9,7 +9,7 @@ use quantc_ir::diag::{Diag, near_misses};
 use quantc_ir::formats::{self, Class, Format};
 use quantc_ir::ops::{Arity, DYNAMIC_INT8, OpKind};
 use quantc_ir::scheme::{Group, Scheme, Zero};
-use quantc_ir::target::{Backend, GpuDesc, TargetDesc};
+use quantc_ir::target::{Backend, TargetDesc};
 use quantc_ir::ty::{ElemTy, Float};
 use quantc_passes::Registry;
 use quantc_passes::presets;
@@ -101,7 +101,7 @@ pub fn targets(args: Args) -> Outcome {
 
 /// What there is to tell about a GPU.
 #[cfg(feature = "llvm")]
-fn gpu_page(t: &TargetDesc, gpu: &GpuDesc) -> String {
+fn gpu_page(t: &TargetDesc, gpu: &quantc_ir::target::GpuDesc) -> String {
     let rates = &gpu.rates;
     format!(
         "{}\n\n{}\n\narchitecture  {}\nshared memory {} bytes of a block\nregisters     {} of a multiprocessor\n\

@@ -177,6 +177,7 @@ const TOKENIZER: &str = "tokenizer.json";
 const COMPACT_TOKENIZER: &str = "tokenizer.bin";
 
 /// The files that an engine carries of a tokenizer: itself, and its compact form.
+#[cfg(feature = "llvm")]
 pub fn tokenizer_files(tokenizer: Option<(Vec<u8>, Option<Vec<u8>>)>) -> Vec<(String, Vec<u8>)> {
     let Some((whole, compact)) = tokenizer else { return vec![] };
     let compact = compact.map(|bytes| (COMPACT_TOKENIZER.to_string(), bytes));

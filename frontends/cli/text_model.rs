@@ -32,6 +32,7 @@ pub struct TextArgs {
 
 impl TextArgs {
     /// Whether anything is said that only models of text have.
+    #[cfg(feature = "llvm")]
     pub fn says_something(&self) -> bool {
         !self.binds.is_empty() || self.result.is_some()
     }

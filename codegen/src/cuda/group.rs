@@ -21,7 +21,7 @@ use super::tile::{
 use super::tiles::{ROWS, TILE_BYTES, Tiled};
 use crate::cpu::math::Lanes;
 use crate::eexpr::{EExpr, Place};
-use crate::layout::WeightRows;
+use crate::layout::{Layout, Order, Unpacked, WeightRows};
 use crate::spec::{AFmt, Code, MatmulSpec, Rows, ScaleTy, WFmt, Zero};
 use quantc_ir::diag::{Diag, Result};
 use quantc_ir::target::GpuDesc;
@@ -104,10 +104,42 @@ impl GroupSpec {
         self.epilogue.check(Place::Epilogue).map_err(|e| Diag::bug(format!("a product of groups: {e}")))
     }
 
+    /// The format that its matrices come in.
+    pub fn weights(&self) -> WFmt {
+        let code = match self.kind {
+            GroupKind::Bf16 => Code::Bf16,
+            GroupKind::S8 => Code::U8,
+            GroupKind::E4m3 => Code::E4m3,
+        };
+        let (group, scale) = match self.scales {
+            Scales::None => (self.k, ScaleTy::None),
+            Scales::Rows => (self.k, ScaleTy::F32),
+            Scales::Blocks => (BLOCK.min(self.k), ScaleTy::F32),
+        };
+        let zero = match self.kind {
+            GroupKind::S8 if self.zeros => Zero::Asym,
+            GroupKind::S8 => Zero::Sym(128),
+            _ => Zero::Sym(0),
+        };
+        WFmt { code, group, zero, scale }
+    }
+
     /// How a matrix lies.
     pub fn layout(&self) -> GroupLayout {
         let tiles = Tiled { kind: self.kind, rows: self.n, columns: self.k };
         GroupLayout { tiles, scales: self.scales, zeros: self.zeros }
+    }
+
+    /// The blob of a matrix.
+    pub fn pack(&self, matrix: &Unpacked) -> Result<Vec<u8>> {
+        let w = self.weights();
+        let rows = Layout { n: self.n, k: self.k, w, order: Order::Quads };
+        let mut blob = vec![];
+        self.layout().pack(w, &mut (&rows, matrix), &mut |part| {
+            blob.extend_from_slice(part);
+            Ok(())
+        })?;
+        Ok(blob)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Products of groups of warps against a reference in f64, the tiles that they take, and pipelines with something wrong.
 
-use crate::codes::{random_code, value};
+use crate::codes::random_code;
 use crate::products::{matrix, weights};
 use crate::support::{Near, compare, count, encode, numbers, run};
 use half::bf16;
@@ -12,10 +12,7 @@ use quantc_codegen::cuda::tile::{Addr, GroupKind, GroupLeft, Kernel, Stmt, Val};
 use quantc_codegen::cuda::tiles::rows::{self, From, RowTilesSpec};
 use quantc_codegen::cuda::tiles::{ROWS, Tiled};
 use quantc_codegen::eexpr::{EExpr, MemTy, UnaryOp};
-use quantc_codegen::layout::{Layout, Unpacked};
-use quantc_codegen::spec::{
-    AFmt, Code, MRange, MatmulSpec, Rows, ScaleTy, WFmt, Zero, bf16_row_stride, i8_row_stride,
-};
+use quantc_codegen::spec::{AFmt, Code, Rows, ScaleTy, WFmt, Zero, bf16_row_stride, i8_row_stride};
 use quantc_ir::formats;
 use quantc_ir::quant::quantize_one;
 use rand::{Rng, SeedableRng};
@@ -51,33 +48,10 @@ pub fn spec(n: u32, k: u32, (kind, scales, zeros): (GroupKind, Scales, bool), ga
     GroupSpec { n, k, rows: Rows::T, kind, scales, zeros, epilogue: e }
 }
 
-fn code_of(kind: GroupKind) -> Code {
-    match kind {
-        GroupKind::Bf16 => Code::Bf16,
-        GroupKind::S8 => Code::U8,
-        GroupKind::E4m3 => Code::E4m3,
-    }
-}
-
-/// The format of weights, as matrices come.
-fn format(spec: &GroupSpec) -> WFmt {
-    let (group, scale) = match spec.scales {
-        Scales::None => (spec.k, ScaleTy::None),
-        Scales::Rows => (spec.k, ScaleTy::F32),
-        Scales::Blocks => (128.min(spec.k), ScaleTy::F32),
-    };
-    let zero = match spec.kind {
-        GroupKind::S8 if spec.zeros => Zero::Asym,
-        GroupKind::S8 => Zero::Sym(128),
-        _ => Zero::Sym(0),
-    };
-    WFmt { code: code_of(spec.kind), group, zero, scale }
-}
-
 /// Random weights: their blob, and their values times scales in f64.
 fn weights_of(spec: &GroupSpec, rng: &mut ChaCha8Rng) -> (Vec<u8>, Vec<f64>) {
-    let w = format(spec);
-    let mut m: Unpacked = matrix(spec.n, spec.k, w, rng);
+    let w = spec.weights();
+    let mut m = matrix(spec.n, spec.k, w, rng);
     if spec.scales == Scales::Blocks {
         let groups = spec.k.div_ceil(w.group) as usize;
         for row in 0..spec.n as usize {
@@ -87,29 +61,14 @@ fn weights_of(spec: &GroupSpec, rng: &mut ChaCha8Rng) -> (Vec<u8>, Vec<f64>) {
             }
         }
     }
-    let layout = spec.layout();
-    let matmul = MatmulSpec {
-        n: spec.n,
-        k: spec.k,
-        m: MRange { min: 1, max: 1 },
-        rows: Rows::T,
-        w,
-        a: if w.code == Code::U8 && spec.scales == Scales::Rows { AFmt::I8Token } else { AFmt::Bf16 },
-        epilogue: EExpr::store_acc(MemTy::F32, spec.n),
-    };
-    let mut blob = vec![];
-    let mut put = |part: &[u8]| {
-        blob.extend_from_slice(part);
-        Ok(())
-    };
-    layout.pack(w, &mut (&Layout::of(&matmul), &m), &mut put).unwrap();
-    assert_eq!(blob.len() as u64, layout.bytes());
+    let blob = spec.pack(&m).unwrap();
+    assert_eq!(blob.len() as u64, spec.layout().bytes());
     (blob, weights(&m, spec.n, spec.k, w).into_iter().map(|(q, s)| q * s).collect())
 }
 
 /// Random rows in tiles: their buffers, and their values times scales in f64.
 fn rows_of(spec: &GroupSpec, m: u32, rng: &mut ChaCha8Rng) -> (Vec<Vec<u8>>, Vec<f64>) {
-    let tiled = Tiled { kind: spec.kind, rows: m, columns: spec.k };
+    let (tiled, code) = (Tiled { kind: spec.kind, rows: m, columns: spec.k }, spec.weights().code);
     let mut tiles = vec![0u8; tiled.bytes() as usize];
     let blocks = spec.k.div_ceil(128);
     let count = match spec.scales {
@@ -122,12 +81,12 @@ fn rows_of(spec: &GroupSpec, m: u32, rng: &mut ChaCha8Rng) -> (Vec<Vec<u8>>, Vec
     for row in 0..m {
         let mut sum = 0;
         for column in 0..spec.k {
-            let bytes = random_code(code_of(spec.kind), rng);
+            let bytes = random_code(code, rng);
             let at = tiled.at(row, column) as usize;
             tiles[at..at + bytes.len()].copy_from_slice(&bytes);
             let v = match spec.kind {
                 GroupKind::S8 => f64::from(bytes[0] as i8),
-                kind => value(code_of(kind), &bytes),
+                _ => code.value(&bytes),
             };
             sum += v as i32;
             values.push(match spec.scales {

@@ -1,6 +1,6 @@
 //! Products against a reference in f64: every format of weights and rows, odd shapes, and layouts there and back.
 
-use crate::codes::{random_code, value};
+use crate::codes::random_code;
 use crate::support::{Near, compare, numbers, run};
 use half::bf16;
 use quantc_codegen::cuda::interp::{self, Counts, Schedule};
@@ -48,7 +48,7 @@ pub fn weights(m: &Unpacked, n: u32, k: u32, w: WFmt) -> Vec<(f64, f64)> {
             Zero::Asym => f64::from(m.zeros[group]),
         };
         let code = &m.codes[(row * k + col) as usize * bytes..][..bytes];
-        (value(w.code, code) - zero, m.scales.get(group).map_or(1.0, |s| f64::from(*s)))
+        (w.code.value(code) - zero, m.scales.get(group).map_or(1.0, |s| f64::from(*s)))
     };
     (0..n).flat_map(|row| (0..k).map(move |col| (row, col))).map(|(row, col)| at(row, col)).collect()
 }
@@ -145,6 +145,14 @@ pub fn formats(a: AFmt, k: u32) -> Vec<WFmt> {
     list
 }
 
+/// Tokens and results of a call that has `m` rows for a product.
+fn sizes(spec: &MatmulSpec, m: u32) -> [u32; 2] {
+    match spec.rows {
+        Rows::T => [m, 1],
+        Rows::R => [m + 40, m],
+    }
+}
+
 /// Runs a product of few rows and compares all it writes.
 fn check(spec: &MatmulSpec, tile: SkinnyTile, m: u32, rng: &mut ChaCha8Rng) -> Counts {
     let kernel = skinny::build("kernel", spec, tile).unwrap_or_else(|e| panic!("{spec:?}: {e}"));
@@ -169,7 +177,7 @@ pub fn tokens(spec: &MatmulSpec, rows: Vec<u8>, m: u32) -> Vec<u8> {
     let tiled = Tiled { kind: tiles.kind, rows: m, columns: tiles.columns() };
     let kernel = tiles::rows::build("tiles", &tiles).unwrap();
     let out = vec![0; tiled.bytes() as usize];
-    let got = interp::run(&kernel, &[rows, out], &[m, 1], Schedule::Turns).unwrap();
+    let got = interp::run(&kernel, &[rows, out], &sizes(spec, m), Schedule::Turns).unwrap();
     got.buffers[1].data.clone()
 }
 
@@ -236,7 +244,7 @@ fn check_of(
         want[row * (n + 3) as usize + col] = y + f64::from(bias[col]) + f64::from(residual[i]);
     }
     buffers.push(vec![0; want.len() * 4]);
-    let got = run(kernel, &buffers, &[m, 1]);
+    let got = run(kernel, &buffers, &sizes(spec, m));
     // Sums of a few hundred terms, each rounded to 24 bits.
     let absolute = size * 1e-6 * if gated { size.max(1.0) } else { 1.0 };
     compare(&what, MemTy::F32, got.buffers.last().unwrap(), &want, Near { relative: 2e-6, absolute });
@@ -271,6 +279,19 @@ fn all_tiles() {
         let tile = SkinnyTile { rows, tokens, warps, stages };
         check(&spec(68, 1300, w, AFmt::Bf16, false), tile, m, &mut rng);
         check(&spec(34, 520, w, AFmt::I8Token, true), tile, m, &mut rng);
+    }
+}
+
+/// Rows are results where the spec says so, however many tokens there are.
+#[test]
+fn wanted_rows_only() {
+    let mut rng = ChaCha8Rng::seed_from_u64(40);
+    let w = WFmt { code: Code::U4, group: 128, zero: Zero::Sym(8), scale: ScaleTy::Bf16 };
+    for a in [AFmt::Bf16, AFmt::I8Token] {
+        let spec = MatmulSpec { rows: Rows::R, ..spec(40, 256, w, a, false) };
+        check(&spec, SkinnyTile { rows: 1, tokens: 1, warps: 2, stages: 2 }, 5, &mut rng);
+        check_wide(&spec, WideTile { rows: 1, tokens: 2, warps: [2, 1], stages: 2 }, 19, &mut rng);
+        check_mixed(&spec, MixedTile { groups: 1, tokens: 64, stages: 2 }, 19, &mut rng);
     }
 }
 
