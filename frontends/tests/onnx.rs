@@ -199,6 +199,32 @@ fn arithmetic_on_unknown_extents_is_done_where_it_has_an_answer() {
     assert!(why.contains("extents that are not known are computed with"), "{why}");
 }
 
+/// Extents that are not known are numbers when another type is asked for.
+#[test]
+fn extents_are_cast_to_numbers() {
+    let shape = node("s", "Shape", &["x"], &["s"], &[]);
+    let to_float = |from: &str| node("f", "Cast", &[from], &["f"], &[attr_int("to", FLOAT)]);
+    let add = node("a", "Add", &["x", "f"], &["y"], &[]);
+    let x = value("x", FLOAT, &["n", "2"]);
+    let file = model(graph(&[shape.clone(), to_float("s"), add.clone()], &[], &[x.clone()], &["y"]));
+    for n in [1, 3] {
+        let (y, _) = run(&file, &Options::default(), &[f(&[n, 2], &vec![0.5; 2 * n as usize])]);
+        assert_eq!(y, [n as f64 + 0.5, 2.5].repeat(n as usize));
+    }
+    // One number, and the -1 that stands for the rest.
+    let nodes = [
+        shape,
+        node("g", "Gather", &["s", "first"], &["g"], &[]),
+        node("c", "Concat", &["g", "minus"], &["c"], &[attr_int("axis", 0)]),
+        to_float("c"),
+        add,
+    ];
+    let constants = [list("first", &[0]), list("minus", &[-1])];
+    let file = model(graph(&nodes, &constants, &[x], &["y"]));
+    let (y, _) = run(&file, &Options::default(), &[f(&[3, 2], &[0.0; 6])]);
+    assert_eq!(y, [3.0, -1.0, 3.0, -1.0, 3.0, -1.0]);
+}
+
 /// `docs/onnx.md` lists the operators. `UPDATE=1` rewrites the table.
 #[test]
 fn the_table_of_operators_is_fresh() {

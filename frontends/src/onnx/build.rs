@@ -245,6 +245,28 @@ impl<'a> Build<'a> {
         Ok(places)
     }
 
+    /// Extents as numbers that the engine computes: an axis is as long as it has ones.
+    pub(crate) fn counted(&mut self, dims: &[Dim], scalar: bool) -> Result<Val> {
+        let mut parts = vec![];
+        for &dim in dims {
+            parts.push(match dim {
+                REST => self.ints(&[-1]),
+                Dim::Static(n) => {
+                    let n = i64::try_from(n).map_err(|_| Diag::input(format!("the extent {n} is too large")))?;
+                    self.ints(&[n])
+                }
+                Dim::Sym(_) => {
+                    let one = self.ints(&[1]);
+                    let ones = self.expand(&one, vec![dim])?;
+                    self.reduce(ReduceKind::Sum, &ones, &[0])?
+                }
+            });
+        }
+        let parts: Vec<&Val> = parts.iter().collect();
+        let list = self.concat(&parts, 0)?;
+        if scalar { self.reshape(&list, vec![]) } else { Ok(list) }
+    }
+
     /// The elements of a value that is known, and not too large to be read.
     pub(crate) fn known(&self, val: &Val) -> Option<Result<Rc<Tensor>>> {
         match val {
