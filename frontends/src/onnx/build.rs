@@ -2,7 +2,7 @@
 //!
 //! An op whose operands are all small constants is evaluated at once by its own meaning, so that the arithmetic on
 //! shapes that exporters write is gone. Extents that are not known are carried as extents as far as such arithmetic
-//! only moves them.
+//! only moves them; as numbers of another type they are computed.
 
 use super::extents::{self, Arithmetic};
 use super::tensor::{Const, MOST_READ};
@@ -252,7 +252,8 @@ impl<'a> Build<'a> {
             parts.push(match dim {
                 REST => self.ints(&[-1]),
                 Dim::Static(n) => {
-                    let n = i64::try_from(n).map_err(|_| Diag::input(format!("the extent {n} is too large")))?;
+                    let n =
+                        i64::try_from(n).map_err(|_| Diag::input(format!("the extent {n} is too large")))?;
                     self.ints(&[n])
                 }
                 Dim::Sym(_) => {
