@@ -225,6 +225,34 @@ fn extents_are_cast_to_numbers() {
     assert_eq!(y, [3.0, -1.0, 3.0, -1.0, 3.0, -1.0]);
 }
 
+/// Norms of heads in rows of their own, as builders write them: there are twice as many rows as tokens.
+#[test]
+fn rows_whose_number_is_a_product_are_normalized() {
+    let split = node("r", "Reshape", &["x", "rows"], &["h"], &[]);
+    let norm = node("n", "SimplifiedLayerNormalization", &["h", "gain"], &["z"], &[]);
+    let joined = node("j", "Reshape", &["z", "wide"], &["y"], &[]);
+    let constants =
+        [list("rows", &[0, -1, 3]), list("wide", &[0, -1, 6]), floats("gain", &[3], &[1.0, 2.0, 0.5])];
+    let x = value("x", FLOAT, &["1", "n", "6"]);
+    let nodes = [split.clone(), norm.clone(), joined];
+    let file = model(graph(&nodes, &constants, &[x.clone()], &["y"]));
+    let numbers: Vec<f32> = (0..30).map(|i| (i * 7 % 11) as f32 - 4.0).collect();
+    let (y, printed) = run(&file, &Options::default(), &[f(&[1, 5, 6], &numbers)]);
+    assert!(printed.contains("tensor<1x?tx2x3xf32>"), "{printed}");
+    let dims = BTreeMap::from([("n".to_string(), 5)]);
+    let (fixed, printed) = run(&file, &Options { dims, ..Options::default() }, &[f(&[1, 5, 6], &numbers)]);
+    assert!(printed.contains("tensor<1x10x3xf32>"), "{printed}");
+    assert_eq!(y, fixed);
+    // What is not done row by row, or asks how many rows there are, is refused.
+    for (op, why) in [("Neg", "two axes of tensor<1x?tx2x3xf32> are one"), ("Shape", "a product of others")] {
+        let nodes = [split.clone(), norm.clone(), node("o", op, &["z"], &["y"], &[])];
+        let (_dir, _store, refused) =
+            import(&model(graph(&nodes, &constants, &[x.clone()], &["y"])), &Options::default());
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains(why), "{refused}");
+    }
+}
+
 /// `docs/onnx.md` lists the operators. `UPDATE=1` rewrites the table.
 #[test]
 fn the_table_of_operators_is_fresh() {
