@@ -206,7 +206,8 @@ fn extents_are_cast_to_numbers() {
     let to_float = |from: &str| node("f", "Cast", &[from], &["f"], &[attr_int("to", FLOAT)]);
     let add = node("a", "Add", &["x", "f"], &["y"], &[]);
     let x = value("x", FLOAT, &["n", "2"]);
-    let file = model(graph(&[shape.clone(), to_float("s"), add.clone()], &[], &[x.clone()], &["y"]));
+    let file =
+        model(graph(&[shape.clone(), to_float("s"), add.clone()], &[], std::slice::from_ref(&x), &["y"]));
     for n in [1, 3] {
         let (y, _) = run(&file, &Options::default(), &[f(&[n, 2], &vec![0.5; 2 * n as usize])]);
         assert_eq!(y, [n as f64 + 0.5, 2.5].repeat(n as usize));
@@ -235,7 +236,7 @@ fn rows_whose_number_is_a_product_are_normalized() {
         [list("rows", &[0, -1, 3]), list("wide", &[0, -1, 6]), floats("gain", &[3], &[1.0, 2.0, 0.5])];
     let x = value("x", FLOAT, &["1", "n", "6"]);
     let nodes = [split.clone(), norm.clone(), joined];
-    let file = model(graph(&nodes, &constants, &[x.clone()], &["y"]));
+    let file = model(graph(&nodes, &constants, std::slice::from_ref(&x), &["y"]));
     let numbers: Vec<f32> = (0..30).map(|i| (i * 7 % 11) as f32 - 4.0).collect();
     let (y, printed) = run(&file, &Options::default(), &[f(&[1, 5, 6], &numbers)]);
     assert!(printed.contains("tensor<1x?tx2x3xf32>"), "{printed}");
@@ -247,7 +248,7 @@ fn rows_whose_number_is_a_product_are_normalized() {
     for (op, why) in [("Neg", "two axes of tensor<1x?tx2x3xf32> are one"), ("Shape", "a product of others")] {
         let nodes = [split.clone(), norm.clone(), node("o", op, &["z"], &["y"], &[])];
         let (_dir, _store, refused) =
-            import(&model(graph(&nodes, &constants, &[x.clone()], &["y"])), &Options::default());
+            import(&model(graph(&nodes, &constants, std::slice::from_ref(&x), &["y"])), &Options::default());
         let refused = refused.unwrap_err().to_string();
         assert!(refused.contains(why), "{refused}");
     }
