@@ -130,7 +130,8 @@ fn plain(model: &Path, name: &str, ids: &[u32]) -> Result<Vec<f32>, String> {
     {
         args.extend(["--dim".into(), format!("{all}={tokens}")]);
     }
-    args.extend(["--dim", "past_sequence_length=0", "--store"].map(String::from));
+    // Of nothing that was kept, the width is any.
+    args.extend(["--dim", "past_sequence_length=0", "--dim", "kv_cache_dim=1", "--store"].map(String::from));
     args.extend(
         [store(), "-o".into(), engine.clone(), model.into()].map(|p: PathBuf| p.display().to_string()),
     );

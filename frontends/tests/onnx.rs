@@ -199,6 +199,61 @@ fn arithmetic_on_unknown_extents_is_done_where_it_has_an_answer() {
     assert!(why.contains("extents that are not known are computed with"), "{why}");
 }
 
+/// Extents that are not known are numbers when another type is asked for.
+#[test]
+fn extents_are_cast_to_numbers() {
+    let shape = node("s", "Shape", &["x"], &["s"], &[]);
+    let to_float = |from: &str| node("f", "Cast", &[from], &["f"], &[attr_int("to", FLOAT)]);
+    let add = node("a", "Add", &["x", "f"], &["y"], &[]);
+    let x = value("x", FLOAT, &["n", "2"]);
+    let file =
+        model(graph(&[shape.clone(), to_float("s"), add.clone()], &[], std::slice::from_ref(&x), &["y"]));
+    for n in [1, 3] {
+        let (y, _) = run(&file, &Options::default(), &[f(&[n, 2], &vec![0.5; 2 * n as usize])]);
+        assert_eq!(y, [n as f64 + 0.5, 2.5].repeat(n as usize));
+    }
+    // One number, and the -1 that stands for the rest.
+    let nodes = [
+        shape,
+        node("g", "Gather", &["s", "first"], &["g"], &[]),
+        node("c", "Concat", &["g", "minus"], &["c"], &[attr_int("axis", 0)]),
+        to_float("c"),
+        add,
+    ];
+    let constants = [list("first", &[0]), list("minus", &[-1])];
+    let file = model(graph(&nodes, &constants, &[x], &["y"]));
+    let (y, _) = run(&file, &Options::default(), &[f(&[3, 2], &[0.0; 6])]);
+    assert_eq!(y, [3.0, -1.0, 3.0, -1.0, 3.0, -1.0]);
+}
+
+/// Norms of heads in rows of their own, as builders write them: there are twice as many rows as tokens.
+#[test]
+fn rows_whose_number_is_a_product_are_normalized() {
+    let split = node("r", "Reshape", &["x", "rows"], &["h"], &[]);
+    let norm = node("n", "SimplifiedLayerNormalization", &["h", "gain"], &["z"], &[]);
+    let joined = node("j", "Reshape", &["z", "wide"], &["y"], &[]);
+    let constants =
+        [list("rows", &[0, -1, 3]), list("wide", &[0, -1, 6]), floats("gain", &[3], &[1.0, 2.0, 0.5])];
+    let x = value("x", FLOAT, &["1", "n", "6"]);
+    let nodes = [split.clone(), norm.clone(), joined];
+    let file = model(graph(&nodes, &constants, std::slice::from_ref(&x), &["y"]));
+    let numbers: Vec<f32> = (0..30).map(|i| (i * 7 % 11) as f32 - 4.0).collect();
+    let (y, printed) = run(&file, &Options::default(), &[f(&[1, 5, 6], &numbers)]);
+    assert!(printed.contains("tensor<1x?tx2x3xf32>"), "{printed}");
+    let dims = BTreeMap::from([("n".to_string(), 5)]);
+    let (fixed, printed) = run(&file, &Options { dims, ..Options::default() }, &[f(&[1, 5, 6], &numbers)]);
+    assert!(printed.contains("tensor<1x10x3xf32>"), "{printed}");
+    assert_eq!(y, fixed);
+    // What is not done row by row, or asks how many rows there are, is refused.
+    for (op, why) in [("Neg", "two axes of tensor<1x?tx2x3xf32> are one"), ("Shape", "a product of others")] {
+        let nodes = [split.clone(), norm.clone(), node("o", op, &["z"], &["y"], &[])];
+        let (_dir, _store, refused) =
+            import(&model(graph(&nodes, &constants, std::slice::from_ref(&x), &["y"])), &Options::default());
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains(why), "{refused}");
+    }
+}
+
 /// `docs/onnx.md` lists the operators. `UPDATE=1` rewrites the table.
 #[test]
 fn the_table_of_operators_is_fresh() {

@@ -4,8 +4,9 @@
 #[path = "onnx_wire/mod.rs"]
 mod wire;
 
-use quantc_frontends::onnx::{self, Options};
+use quantc_frontends::onnx::{self, Options, TextOptions};
 use quantc_ir::eval::{Evaluator, Tensor};
+use quantc_ir::ty::{ElemTy, TensorTy};
 use quantc_ir::weights::Store;
 use wire::*;
 
@@ -116,6 +117,74 @@ fn packed_grouped_attention_rotates_by_position() {
     };
     let nodes = [parts, turned("q0", "q", 4), turned("k0", "k", 2), standard(&[attr_int("is_causal", 1)])];
     near(&ours, &run(&nodes, &tables, &packed).unwrap());
+}
+
+/// Rows of a text model of these nodes for each sequence, or why there is no such model.
+fn rows_of_text(nodes: &[Msg], constants: &[Msg], texts: &[&[i32]]) -> Result<Vec<Vec<f64>>, String> {
+    let inputs = [
+        value("input_ids", INT64, &["batch", "sequence"]),
+        value("attention_mask", INT64, &["batch", "total"]),
+        value("past.key", FLOAT, &["batch", "2", "past", "width"]),
+        value("past.value", FLOAT, &["batch", "2", "past", "width"]),
+    ];
+    let versions = Msg::default().int(1, 8).msg(8, opset("", 23)).msg(8, opset("com.microsoft", 1));
+    let file = versions.msg(7, graph(nodes, constants, &inputs, &["y"]));
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = dir.path().join("model.onnx");
+    std::fs::write(&path, &file.0).expect("the folder is writable");
+    let store = Store::in_memory();
+    let imported = onnx::import_text(&path, &store, &TextOptions::default()).map_err(|e| e.to_string())?;
+    let rows = |text: &&[i32]| {
+        let ty = TensorTy::fixed(ElemTy::I32, &[text.len() as u64]);
+        let tokens = Tensor::from_ints(&ty, text.iter().map(|&id| id.into())).expect("as many as tokens");
+        let mut evaluator = Evaluator::new(&imported.module, &store).expect("there are no states");
+        evaluator.step(&[tokens], u64::MAX).unwrap_or_else(|e| panic!("{e}"))[0].reals()
+    };
+    Ok(texts.iter().map(rows).collect())
+}
+
+/// Lengths that builders compute from the mask are those of the text, whatever it is; one that is written is refused.
+#[test]
+fn lengths_of_a_text_follow_from_its_mask() {
+    let number = |name: &str, n: i64| tensor(name, INT64, &[], &n.to_le_bytes());
+    let constants = [
+        floats("table", &[7, 32], &numbers(7 * 32, 5)),
+        list("sizes", &[16, 8, 8]),
+        list("last", &[1]),
+        number("second", 1),
+        i32s("written", &[1], &[2]),
+    ];
+    let before = [
+        node("e", "Gather", &["table", "input_ids"], &["x"], &[]),
+        node("sum", "ReduceSum", &["attention_mask", "last"], &["sums"], &[attr_int("keepdims", 0)]),
+        node("less", "Sub", &["sums", "last"], &["lasts"], &[]),
+        node("lasts", "Cast", &["lasts"], &["seqlens"], &[attr_int("to", 6)]),
+        node("shape", "Shape", &["attention_mask"], &["extents"], &[]),
+        node("pick", "Gather", &["extents", "second"], &["length"], &[]),
+        node("total", "Cast", &["length"], &["total"], &[attr_int("to", 6)]),
+    ];
+    let grouped = |lengths: &str| {
+        let inputs = ["x", "", "", "past.key", "past.value", lengths, "total"];
+        let attrs = [attr_int("num_heads", 4), attr_int("kv_num_heads", 2)];
+        let mut nodes = before.to_vec();
+        nodes.push(runtime(
+            "g",
+            "GroupQueryAttention",
+            &inputs,
+            &["y", "present.key", "present.value"],
+            &attrs,
+        ));
+        nodes
+    };
+    let texts: [&[i32]; 3] = [&[3], &[6, 0, 2], &[1, 1, 5, 4, 2, 0]];
+    let ours = rows_of_text(&grouped("seqlens"), &constants, &texts).unwrap();
+    let parts = node("s", "Split", &["x", "sizes"], &["q", "k", "v"], &[attr_int("axis", 2)]);
+    let plain = [before[0].clone(), parts, standard(&[attr_int("is_causal", 1)])];
+    for (ours, plain) in ours.iter().zip(rows_of_text(&plain, &constants, &texts).unwrap()) {
+        near(ours, &plain);
+    }
+    let refused = rows_of_text(&grouped("written"), &constants, &texts).unwrap_err();
+    assert!(refused.contains("`seqlens_k`) is the length of one text"), "{refused}");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //!
 //! An op whose operands are all small constants is evaluated at once by its own meaning, so that the arithmetic on
 //! shapes that exporters write is gone. Extents that are not known are carried as extents as far as such arithmetic
-//! only moves them.
+//! only moves them; as numbers of another type they are computed.
 
 use super::extents::{self, Arithmetic};
 use super::tensor::{Const, MOST_READ};
@@ -57,6 +57,17 @@ pub(crate) enum Val {
     },
     /// Codes that are computed, which the model takes for integers.
     Codes(Rc<Codes>),
+    /// An array in more axes than the model takes it for.
+    Parted(Rc<Parted>),
+}
+
+/// An array that the model takes for one with an axis whose extent is a product without a name: `[4 t, 32]` where this is
+/// `[t, 4, 32]`. What is done row by row, and other shapes, are done on its parts; everything else refuses it.
+pub(crate) struct Parted {
+    /// The array with an axis for each factor.
+    pub(crate) parts: Val,
+    /// The extents in the model, [`REST`] for the product.
+    pub(crate) dims: Vec<Dim>,
 }
 
 /// Codes that are computed, and what the model says of them.
@@ -174,6 +185,7 @@ impl<'a> Build<'a> {
             Val::Value(v) => self.module.main.ty(*v).clone(),
             Val::Const(c) => c.ty.clone(),
             Val::Codes(c) => c.ty.clone(),
+            Val::Parted(p) => TensorTy { shape: Shape(p.dims.clone()), ..self.ty(&p.parts) },
             Val::Extents { scalar: true, .. } => TensorTy::fixed(ElemTy::I64, &[]),
             Val::Extents { dims, .. } => TensorTy::fixed(ElemTy::I64, &[dims.len() as u64]),
         }
@@ -245,6 +257,29 @@ impl<'a> Build<'a> {
         Ok(places)
     }
 
+    /// Extents as numbers that the engine computes: an axis is as long as it has ones.
+    pub(crate) fn counted(&mut self, dims: &[Dim], scalar: bool) -> Result<Val> {
+        let mut parts = vec![];
+        for &dim in dims {
+            parts.push(match dim {
+                REST => self.ints(&[-1]),
+                Dim::Static(n) => {
+                    let n =
+                        i64::try_from(n).map_err(|_| Diag::input(format!("the extent {n} is too large")))?;
+                    self.ints(&[n])
+                }
+                Dim::Sym(_) => {
+                    let one = self.ints(&[1]);
+                    let ones = self.expand(&one, vec![dim])?;
+                    self.reduce(ReduceKind::Sum, &ones, &[0])?
+                }
+            });
+        }
+        let parts: Vec<&Val> = parts.iter().collect();
+        let list = self.concat(&parts, 0)?;
+        if scalar { self.reshape(&list, vec![]) } else { Ok(list) }
+    }
+
     /// The elements of a value that is known, and not too large to be read.
     pub(crate) fn known(&self, val: &Val) -> Option<Result<Rc<Tensor>>> {
         match val {
@@ -259,6 +294,13 @@ impl<'a> Build<'a> {
             Val::Value(v) => return Ok(*v),
             Val::Const(c) => c,
             Val::Codes(codes) => return self.plain(codes),
+            Val::Parted(p) => {
+                let ty = self.ty(&p.parts);
+                return Err(Diag::input(format!(
+                    "two axes of {ty} are one in the model, and only norms of its rows are computed"
+                ))
+                .help("give the named extents of the inputs numbers"));
+            }
             Val::Extents { .. } => {
                 return Err(Diag::input("extents that are not known are computed with")
                     .help("give the named extents of the inputs numbers"));
@@ -344,7 +386,7 @@ impl<'a> Build<'a> {
         match val {
             Val::Const(_) => true,
             Val::Value(v) => self.read.contains_key(v),
-            Val::Extents { .. } | Val::Codes(_) => false,
+            Val::Extents { .. } | Val::Codes(_) | Val::Parted(_) => false,
         }
     }
 

@@ -83,6 +83,9 @@ def settings(family, wide=False):
     made = FAMILIES[family][1]()
     if wide:
         made.hidden_size *= 4
+        # The builder takes any linear layer with as many outputs as there are tokens for the model's last one, and keys
+        # of two heads have VOCAB.
+        made.vocab_size += 16
         if getattr(made, "head_dim", None):
             made.head_dim = 32
     return made

@@ -5,8 +5,8 @@ use super::raise_norms::as_written;
 use super::rebuild::{Rebuild, rebuild, tell};
 use crate::pass::prelude::*;
 use quantc_ir::ops::{
-    Add, BinaryKind, Cast, Combine, Concat, Cumulate, Embedding, Expand, Gather, LayerNorm, Mul, Order,
-    Positions, Real, Reshape, RmsNorm, Slice, Transpose,
+    Add, BinaryKind, Cast, Combine, Concat, Cumulate, Embedding, Expand, Gather, GatherElements, LayerNorm,
+    Mul, Order, Positions, Real, Reshape, RmsNorm, Slice, Transpose,
 };
 
 pass! {
@@ -15,7 +15,7 @@ pass! {
     /// Moves of elements that undo each other go, reshapes of reshapes become one, and so do transposes of transposes;
     /// casts to what a value is, sums with 0, products with 1 and choices that are known go, and constants are cast
     /// before they are repeated. What is the same number everywhere, whatever the extents are, becomes one number; places along the sequence
-    /// become `positions`; rows that are gathered from a table become `embedding`. Indices into tables are rows of them,
+    /// become `positions`; rows that are gathered from a table, whole or element by element, become `embedding`. Indices into tables are rows of them,
     /// never counted from the end. Einstein's sums of two operands become products. The module's facts count: where
     /// `sequence` is `whole`, a running count of the tokens is their positions, and no token is the `padding`.
     ///
@@ -59,6 +59,7 @@ pub(super) fn simplified(
             Some(shorter) => Some(shorter),
             None => shorter_constant(b, op, args, ty)?,
         },
+        Op::GatherElements(g) => gathered_elements(b, args, g, ty)?,
         // Rows of a table by lists of one index.
         Op::GatherNd(g) if g.batch == 0 && b.dims(args[1]).last() == Some(&Dim::Static(1)) => {
             let mut list = b.dims(args[1]);
@@ -270,6 +271,36 @@ fn gathered(b: &mut Rebuild<'_>, args: &[ValueId], g: &Gather, ty: &TensorTy) ->
     let table = b.slice(x, 0, offset, left)?;
     let found = b.emit(Embedding { to }, &[ids, table])?;
     b.reshape(found, &ty.shape.0).map(Some)
+}
+
+/// A gather of whole rows, where the same index is read all along the other axes.
+fn gathered_elements(
+    b: &mut Rebuild<'_>,
+    args: &[ValueId],
+    g: &GatherElements,
+    ty: &TensorTy,
+) -> Result<Option<ValueId>> {
+    let (x, mut at, axis) = (args[0], args[1], usize::from(g.axis));
+    let (own, dims) = (b.dims(x), b.dims(at));
+    // Fewer indices than elements along another axis leave elements out.
+    let whole = |(i, (a, b)): (usize, (&Dim, &Dim))| i == axis || (a == b && b.fixed().is_some_and(|n| n > 0));
+    if !own.iter().zip(&dims).enumerate().all(whole) {
+        return Ok(None);
+    }
+    let Some(Form::Affine(a)) = b.form(at) else { return Ok(None) };
+    if a.factors.len() != dims.len() || a.factors.iter().enumerate().any(|(i, &f)| i != axis && f != 0) {
+        return Ok(None);
+    }
+    for i in (0..dims.len()).filter(|&i| i != axis && dims[i] != Dim::Static(1)) {
+        at = b.slice(at, i, 0, 1)?;
+    }
+    let list = b.reshape(at, &[dims[axis]])?;
+    if own[..axis].iter().any(|d| *d != Dim::Static(1)) {
+        return b.emit(Gather { axis: g.axis }, &[x, list]).map(Some);
+    }
+    let table = b.reshape(x, &own[axis..])?;
+    let rows = b.emit(Gather { axis: 0 }, &[table, list])?;
+    b.reshape(rows, &ty.shape.0).map(Some)
 }
 
 /// Ids of type i32 with one axis that are those of `at`, and what is added to them; they are not negative.

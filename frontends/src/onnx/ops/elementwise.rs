@@ -149,20 +149,19 @@ fn cast_like(cx: &mut Cx<'_, '_>) -> Results {
     cast_to(cx, x, to)
 }
 
-fn cast_to(cx: &mut Cx<'_, '_>, x: Val, to: ElemTy) -> Results {
+fn cast_to(cx: &mut Cx<'_, '_>, mut x: Val, to: ElemTy) -> Results {
     let saturate = cx.flag("saturate", true)?;
     let round = cx.text("round_mode", "up")?;
     if to.bare_format().is_some_and(|f| f.name == "e8m0") && cx.ty(&x).elem.is_real() {
         let text = format!("numbers are cast to float8e8m0 and rounded `{round}`, which is not supported");
         return Err(Diag::input(text));
     }
-    if let Val::Extents { .. } = x
-        && to == ElemTy::I64
-    {
-        return one(Ok(x));
-    }
     if cx.ty(&x).elem == to {
         return one(Ok(x));
+    }
+    // As another type they are numbers, not extents: what reads them as extents refuses them.
+    if let Val::Extents { dims, scalar } = x {
+        x = cx.counted(&dims, scalar)?;
     }
     one(cx.op(Cast { to, saturate }, &[&x]))
 }

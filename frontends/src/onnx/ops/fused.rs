@@ -195,17 +195,23 @@ fn multi_head(cx: &mut Cx<'_, '_>) -> Results {
 /// Refuses lengths that might leave keys out: those of a text model count all of them.
 fn all_count(cx: &mut Cx<'_, '_>, i: usize, length: Dim) -> Result<()> {
     let Some(last) = cx.opt(i) else { return Ok(()) };
-    if cx.tokens {
+    let known = cx.known(&last).transpose()?;
+    // A number that is written is the length of one text only.
+    if cx.tokens && known.is_none() {
         return Ok(());
     }
-    let known = cx.known(&last).transpose()?;
     let all = known.is_some_and(|t| t.ints().iter().all(|&n| u64::try_from(n + 1).ok() == length.fixed()));
     if all {
         return Ok(());
     }
     cx.need(&last);
-    Err(Diag::input(format!("input {i} (`seqlens_k`) must be known, and count all keys"))
-        .help("compile it as a text model, which reads one sequence without padding"))
+    Err(if cx.tokens {
+        Diag::input(format!("input {i} (`seqlens_k`) is the length of one text, whatever text is read"))
+            .help("export the model with lengths that follow from its attention mask")
+    } else {
+        Diag::input(format!("input {i} (`seqlens_k`) must be known, and count all keys"))
+            .help("compile it as a text model, which reads one sequence without padding")
+    })
 }
 
 fn grouped(cx: &mut Cx<'_, '_>) -> Results {

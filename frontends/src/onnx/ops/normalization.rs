@@ -1,11 +1,12 @@
 //! Normalizations and softmax.
 
 use super::{Results, one};
-use crate::onnx::build::Val;
+use crate::onnx::build::{Parted, Val};
 use crate::onnx::node::Cx;
 use quantc_ir::diag::{Diag, Result};
 use quantc_ir::ops::{ArgReduce, LayerNorm, Order, Real, ReduceKind, RmsNorm, Softmax, UnaryKind as U};
 use quantc_ir::ty::{Dim, ElemTy};
+use std::rc::Rc;
 
 onnx_ops! {
     /// Inference only.
@@ -212,6 +213,13 @@ fn rms_norm(cx: &mut Cx<'_, '_>) -> Results {
 
 fn rms(cx: &mut Cx<'_, '_>, x: &Val, gain: &Val, axis: usize, eps: f64) -> Result<Val> {
     let rank = cx.rank(x);
+    if let Val::Parted(p) = x
+        && axis + 1 == rank
+        && cx.rank(gain) == 1
+    {
+        let parts = rms(cx, &p.parts, gain, cx.rank(&p.parts) - 1, eps)?;
+        return Ok(Val::Parted(Rc::new(Parted { parts, dims: p.dims.clone() })));
+    }
     if axis + 1 == rank && cx.dims(gain) == [cx.dims(x)[rank - 1]] {
         return cx.op(RmsNorm { eps: Real(eps) }, &[x, gain]);
     }

@@ -1,11 +1,12 @@
 //! Extents, and the same elements under other extents.
 
 use super::{Results, one};
-use crate::onnx::build::Val;
+use crate::onnx::build::{Parted, REST, Val};
 use crate::onnx::node::Cx;
 use quantc_ir::diag::{Diag, Result};
 use quantc_ir::ops::Expand;
 use quantc_ir::ty::{Dim, Shape};
+use std::rc::Rc;
 
 onnx_ops! {
     "" "Expand" since 8 => expand;
@@ -27,6 +28,10 @@ fn shape(cx: &mut Cx<'_, '_>) -> Results {
     };
     let (start, end) = (bound("start", 0)?, bound("end", rank)?);
     let part = dims.get(start..end).unwrap_or_default().to_vec();
+    if part.contains(&REST) {
+        return Err(Diag::input("an extent is asked for that is a product of others, not all of which are known")
+            .help("give the named extents of the inputs numbers"));
+    }
     one(Ok(cx.extents(part)))
 }
 
@@ -40,7 +45,7 @@ fn size(cx: &mut Cx<'_, '_>) -> Results {
 }
 
 /// How many times more elements `from` has than `to`: a number, and the symbols that are left.
-fn quotient(from: &[Dim], to: &[Dim]) -> Option<Dim> {
+fn factors(from: &[Dim], to: &[Dim]) -> Option<(u64, Vec<Dim>)> {
     let split = |dims: &[Dim]| {
         let symbols: Vec<Dim> = dims.iter().copied().filter(|d| d.fixed().is_none()).collect();
         let n = dims.iter().filter_map(|d| d.fixed()).try_fold(1u64, |n, d| n.checked_mul(d));
@@ -51,24 +56,29 @@ fn quotient(from: &[Dim], to: &[Dim]) -> Option<Dim> {
         left.remove(left.iter().position(|&l| l == symbol)?);
     }
     let (n, m) = (n?, m?);
-    match (n.checked_div(m).filter(|q| q * m == n)?, left.as_slice()) {
-        (q, []) => Some(Dim::Static(q)),
-        (1, &[symbol]) => Some(symbol),
+    Some((n.checked_div(m).filter(|q| q * m == n)?, left))
+}
+
+/// As [`factors`], as one extent.
+fn quotient(from: &[Dim], to: &[Dim]) -> Option<Dim> {
+    match factors(from, to)? {
+        (q, left) if left.is_empty() => Some(Dim::Static(q)),
+        (1, left) if left.len() == 1 => Some(left[0]),
         _ => None,
     }
 }
 
 fn reshape(cx: &mut Cx<'_, '_>) -> Results {
-    let x = cx.input(0)?;
+    let mut x = cx.input(0)?;
     let keep_zero = cx.flag("allowzero", false)?;
-    let from = cx.dims(&x);
+    let mut from = cx.dims(&x);
     let asked = cx.extents_of(1, "shape")?;
     cx.check_rank(asked.len())?;
     let (mut dims, mut rest) = (vec![], None);
     for (i, d) in asked.into_iter().enumerate() {
         dims.push(match d {
             Ok(Dim::Static(0)) if !keep_zero => {
-                let kept = from.get(i).copied();
+                let kept = from.get(i).copied().filter(|&d| d != REST);
                 kept.ok_or_else(|| Diag::input(format!("`shape` keeps axis {i}, which input 0 does not have")))?
             }
             Ok(d) => d,
@@ -79,7 +89,22 @@ fn reshape(cx: &mut Cx<'_, '_>) -> Results {
             Err(n) => return Err(Diag::input(format!("`shape` has the extent {n}"))),
         });
     }
+    if let Val::Parted(p) = &x {
+        x = p.parts.clone();
+        from = cx.dims(&x);
+    }
     if let Some(at) = rest {
+        // A product of a number and an extent has no name: its factors stay apart.
+        if let (Val::Value(_), Some((n @ 2.., left))) = (&x, factors(&from, &dims))
+            && let [symbol] = left[..]
+        {
+            let mut apart = dims.clone();
+            apart.splice(at..=at, [symbol, Dim::Static(n)]);
+            cx.check_rank(apart.len())?;
+            dims[at] = REST;
+            let parts = cx.reshape(&x, apart)?;
+            return one(Ok(Val::Parted(Rc::new(Parted { parts, dims }))));
+        }
         let unknown = || {
             let (ty, to) = (cx.ty(&x), Shape(dims.clone()));
             Diag::input(format!("`shape`: the elements of {ty} do not fill the rest of {to}"))
