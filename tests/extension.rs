@@ -43,7 +43,10 @@ fn build(krate: &Path) -> PathBuf {
     cargo.args(["build", "--offline", "--quiet", "--manifest-path"]).arg(krate.join("Cargo.toml"));
     cargo.arg("--target-dir").arg(target);
     // As in the manifest of the workspace, so that outside packages are shared with it.
-    cargo.args(["--config", "profile.dev.opt-level=1", "--config", "profile.dev.debug='line-tables-only'"]);
+    cargo.args(["--config", "profile.dev.opt-level=1"]);
+    if std::env::var_os("CARGO_PROFILE_DEV_DEBUG").is_none() {
+        cargo.args(["--config", "profile.dev.debug='line-tables-only'"]);
+    }
     for package in UNOPTIMIZED {
         cargo.args(["--config", &format!("profile.dev.package.{package}.opt-level=0")]);
     }
