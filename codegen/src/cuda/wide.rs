@@ -17,7 +17,7 @@ use super::layout::{CHUNK_BYTES, FragmentLayout, Meets, UNIT};
 use super::product::{Arguments, tile_numbers};
 use super::tile::{Builder, Extent, Kernel, WARP};
 use super::warp::{TOKENS, WarpTile};
-use crate::spec::MatmulSpec;
+use crate::spec::{MatmulSpec, Zero};
 use quantc_ir::diag::{Diag, Result};
 use quantc_ir::target::GpuDesc;
 use serde::{Deserialize, Serialize};
@@ -48,12 +48,15 @@ pub struct WideTile {
 }
 
 impl WideTile {
-    /// The tile for a GPU: as many sums as registers surely hold, in a block of 128 tokens.
+    /// The tile for a GPU: as many sums as registers surely hold, in a block of 128 tokens, or of 64.
     pub fn of(spec: &MatmulSpec, gpu: &GpuDesc) -> Result<WideTile> {
         let layout = FragmentLayout::of(spec)?;
         let copies = spec.products() * if layout.per_row() { 1 } else { 2 };
-        let tokens = 8;
-        let rows = (MOST_TILES / tokens / copies).max(1);
+        // Zero points of many groups a step take the registers of half of the sums.
+        let zeros =
+            layout.meets == Meets::Bytes && spec.w.zero == Zero::Asym && 4 * spec.w.group <= ROW_BYTES;
+        let (tokens, most) = if zeros { (4, MOST_TILES / 2) } else { (8, MOST_TILES) };
+        let rows = (most / tokens / copies).max(1);
         let tiles = [4, 3, 2].map(|stages| WideTile { rows, tokens, warps: [4, 2], stages });
         let fits = |most: u32| tiles.into_iter().find(|tile| tile.shared_bytes(spec, layout) <= most);
         // Half of what there is, so that a second block computes while one writes its results.
