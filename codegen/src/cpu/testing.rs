@@ -15,14 +15,6 @@ pub fn runnable() -> impl Iterator<Item = &'static TargetDesc> {
     targets::TARGETS.iter().copied().filter(|t| targets::runs_here(t))
 }
 
-/// Two of them for the case at place `n`: cases side by side come by all, in half the time of all for each.
-pub fn runnable_in_turn(n: usize) -> Vec<&'static TargetDesc> {
-    let all: Vec<_> = runnable().collect();
-    let mut two = vec![n % all.len(), (n + all.len().div_ceil(2)) % all.len()];
-    two.dedup();
-    two.into_iter().map(|i| all[i]).collect()
-}
-
 /// Emits and loads one object.
 pub fn build(target: &'static TargetDesc, emit: impl FnOnce(&Unit<'_>) -> Result<()>) -> Object {
     let cx = Context::create();

@@ -2,7 +2,7 @@ use quantc_runtime::object::Object;
 
 use super::*;
 use crate::cpu::cache::{BlockLayout, Role};
-use crate::cpu::testing::{Buf, assert_close, build, call, random, rng, runnable, runnable_in_turn};
+use crate::cpu::testing::{Buf, assert_close, build, call, random, rng, runnable};
 use crate::eexpr::MemTy;
 use crate::spec::Rows;
 use quantc_ir::formats::{self, Format};
@@ -191,16 +191,9 @@ fn caches(spec: &AttentionSpec, target: &TargetDesc, c: &Call, seed: u64) -> (St
     (store(spec, Role::Keys, target, &k, written), store(spec, Role::Values, target, &v, written))
 }
 
-fn cached_cases(specs: &[AttentionSpec], calls: &[Call], seed: u64) {
-    for (n, spec) in specs.iter().enumerate() {
-        cached_case(spec, n, calls, seed);
-    }
-}
-
-/// The case at place `n`.
-fn cached_case(spec: &AttentionSpec, n: usize, calls: &[Call], seed: u64) {
+fn cached_case(spec: &AttentionSpec, calls: &[Call], seed: u64) {
     let width = (spec.kv_heads * spec.head_dim) as usize;
-    for target in runnable_in_turn(n) {
+    for target in runnable() {
         let object = build(target, |unit| emit(unit, spec, "k"));
         for (i, c) in calls.iter().enumerate() {
             let t = c.positions.len();
@@ -236,21 +229,25 @@ fn calls() -> Vec<Call> {
 
 #[test]
 fn all_head_widths() {
-    for (i, ty) in [CacheTy::F32, CacheTy::I8].into_iter().enumerate() {
-        for (j, d) in [1, 3, 8, 16, 20, 32, 48, 64, 80, 128].into_iter().enumerate() {
-            let scale = 1.0 / (d as f32).sqrt();
-            cached_case(&cached(2, 1, d, scale, ty), i + j, &calls()[1..4], u64::from(d));
+    for d in [1, 3, 8, 16, 20, 32, 48, 64, 80, 128] {
+        let scale = 1.0 / (d as f32).sqrt();
+        for ty in [CacheTy::F32, CacheTy::I8] {
+            cached_case(&cached(2, 1, d, scale, ty), &calls()[1..4], u64::from(d));
         }
     }
 }
 
 #[test]
 fn head_groups_types_and_batches() {
-    let groups = [(1, 1, 16), (3, 3, 20), (3, 1, 16), (16, 2, 16), (8, 2, 64)];
-    let of = |ty| groups.map(|(heads, kv_heads, d)| cached(heads, kv_heads, d, 0.2, ty));
-    cached_cases(&TYPES.map(of).concat(), &calls(), 1);
+    for ty in TYPES {
+        for (heads, kv_heads, d) in [(1, 1, 16), (3, 3, 20), (3, 1, 16), (16, 2, 16), (8, 2, 64)] {
+            cached_case(&cached(heads, kv_heads, d, 0.2, ty), &calls(), 1);
+        }
+    }
     for ty in [CacheTy::F32, CacheTy::I8] {
-        cached_cases(&[1, 2, 6, 64, 65].map(|heads| cached(heads, 1, 16, 0.25, ty)), &calls(), 2);
+        for heads in [1, 2, 6, 64, 65] {
+            cached_case(&cached(heads, 1, 16, 0.25, ty), &calls(), 2);
+        }
     }
 }
 
@@ -279,20 +276,23 @@ fn the_last_rows_alone_have_the_same_bits() {
 #[test]
 fn codes_with_one_scale_for_each_head() {
     for ty in [CacheTy::I8, CacheTy::E4m3] {
-        let source = KvSource::Cache { ty, slot_rows: SLOT_ROWS, fixed_scales: true };
-        let of = |(heads, kv_heads, d)| AttentionSpec { source, ..cached(heads, kv_heads, d, 0.2, ty) };
-        cached_cases(&[(3, 3, 20), (16, 2, 16), (8, 2, 64)].map(of), &calls(), 1);
+        for (heads, kv_heads, d) in [(3, 3, 20), (16, 2, 16), (8, 2, 64)] {
+            let source = KvSource::Cache { ty, slot_rows: SLOT_ROWS, fixed_scales: true };
+            cached_case(&AttentionSpec { source, ..cached(heads, kv_heads, d, 0.2, ty) }, &calls(), 1);
+        }
     }
 }
 
 #[test]
 fn windows_and_caps() {
     for ty in [CacheTy::F32, CacheTy::I8, CacheTy::E4m3] {
-        let of = |window| AttentionSpec { window: Some(window), ..cached(4, 2, 16, 0.25, ty) };
-        cached_cases(&[1, 2, 17, 64, 65, 1000].map(of), &calls(), 3);
+        for window in [1, 2, 17, 64, 65, 1000] {
+            let spec = AttentionSpec { window: Some(window), ..cached(4, 2, 16, 0.25, ty) };
+            cached_case(&spec, &calls(), 3);
+        }
+        let spec = AttentionSpec { softcap: Some(F32::new(1.5)), ..cached(4, 2, 16, 2.0, ty) };
+        cached_case(&spec, &calls(), 4);
     }
-    let of = |ty| AttentionSpec { softcap: Some(F32::new(1.5)), ..cached(4, 2, 16, 2.0, ty) };
-    cached_cases(&[CacheTy::F32, CacheTy::I8, CacheTy::E4m3].map(of), &calls(), 4);
 }
 
 #[test]

@@ -136,7 +136,27 @@ fn what_is_no_token_is_refused_and_changes_nothing() {
     assert!(Hessian::new(usize::MAX / 2).is_err());
     assert_eq!(h.to_bytes(), before);
     h.add(&[]).unwrap();
+    h.add_rounded(&[]).unwrap();
     assert_eq!(h.to_bytes(), before);
+}
+
+/// Wherever it stands: in the first or the second token of a pair, or in the last one of an odd number; in any panel.
+#[test]
+fn a_number_that_is_not_finite_is_found() {
+    let (n, k) = (3, 70);
+    for add in [Hessian::add, Hessian::add_rounded] {
+        let mut h = Hessian::new(k).unwrap();
+        add(&mut h, &tokens(7, 2, k)).unwrap();
+        let before = h.to_bytes();
+        for at in 0..n * k {
+            let mut x = vec![f32::MAX.sqrt(); n * k];
+            x[at] = [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY][at % 4];
+            let error = add(&mut h, &x).unwrap_err();
+            let place = format!("channel {} of token {} is", at % k, 2 + at / k);
+            assert!(error.message.starts_with(&place), "{place}: {error}");
+        }
+        assert_eq!(h.to_bytes(), before);
+    }
 }
 
 #[test]
