@@ -22,7 +22,7 @@ use quantc_codegen::cuda::tiles::rows::{self as tile_rows, From, RowTilesSpec};
 use quantc_codegen::cuda::wide::{self, WideTile};
 use quantc_codegen::cuda::{rope, tile::Kernel};
 use quantc_codegen::eexpr::{F32, MemTy};
-use quantc_codegen::spec::{AFmt, MatmulSpec, Rows};
+use quantc_codegen::spec::{AFmt, MatmulSpec, Rows, Zero};
 use quantc_codegen::targets::GPUS;
 use quantc_ir::target::GpuDesc;
 
@@ -218,7 +218,9 @@ fn wide_products() {
             // Some formats for each architecture: every fourth, from another one on.
             let list = products::formats(a, k);
             let (first, step) = if machine::everything() { (0, 1) } else { (i, 4) };
-            for w in list.iter().skip(first).step_by(step) {
+            // And the one that takes most registers.
+            let most = list.iter().find(|w| w.zero == Zero::Asym && w.group == 32);
+            for w in list.iter().skip(first).step_by(step).chain(most) {
                 let spec = products::spec(4096, k, *w, a, false);
                 let kernel = wide::build("wide", &spec, WideTile::of(&spec, &target.gpu).unwrap()).unwrap();
                 jobs.push((kernel, *target));
