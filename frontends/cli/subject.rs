@@ -23,7 +23,7 @@ pub fn is_engine(path: &Path) -> bool {
     path.join(MANIFEST_FILE).is_file()
 }
 
-/// Whether `path` is the folder of an engine over arrays; an engine whose manifest cannot be read is neither.
+/// Whether `path` is the folder of an engine over arrays. An engine whose manifest cannot be read is an error.
 pub fn is_graph(path: &Path) -> Outcome<bool> {
     Ok(is_engine(path) && manifest(path)?.kind() == Kind::Graph)
 }

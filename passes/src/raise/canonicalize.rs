@@ -14,10 +14,11 @@ pass! {
     ///
     /// Moves of elements that undo each other go, reshapes of reshapes become one, and so do transposes of transposes;
     /// casts to what a value is, sums with 0, products with 1 and choices that are known go, and constants are cast
-    /// before they are repeated. What is the same number everywhere, whatever the extents are, becomes one number; places along the sequence
-    /// become `positions`; rows that are gathered from a table, whole or element by element, become `embedding`. Indices into tables are rows of them,
-    /// never counted from the end. Einstein's sums of two operands become products. The module's facts count: where
-    /// `sequence` is `whole`, a running count of the tokens is their positions, and no token is the `padding`.
+    /// before they are repeated. What is the same number everywhere, whatever the extents are, becomes one number;
+    /// places along the sequence become `positions`; rows that are gathered from a table, whole or element by element,
+    /// become `embedding`. Indices into tables are rows of them, never counted from the end. Einstein's sums of two
+    /// operands become products. The module's facts count: where `sequence` is `whole`, a running count of the tokens
+    /// is their positions, and no token is the `padding`.
     ///
     /// ```qir before
     /// %a = transpose %x
