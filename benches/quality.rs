@@ -68,9 +68,13 @@ enum Kind {
     Sorter,
 }
 
-/// The option of the presets that search for strengths, and what they are compared with.
-const SEARCHED: &str = "smoothquant{alpha=search}";
-const FIXED: &str = "smoothquant{alpha=0.5}";
+/// The pipeline with the strength 0.5 instead of those that `smoothquant` finds, of presets that search for them everywhere.
+fn with_usual_strength(pipeline: &str) -> Option<String> {
+    let (before, behind) = pipeline.split_once("smoothquant{alpha=search")?;
+    let (options, _) = behind.split_once('}')?;
+    // Places that are not worth it stay as they are, with whatever strength.
+    (!options.contains("worth=")).then(|| format!("{before}smoothquant{{alpha=0.5{behind}"))
+}
 
 /// What decides the figures of a folder.
 struct Place<'a> {
@@ -518,9 +522,10 @@ the embedding counts as a matrix of its own); neither counts padding. `MB` is th
         };
         let mut all: Vec<Way> =
             self.presets.iter().map(|p| way(p.name.into(), &["--preset", p.name], p.needs_data())).collect();
-        for searched in self.presets.iter().filter(|p| p.pipeline.contains(SEARCHED)) {
-            let pipeline = searched.pipeline.replace(SEARCHED, FIXED);
-            all.push(way(format!("{}, alpha 0.5", searched.name), &["-p", &pipeline], true));
+        for (name, pipeline) in
+            self.presets.iter().filter_map(|p| Some((p.name, with_usual_strength(p.pipeline)?)))
+        {
+            all.push(way(format!("{name}, alpha 0.5"), &["-p", &pipeline], true));
         }
         for kv in self.options.kv.iter().filter(|_| subject.kind == Kind::Decoder) {
             let args = ["--preset", "f32", "--kv-cache", kv];

@@ -89,7 +89,7 @@ presets! {
     /// As `w8a8-static`, with outliers of activations moved into the weights first.
     "w8a8-static-smoothquant", embedding: "as in the checkpoint", head: "int8 per row, int8 activations", [
         "calibrate{stats=[absmax, rows]}",
-        "smoothquant{alpha=search}",
+        "smoothquant{alpha=search, scale=static}",
         "calibrate{stats=[histogram]}",
         "round-to-nearest{format=int8, group=row}",
         "quantize-activations{format=int8, scale=static, range=mse}",

@@ -173,8 +173,7 @@ impl SiteStats {
         }
         self.watch(sample, first, rows, columns, take)?;
         if take.rows {
-            let kept =
-                rows.chunks_exact(columns).zip(self.tokens..).filter(|(_, token)| token % take.every == 0);
+            let kept = rows.chunks_exact(columns).zip(self.tokens..).filter(|&(_, token)| take.keeps(token));
             kept.for_each(|(row, _)| self.rows.extend_from_slice(row));
         }
         self.tokens += (rows.len() / columns) as u64;
@@ -243,12 +242,24 @@ struct Take {
     tensors: Vec<&'static str>,
     /// The sample before which half of them have been seen.
     half: usize,
-    /// One row of so many is kept; not 0 when rows are.
+    /// Of so many rows in turn one is kept; not 0 when rows are.
     every: u64,
     /// Rows of more channels get no Hessian.
     widest: usize,
     /// Whether products read rows rounded to bf16.
     bf16: bool,
+}
+
+impl Take {
+    /// Whether the row of this token is kept, one in each run of `every`: anywhere in it, since steps of one length that
+    /// divides a sample's would meet the same positions again and again, the first of each sample among them.
+    fn keeps(&self, token: u64) -> bool {
+        // A finalizer of 64 bits mixes each number into one that looks drawn at random (SplitMix64's).
+        let mut z = (token / self.every).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        token % self.every == (z ^ (z >> 31)) % self.every
+    }
 }
 
 /// Statistics of one function's values, not taken before they are needed.
@@ -308,7 +319,7 @@ impl LayerStats {
         let wide = kinds.contains(&Kind::Hessian) && values[..read].iter().any(|&(_, n)| n > widest);
         let limit = if wide { format!(" of at most {widest} channels") } else { String::new() };
         let options = format!("{}{rows}{limit}", names.join(", "));
-        let recipe = Recipe { step: "statistics", version: 2, options, inputs };
+        let recipe = Recipe { step: "statistics", version: 3, options, inputs };
         let site = |(index, &(v, columns)): (usize, &(ValueId, usize))| {
             (v, Site { index, columns, read: index < read, divided: vec![], applied: 0, taken: None })
         };
@@ -598,6 +609,28 @@ pub fn divide(cx: &mut PassCx<'_>, x: ValueId, by: &[f32]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_are_kept_one_in_each_run_and_from_all_positions_of_samples() {
+        let (samples, length) = (128, 512);
+        let take = Take { rows: true, every: samples * length / KEPT as u64, ..Take::default() };
+        let kept: Vec<u64> = (0..samples * length).filter(|&token| take.keeps(token)).collect();
+        let runs: Vec<u64> = kept.iter().map(|token| token / take.every).collect();
+        assert_eq!(runs, (0..KEPT as u64).collect::<Vec<_>>());
+        let mut positions: Vec<u64> = kept.iter().map(|token| token % length).collect();
+        let first = positions.iter().filter(|&&p| p == 0).count();
+        positions.sort();
+        positions.dedup();
+        // 512 positions drawn at random from 512 are 324 different ones, and each comes once.
+        assert!(positions.len() > 290 && first < 8, "{} positions, {first} times the first", positions.len());
+        // However samples come, what is kept is the same.
+        let mut stats = SiteStats::default();
+        for (i, sample) in (0..samples * length).collect::<Vec<_>>().chunks(length as usize).enumerate() {
+            let rows: Vec<f32> = sample.iter().map(|&token| token as f32).collect();
+            stats.see(i, 0, &rows, 1, &take).unwrap();
+        }
+        assert_eq!(stats.rows, kept.iter().map(|&token| token as f32).collect::<Vec<_>>());
+    }
 
     #[test]
     fn observers_see_the_samples_and_half_of_them() {

@@ -2,12 +2,15 @@
 
 use super::sites::{self, Decision, Site};
 use crate::calib::SiteStats;
+use crate::calib::observers::{AnyObserver, Method, Rows};
 use crate::calib::stats::{self, Kind};
 use crate::pass::prelude::*;
 use crate::weights::options::FormatName;
-use crate::weights::selects;
-use quantc_ir::formats::{self, Format};
-use quantc_ir::quant::{Groups, Options, dequantize_block, quantize_rows};
+use crate::weights::{ScaleTime, selects};
+use quantc_ir::formats;
+use quantc_ir::quant::{
+    Groups, Options, ScaleRule, dequantize_block, dequantize_one, quantize_one, quantize_rows, scale_for,
+};
 use quantc_ir::scheme::{Group, Scheme, Zero};
 use quantc_ir::weights::Recipe;
 use rayon::prelude::*;
@@ -39,6 +42,9 @@ pass! {
         worth: f32 = 1.0,
         /// The format that rows and weights are rounded to, for `search`.
         format: FormatName = FormatName(&formats::INT8),
+        /// When scales of rows are decided, for `search`: `dynamic` has one for each row, `static` one for all of them, which
+        /// cuts off what costs less than it gains.
+        scale: ScaleTime = ScaleTime::Dynamic,
         /// Matrices that must not be changed, as name patterns: places that they read are left alone. A pattern that
         /// matches nothing is an error.
         skip: Vec<Pattern> = vec![],
@@ -48,7 +54,7 @@ pass! {
         skip_layers: Vec<Pattern> = vec![],
     }
     needs: [stat(absmax)],
-    scope: Layer, numerics: Reassociates, stats: transforms, version: 2
+    scope: Layer, numerics: Reassociates, stats: transforms, version: 3
 }
 
 /// How much is moved.
@@ -148,7 +154,7 @@ impl SmoothQuant {
         for &w in &matrices {
             inputs.push(cx.store.digest(&cx.module.weights, w)?);
         }
-        let options = format!("{:?} {} {:?}", self.alpha, self.format, site.class.iter().max());
+        let options = format!("{:?} {} {:?} {:?}", self.alpha, self.format, self.scale, site.class.iter().max());
         let recipe = Recipe { step: Self::INFO.name, version: Self::INFO.version, options, inputs };
         let stats = if cx.store.has(&recipe, 1) { None } else { Some(stats::of(cx, site.x)?) };
         let (store, weights) = (cx.store, &cx.module.weights);
@@ -160,7 +166,7 @@ impl SmoothQuant {
                 readers.push(view.read_all_f32()?);
                 view.release(0..view.rows());
             }
-            let (alpha, factors, gain) = choose(self.alpha, self.format.0, site, stats, &readers)?;
+            let (alpha, factors, gain) = self.choose(site, stats, &readers)?;
             let numbers: Vec<f32> = [alpha, gain.map_or(-1.0, |g| g as f32)].into_iter().chain(factors).collect();
             out[0].write_f32(Float::F32, &numbers)
         })?;
@@ -173,97 +179,105 @@ impl SmoothQuant {
             _ => Err(Diag::input("what the store keeps of the factors of a place is damaged")),
         }
     }
-}
 
-fn choose(
-    alpha: Alpha,
-    format: &'static Format,
-    site: &Site,
-    stats: &SiteStats,
-    readers: &[Vec<f32>],
-) -> Result<(f32, Vec<f32>, Option<f64>)> {
-    let columns = site.class.len();
-    let mut most_x = vec![0f32; site.classes];
-    let mut most_w = vec![0f32; site.classes];
-    for (&class, &x) in site.class.iter().zip(&stats.absmax) {
-        most_x[class] = most_x[class].max(x);
-    }
-    for row in readers.iter().flat_map(|w| w.chunks_exact(columns.max(1))) {
-        for (&class, &w) in site.class.iter().zip(row) {
-            most_w[class] = most_w[class].max(w.abs());
+    /// The strength, the factors, and by how much the error falls when that was measured.
+    fn choose(&self, site: &Site, stats: &SiteStats, readers: &[Vec<f32>]) -> Result<(f32, Vec<f32>, Option<f64>)> {
+        let columns = site.class.len();
+        let mut most_x = vec![0f32; site.classes];
+        let mut most_w = vec![0f32; site.classes];
+        for (&class, &x) in site.class.iter().zip(&stats.absmax) {
+            most_x[class] = most_x[class].max(x);
         }
-    }
-    let factors = |alpha: f32| -> Vec<f32> {
-        let factor = |(&x, &w): (&f32, &f32)| match x > 0.0 && w > 0.0 {
-            true => (x.powf(alpha) / w.powf(1.0 - alpha)).clamp(1e-5, 1e5),
-            false => 1.0,
-        };
-        let raw: Vec<f32> = most_x.iter().zip(&most_w).map(factor).collect();
-        // One factor for all changes nothing; near 1 they leave numbers where they were.
-        let logs: f64 = raw.iter().map(|&s| f64::from(s).ln()).sum();
-        let mean = (logs / raw.len().max(1) as f64).exp() as f32;
-        raw.iter().map(|s| s / mean).collect()
-    };
-    match alpha {
-        Alpha::Fixed(alpha) => Ok((alpha, factors(alpha), None)),
-        Alpha::Search => {
-            let ones = vec![1.0; site.classes];
-            let none = error(format, site, &ones, stats, readers)?;
-            let mut best = (0.0, ones, none);
-            for alpha in ALPHAS {
-                let factors = factors(alpha);
-                let error = error(format, site, &factors, stats, readers)?;
-                if error < best.2 {
-                    best = (alpha, factors, error);
-                }
+        for row in readers.iter().flat_map(|w| w.chunks_exact(columns.max(1))) {
+            for (&class, &w) in site.class.iter().zip(row) {
+                most_w[class] = most_w[class].max(w.abs());
             }
-            let gain = if none > 0.0 { best.2 / none } else { 1.0 };
-            Ok((best.0, best.1, Some(gain)))
         }
+        let factors = |alpha: f32| -> Vec<f32> {
+            let factor = |(&x, &w): (&f32, &f32)| match x > 0.0 && w > 0.0 {
+                true => (x.powf(alpha) / w.powf(1.0 - alpha)).clamp(1e-5, 1e5),
+                false => 1.0,
+            };
+            let raw: Vec<f32> = most_x.iter().zip(&most_w).map(factor).collect();
+            // One factor for all changes nothing; near 1 they leave numbers where they were.
+            let logs: f64 = raw.iter().map(|&s| f64::from(s).ln()).sum();
+            let mean = (logs / raw.len().max(1) as f64).exp() as f32;
+            raw.iter().map(|s| s / mean).collect()
+        };
+        match self.alpha {
+            Alpha::Fixed(alpha) => Ok((alpha, factors(alpha), None)),
+            Alpha::Search => {
+                let ones = vec![1.0; site.classes];
+                let none = self.error(site, &ones, stats, readers)?;
+                let mut best = (0.0, ones, none);
+                for alpha in ALPHAS {
+                    let factors = factors(alpha);
+                    let error = self.error(site, &factors, stats, readers)?;
+                    if error < best.2 {
+                        best = (alpha, factors, error);
+                    }
+                }
+                let gain = if none > 0.0 { best.2 / none } else { 1.0 };
+                Ok((best.0, best.1, Some(gain)))
+            }
+        }
+    }
+
+    /// The squared error of products of rounded rows and rounded weights, on the rows that were kept and on some rows of each matrix.
+    /// Each token's is taken relative to the size of its product and the usual size together, for each matrix: what is
+    /// small, as keys beside values can be, decides as much as what is large.
+    fn error(&self, site: &Site, factors: &[f32], stats: &SiteStats, readers: &[Vec<f32>]) -> Result<f64> {
+        let by: Vec<f32> = site.class.iter().map(|&c| factors[c]).collect();
+        let k = by.len().max(1);
+        let scheme = |group| Scheme { format: self.format.0, group, zero: Zero::Symmetric, scale: Float::F32 };
+        let rounded = |rows: &[f32]| -> Result<Vec<f32>> {
+            let scheme = scheme(Group::Axis(0));
+            let groups = Groups::new(&scheme, &Shape::fixed(&[(rows.len() / k) as u64, k as u64]))?;
+            let made = quantize_rows(&groups, &scheme, Options::default(), rows)?;
+            let mut back = vec![0.0; rows.len()];
+            dequantize_block(&groups, &scheme, &made.params, 0, &made.codes, &mut back)?;
+            Ok(back)
+        };
+        let divided: Vec<f32> = stats.rows.chunks_exact(k).flat_map(|row| row.iter().zip(&by).map(|(x, s)| x / s)).collect();
+        let rows = match self.scale {
+            ScaleTime::Dynamic => rounded(&divided)?,
+            ScaleTime::Static => at_one_scale(&divided, k, &scheme(Group::Tensor))?,
+        };
+        let mut sum = 0.0;
+        for w in readers {
+            let n = w.len() / k;
+            let step = n.div_ceil(SAMPLED_ROWS).max(1);
+            let picked: Vec<f32> = w.chunks_exact(k).step_by(step).flatten().copied().collect();
+            let scaled: Vec<f32> = picked.chunks_exact(k).flat_map(|row| row.iter().zip(&by).map(|(w, s)| w * s)).collect();
+            let weights = rounded(&scaled)?;
+            let parts: Vec<(f64, f64)> = rows
+                .par_chunks(k)
+                .zip(stats.rows.par_chunks(k))
+                .map(|(q, x)| {
+                    let mut part = (0.0, 0.0);
+                    for (w, v) in weights.chunks_exact(k).zip(picked.chunks_exact(k)) {
+                        let y = dot(x, v);
+                        part.0 += f64::from(dot(q, w) - y).powi(2);
+                        part.1 += f64::from(y).powi(2);
+                    }
+                    part
+                })
+                .collect();
+            let usual = parts.iter().map(|(_, size)| size).sum::<f64>() / parts.len().max(1) as f64;
+            let relative = |(error, size): &(f64, f64)| if usual > 0.0 { error / (size + usual) } else { 0.0 };
+            sum += parts.iter().map(relative).sum::<f64>();
+        }
+        Ok(sum)
     }
 }
 
-/// The squared error of products of rounded rows and rounded weights, on the rows that were kept and on some rows of each matrix.
-/// Each token's is taken relative to the size of its product and the usual size together, for each matrix: what is
-/// small, as keys beside values can be, decides as much as what is large.
-fn error(format: &'static Format, site: &Site, factors: &[f32], stats: &SiteStats, readers: &[Vec<f32>]) -> Result<f64> {
-    let by: Vec<f32> = site.class.iter().map(|&c| factors[c]).collect();
-    let k = by.len().max(1);
-    let rounded = |rows: &[f32], group: Group| -> Result<Vec<f32>> {
-        let scheme = Scheme { format, group, zero: Zero::Symmetric, scale: Float::F32 };
-        let groups = Groups::new(&scheme, &Shape::fixed(&[(rows.len() / k) as u64, k as u64]))?;
-        let made = quantize_rows(&groups, &scheme, Options::default(), rows)?;
-        let mut back = vec![0.0; rows.len()];
-        dequantize_block(&groups, &scheme, &made.params, 0, &made.codes, &mut back)?;
-        Ok(back)
-    };
-    let divided: Vec<f32> = stats.rows.chunks_exact(k).flat_map(|row| row.iter().zip(&by).map(|(x, s)| x / s)).collect();
-    let rows = rounded(&divided, Group::Axis(0))?;
-    let mut sum = 0.0;
-    for w in readers {
-        let n = w.len() / k;
-        let step = n.div_ceil(SAMPLED_ROWS).max(1);
-        let picked: Vec<f32> = w.chunks_exact(k).step_by(step).flatten().copied().collect();
-        let scaled: Vec<f32> = picked.chunks_exact(k).flat_map(|row| row.iter().zip(&by).map(|(w, s)| w * s)).collect();
-        let weights = rounded(&scaled, Group::Axis(0))?;
-        let parts: Vec<(f64, f64)> = rows
-            .par_chunks(k)
-            .zip(stats.rows.par_chunks(k))
-            .map(|(q, x)| {
-                let mut part = (0.0, 0.0);
-                for (w, v) in weights.chunks_exact(k).zip(picked.chunks_exact(k)) {
-                    let y = dot(x, v);
-                    part.0 += f64::from(dot(q, w) - y).powi(2);
-                    part.1 += f64::from(y).powi(2);
-                }
-                part
-            })
-            .collect();
-        let usual = parts.iter().map(|(_, size)| size).sum::<f64>() / parts.len().max(1) as f64;
-        let relative = |(error, size): &(f64, f64)| if usual > 0.0 { error / (size + usual) } else { 0.0 };
-        sum += parts.iter().map(relative).sum::<f64>();
-    }
-    Ok(sum)
+/// Rows of `k` as they come back from codes with the one scale that `quantize-activations` finds for them.
+fn at_one_scale(rows: &[f32], k: usize, scheme: &Scheme) -> Result<Vec<f32>> {
+    let mut seen = AnyObserver::new(Method::Mse.statistic(), k)?;
+    seen.see(&Rows::new(0, rows, k)?)?;
+    let (scale, zero) = scale_for(seen.span(Method::Mse, scheme)?, scheme, ScaleRule::Real)?;
+    let code = |&x: &f32| quantize_one(x, scale, zero, scheme.format);
+    Ok(rows.iter().map(|x| dequantize_one(code(x), scale, zero, scheme.format)).collect())
 }
 
 /// In sixteen interleaved sums, so that the order does not depend on the machine.
@@ -277,4 +291,74 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
         }
     }
     sums.iter().sum::<f32>() + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sites::Source;
+    use super::*;
+    use quantc_ir::ops::RmsNorm;
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    /// A place behind a norm, its statistics with channels of different size, the first of which is 60 times larger in one row of
+    /// `rare`, and a matrix that reads it.
+    fn place(seed: u64, k: usize, rare: usize) -> (Site, SiteStats, Vec<Vec<f32>>) {
+        let mut graph = Graph::new();
+        let x = graph.add_param("x", TensorTy::fixed(Float::F32, &[1, k as u64]));
+        let x = graph.append(RmsNorm::default(), &[x], None).unwrap();
+        let (op, _) = graph.def(x).unwrap();
+        let source = Source::Norm(op);
+        let site = Site { x, readers: vec![], class: (0..k).collect(), classes: k, source };
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let sizes: Vec<f32> = (0..k).map(|_| 2f32.powf(rng.random_range(-2.0..2.0))).collect();
+        let mut rows: Vec<f32> = (0..64).flat_map(|_| sizes.clone()).collect();
+        rows.iter_mut().for_each(|x| *x *= rng.random_range(-1.0..1.0f32));
+        rows.chunks_exact_mut(k).step_by(rare).for_each(|row| row[0] = 60.0 * sizes[0]);
+        let mut stats = SiteStats::default();
+        (stats.rows, stats.absmax) = (rows, vec![0.0; k]);
+        for row in stats.rows.chunks_exact(k) {
+            stats.absmax.iter_mut().zip(row).for_each(|(most, x)| *most = most.max(x.abs()));
+        }
+        let w = (0..24 * k).map(|_| rng.random_range(-1.0..1.0)).collect();
+        (site, stats, vec![w])
+    }
+
+    fn search(scale: ScaleTime) -> SmoothQuant {
+        SmoothQuant { alpha: Alpha::Search, scale, ..SmoothQuant::default() }
+    }
+
+    #[test]
+    fn no_strength_has_less_error_than_the_one_found() {
+        for scale in [ScaleTime::Dynamic, ScaleTime::Static] {
+            for seed in 0..10 {
+                let (site, stats, readers) = place(seed, 13 + seed as usize, 16);
+                let pass = search(scale);
+                let (alpha, found, gain) = pass.choose(&site, &stats, &readers).unwrap();
+                let none = pass.error(&site, &vec![1.0; site.classes], &stats, &readers).unwrap();
+                let least = pass.error(&site, &found, &stats, &readers).unwrap();
+                assert_eq!(gain, Some(least / none));
+                assert!(least < none);
+                for other in ALPHAS {
+                    let fixed = SmoothQuant { alpha: Alpha::Fixed(other), ..search(scale) };
+                    let (_, factors, _) = fixed.choose(&site, &stats, &readers).unwrap();
+                    let error = pass.error(&site, &factors, &stats, &readers).unwrap();
+                    assert!(least <= error, "{scale:?}, seed {seed}: {alpha} {least}, {other} {error}");
+                }
+            }
+        }
+    }
+
+    /// A scale of their own keeps most rows from a number that few have; one for all of them does not.
+    #[test]
+    fn static_scales_ask_for_more() {
+        let mut gains = [0.0; 2];
+        for seed in 0..10 {
+            let (site, stats, readers) = place(seed, 32, 16);
+            for (sum, scale) in gains.iter_mut().zip([ScaleTime::Dynamic, ScaleTime::Static]) {
+                *sum += search(scale).choose(&site, &stats, &readers).unwrap().2.unwrap() / 10.0;
+            }
+        }
+        assert!(gains[1] < 0.7 * gains[0], "{gains:?}");
+    }
 }
