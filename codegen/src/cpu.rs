@@ -11,6 +11,8 @@ pub mod math;
 pub mod matmul;
 #[cfg(feature = "llvm")]
 pub mod nest;
+#[cfg(feature = "llvm")]
+mod products;
 pub mod rope;
 pub mod row;
 #[cfg(all(test, feature = "llvm"))]

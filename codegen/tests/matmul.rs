@@ -15,28 +15,15 @@ use quantc_codegen::layout::{Layout, Unpacked};
 use quantc_codegen::spec::{
     AFmt, Code, MRange, MatmulSpec, Rows, ScaleTy, WFmt, Zero, bf16_row_stride, i8_row_stride,
 };
-use quantc_codegen::targets::{TARGETS, runs_here};
-use quantc_ir::target::{CpuDesc, Dot, TargetDesc};
+use quantc_codegen::targets::{TARGETS, with_stand_in};
+use quantc_ir::target::Dot;
 use quantc_runtime::object::Object;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use std::sync::LazyLock;
 
 const POISON: f32 = f32::NAN;
 /// Columns after the last one of every output row, which nobody may touch.
 const GAP: usize = 3;
-
-/// The code of `cpu-avxvnni` in the encoding of AVX-512, which more machines have.
-static NARROW_VNNI: LazyLock<TargetDesc> = LazyLock::new(|| {
-    let [narrow, wide] = ["cpu-avxvnni", "cpu-avx512vnni"]
-        .map(|name| quantc_codegen::targets::lookup(name).expect("a target").clone());
-    let CpuDesc { llvm_cpu, features, .. } = wide.cpu;
-    TargetDesc { name: "256 bits of avx512vnni", cpu: CpuDesc { llvm_cpu, features, ..narrow.cpu }, ..narrow }
-});
-
-fn targets() -> impl Iterator<Item = &'static TargetDesc> {
-    TARGETS.iter().copied().chain([&*NARROW_VNNI]).filter(|t| runs_here(t))
-}
 
 /// The machine whose products `cpu-avxvnni` has runs few of these tests; what it would run is looked at.
 #[test]
@@ -264,7 +251,7 @@ const CLASSES: [(MRange, &[usize]); 3] = [
 
 /// Builds all cases into one object a target and runs them.
 fn check(cases: &[Case], seed: u64) {
-    for target in targets() {
+    for target in with_stand_in() {
         let cx = Context::create();
         let unit = Unit::new(&cx, target, "test").unwrap();
         for (i, case) in cases.iter().enumerate() {
@@ -401,7 +388,7 @@ fn every_code_converts_exactly() {
         (Code::F16, (0..0x7c00).step_by(37).chain((0x8000..0x8400).step_by(5)).collect()),
     ];
     let all_of = |a| codes.iter().map(move |(code, all)| (a, code, all));
-    for target in targets() {
+    for target in with_stand_in() {
         for (a, code, all) in all_of(AFmt::F32).chain(all_of(AFmt::Bf16)) {
             // k = 1, so that column n gives weight n itself.
             let n = all.len() as u32;
@@ -444,7 +431,7 @@ fn every_code_converts_exactly() {
 /// Chunks of a prompt and single tokens give the same bits.
 #[test]
 fn a_row_does_not_depend_on_the_rows_beside_it() {
-    for target in targets() {
+    for target in with_stand_in() {
         for (code, a) in [
             (Code::U4, AFmt::I8Token),
             (Code::U8, AFmt::I8Token),

@@ -432,9 +432,10 @@ mod emit {
 mod tests {
     use super::*;
     use crate::cpu::llvm::Elem;
-    use crate::cpu::testing::{Buf, build, call, random, rng, runnable};
+    use crate::cpu::testing::{Buf, build, call, random, rng};
     use crate::eexpr::MemTy;
     use crate::eexpr::llvm::Valid;
+    use crate::targets::with_stand_in;
     use quantc_ir::formats;
     use quantc_ir::quant::quantize_one;
 
@@ -445,7 +446,7 @@ mod tests {
         let types = [CacheTy::F32, CacheTy::F16, CacheTy::Bf16, CacheTy::I8, CacheTy::E4m3];
         let roles = [(Role::Keys, false), (Role::Values, false), (Role::Keys, true), (Role::Values, true)];
         for (target, ty, (role, fixed_scales)) in
-            runnable().flat_map(|t| types.map(|ty| roles.map(|role| (t, ty, role)))).flatten()
+            with_stand_in().flat_map(|t| types.map(|ty| roles.map(|role| (t, ty, role)))).flatten()
         {
             if fixed_scales && !ty.is_scaled() {
                 continue;
@@ -533,7 +534,7 @@ mod tests {
 
     #[test]
     fn every_code_of_e4m3_is_read() {
-        for target in runnable() {
+        for target in with_stand_in() {
             let lanes = target.cpu.vector_bits / 32;
             let object = build(target, |unit| {
                 unit.kernel("k", |b| {

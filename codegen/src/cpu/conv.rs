@@ -398,25 +398,10 @@ impl<'c> Unsigned<'c> {
     }
 
     fn times(&self, b: &VecBuilder<'_, 'c>, w: &Signed<'c>, sum: Val<'c>) -> Val<'c> {
-        let bits = b.target().cpu.vector_bits;
         match (self, w) {
-            (Unsigned::Bytes(x), Signed::Bytes(w)) => {
-                let name = match bits {
-                    512 => "llvm.x86.avx512.vpdpbusd.512",
-                    256 => "llvm.x86.avx512.vpdpbusd.256",
-                    _ => "llvm.x86.avx512.vpdpbusd.128",
-                };
-                b.intrinsic(name, &[], &[sum, *x, *w])
-            }
+            (Unsigned::Bytes(x), Signed::Bytes(w)) => b.vpdpbusd(sum, *x, *w),
             (Unsigned::Pairs(xe, xo), Signed::Pairs(we, wo)) => {
-                let name = match bits {
-                    512 => "llvm.x86.avx512.pmaddw.d.512",
-                    256 => "llvm.x86.avx2.pmadd.wd",
-                    _ => "llvm.x86.sse2.pmadd.wd",
-                };
-                let even = b.intrinsic(name, &[], &[*xe, *we]);
-                let odd = b.intrinsic(name, &[], &[*xo, *wo]);
-                b.add(sum, b.add(even, odd))
+                b.add(sum, b.add(b.pmaddwd(*xe, *we), b.pmaddwd(*xo, *wo)))
             }
             _ => unreachable!("both are prepared for the same target"),
         }

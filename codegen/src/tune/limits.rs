@@ -112,38 +112,16 @@ fn chains<'c>(b: &VecBuilder<'_, 'c>, elem: Elem, turn: impl Fn(&VecBuilder<'_, 
 }
 
 fn int8(b: &VecBuilder<'_, '_>, dot: Dot) {
-    let bits = b.target().cpu.vector_bits;
-    let as_bytes = |v, elem: Elem| b.bitcast(v, elem, bits / 8 / elem.bytes());
     let (w, a) = (operand(b, 0, Elem::I32), operand(b, 1, Elem::I32));
     match dot {
-        Dot::Vnni => {
-            let name = format!("llvm.x86.avx512.vpdpbusd.{bits}");
-            chains(b, Elem::I32, |b, sum| b.intrinsic(&name, &[], &[sum, w, a]));
-        }
+        Dot::Vnni => chains(b, Elem::I32, |b, sum| b.vpdpbusd(sum, w, a)),
         // The product and the sum of its sixteen-bit halves: widening comes on top only now and then.
         Dot::Maddubs => {
-            let name =
-                if bits == 256 { "llvm.x86.avx2.pmadd.ub.sw" } else { "llvm.x86.ssse3.pmadd.ub.sw.128" };
-            let a = as_bytes(a, Elem::I8);
             // What goes into the product comes out of the sum, or it would be taken out of the loop.
-            chains(b, Elem::I16, |b, sum| {
-                b.add(
-                    sum,
-                    b.intrinsic(name, &[], &[as_bytes(b.xor(sum, as_bytes(w, Elem::I16)), Elem::I8), a]),
-                )
-            });
+            let w = b.bitcast(w, Elem::I16, b.width() * 2);
+            chains(b, Elem::I16, |b, sum| b.add(sum, b.pmaddubsw(b.xor(sum, w), a)));
         }
-        Dot::Widening => {
-            let name = match bits {
-                512 => "llvm.x86.avx512.pmaddw.d.512",
-                256 => "llvm.x86.avx2.pmadd.wd",
-                _ => "llvm.x86.sse2.pmadd.wd",
-            };
-            let a = as_bytes(a, Elem::I16);
-            chains(b, Elem::I32, |b, sum| {
-                b.add(sum, b.intrinsic(name, &[], &[as_bytes(b.xor(sum, w), Elem::I16), a]))
-            });
-        }
+        Dot::Widening => chains(b, Elem::I32, |b, sum| b.add(sum, b.pmaddwd(b.xor(sum, w), a))),
     }
 }
 

@@ -72,7 +72,7 @@ impl<'c> Attention<'_, '_, 'c> {
             for (v, &vector) in vectors.iter().enumerate() {
                 let [unsigned, signed] = dot(vector, quad);
                 let before = acc[i * vectors.len() + v];
-                next.push(b.intrinsic("llvm.x86.avx512.vpdpbusd.512", &[], &[before, unsigned, signed]));
+                next.push(b.vpdpbusd(before, unsigned, signed));
             }
         }
         next

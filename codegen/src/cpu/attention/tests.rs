@@ -2,9 +2,10 @@ use quantc_runtime::object::Object;
 
 use super::*;
 use crate::cpu::cache::{BlockLayout, Role};
-use crate::cpu::testing::{Buf, assert_close, build, call, random, rng, runnable};
+use crate::cpu::testing::{Buf, assert_close, build, call, random, rng};
 use crate::eexpr::MemTy;
 use crate::spec::Rows;
+use crate::targets::with_stand_in;
 use quantc_ir::formats::{self, Format};
 use quantc_ir::target::TargetDesc;
 
@@ -193,7 +194,7 @@ fn caches(spec: &AttentionSpec, target: &TargetDesc, c: &Call, seed: u64) -> (St
 
 fn cached_case(spec: &AttentionSpec, calls: &[Call], seed: u64) {
     let width = (spec.kv_heads * spec.head_dim) as usize;
-    for target in runnable() {
+    for target in with_stand_in() {
         let object = build(target, |unit| emit(unit, spec, "k"));
         for (i, c) in calls.iter().enumerate() {
             let t = c.positions.len();
@@ -256,7 +257,7 @@ fn the_last_rows_alone_have_the_same_bits() {
     for ty in TYPES {
         let all = cached(6, 2, 20, 0.3, ty);
         let last = AttentionSpec { rows: Rows::R, ..all.clone() };
-        for target in runnable() {
+        for target in with_stand_in() {
             let [of_all, of_last] = [&all, &last].map(|spec| build(target, |unit| emit(unit, spec, "k")));
             for c in calls() {
                 let t = c.positions.len();
@@ -297,7 +298,7 @@ fn windows_and_caps() {
 
 #[test]
 fn chunks_and_single_tokens_give_the_bits_of_one_prefill() {
-    for (target, ty) in runnable().flat_map(|t| TYPES.map(|ty| (t, ty))) {
+    for (target, ty) in with_stand_in().flat_map(|t| TYPES.map(|ty| (t, ty))) {
         for window in [None, Some(30)] {
             let spec = AttentionSpec { window, ..cached(6, 2, 20, 0.3, ty) };
             let object = build(target, |unit| emit(unit, &spec, "k"));
@@ -322,7 +323,7 @@ fn chunks_and_single_tokens_give_the_bits_of_one_prefill() {
 
 #[test]
 fn rows_of_the_call() {
-    for target in runnable() {
+    for target in with_stand_in() {
         for (d, causal, window) in
             [(16, false, None), (20, true, None), (64, false, None), (8, true, Some(9))]
         {
@@ -364,7 +365,7 @@ fn rows_of_the_call() {
 #[test]
 fn large_products_do_not_overflow() {
     // Products of a thousand: the weights are all or nothing, and nothing is NaN.
-    for (target, ty) in runnable().flat_map(|t| [CacheTy::F32, CacheTy::I8].map(|ty| (t, ty))) {
+    for (target, ty) in with_stand_in().flat_map(|t| [CacheTy::F32, CacheTy::I8].map(|ty| (t, ty))) {
         let spec = cached(2, 1, 32, 360.0, ty);
         let object = build(target, |unit| emit(unit, &spec, "k"));
         let q = random(&mut rng(6), 40 * 64, 3.0);
@@ -380,7 +381,7 @@ fn large_products_do_not_overflow() {
 
 #[test]
 fn queries_and_values_of_zeros() {
-    for (target, ty) in runnable().flat_map(|t| TYPES.map(|ty| (t, ty))) {
+    for (target, ty) in with_stand_in().flat_map(|t| TYPES.map(|ty| (t, ty))) {
         let spec = cached(2, 1, 16, 0.25, ty);
         let object = build(target, |unit| emit(unit, &spec, "k"));
         let c = Call::sequence(0, 60..70);

@@ -84,20 +84,10 @@ pub(super) fn accumulate<'c>(
     for (weight, i) in weights.iter().zip(0..) {
         match (*weight, act(i)) {
             (Quad::Bytes(w), Act::Bytes(a)) if dot == Dot::Vnni => {
-                let name = match b.target().cpu.vector_bits {
-                    512 => "llvm.x86.avx512.vpdpbusd.512",
-                    256 => "llvm.x86.avx512.vpdpbusd.256",
-                    _ => "llvm.x86.avx512.vpdpbusd.128",
-                };
-                sum = b.intrinsic(name, &[], &[sum, w, a]);
+                sum = b.vpdpbusd(sum, w, a);
             }
             (Quad::Bytes(w), Act::Bytes(a)) => {
-                let (w, a) = (bytes(b, w), bytes(b, a));
-                let product = match b.target().cpu.vector_bits {
-                    512 => b.intrinsic("llvm.x86.avx512.pmaddubs.w.512", &[], &[w, a]),
-                    256 => b.intrinsic("llvm.x86.avx2.pmadd.ub.sw", &[], &[w, a]),
-                    _ => b.intrinsic("llvm.x86.ssse3.pmadd.ub.sw.128", &[], &[w, a]),
-                };
+                let product = b.pmaddubsw(w, a);
                 narrow = Some(match narrow {
                     None => (product, 1),
                     Some((before, n)) => (b.add(before, product), n + 1),
@@ -108,7 +98,7 @@ pub(super) fn accumulate<'c>(
                 }
             }
             (Quad::Pairs(we, wo), Act::Pairs(ae, ao)) => {
-                sum = b.add(sum, b.add(madd(b, we, ae), madd(b, wo, ao)));
+                sum = b.add(sum, b.add(b.pmaddwd(we, ae), b.pmaddwd(wo, ao)));
             }
             _ => unreachable!("weights and activations are prepared for the same dot"),
         }
@@ -119,20 +109,7 @@ pub(super) fn accumulate<'c>(
     }
 }
 
-fn bytes<'c>(b: &VecBuilder<'_, 'c>, v: Val<'c>) -> Val<'c> {
-    b.bitcast(v, Elem::I8, b.width() * 4)
-}
-
 /// Adjacent i16 summed to i32.
 fn widen<'c>(b: &VecBuilder<'_, 'c>, v: Val<'c>) -> Val<'c> {
-    madd(b, v, b.int(Elem::I16, b.width() * 2, 1))
-}
-
-fn madd<'c>(b: &VecBuilder<'_, 'c>, x: Val<'c>, y: Val<'c>) -> Val<'c> {
-    let name = match b.target().cpu.vector_bits {
-        512 => "llvm.x86.avx512.pmaddw.d.512",
-        256 => "llvm.x86.avx2.pmadd.wd",
-        _ => "llvm.x86.sse2.pmadd.wd",
-    };
-    b.intrinsic(name, &[], &[x, y])
+    b.pmaddwd(v, b.int(Elem::I16, b.width() * 2, 1))
 }
