@@ -204,13 +204,8 @@ impl<'c> Unit<'c> {
     /// Checks the module and runs the optimizer over it.
     pub fn optimize(&self) -> Result<()> {
         self.module.verify().map_err(|e| Diag::bug(format!("LLVM refuses the emitted code: {e}")))?;
-        let options = PassBuilderOptions::create();
-        options.set_loop_vectorization(false);
-        options.set_loop_slp_vectorization(false);
-        options.set_loop_unrolling(false);
-        options.set_loop_interleaving(false);
         self.module
-            .run_passes(PIPELINE, &self.machine, options)
+            .run_passes(PIPELINE, &self.machine, PassBuilderOptions::create())
             .map_err(|e| Diag::bug(format!("LLVM cannot optimize the emitted code: {e}")))
     }
 
