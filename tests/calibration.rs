@@ -297,3 +297,79 @@ fn rows_too_wide_for_a_hessian_are_rounded_to_nearest() {
     assert_eq!(wide.len(), 4);
     assert!(wide.iter().zip(&nearest).all(|(a, b)| (a - b).abs() < 0.05), "{wide:?} {nearest:?}");
 }
+
+/// A tokenizer of the words `w3` to `w47`, which puts 1 in front of a text and 2 behind it.
+fn words() -> String {
+    let special =
+        |id: u32| serde_json::json!({ "id": format!("[{id}]"), "ids": [id], "tokens": [format!("[{id}]")] });
+    let place = |id: u32| serde_json::json!({ "SpecialToken": { "id": format!("[{id}]"), "type_id": 0 } });
+    let text = serde_json::json!({ "Sequence": { "id": "A", "type_id": 0 } });
+    let vocab: serde_json::Map<String, serde_json::Value> =
+        (0..48).map(|i| (if i < 3 { format!("[{i}]") } else { format!("w{i}") }, i.into())).collect();
+    serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": { "type": "WhitespaceSplit" }, "decoder": null,
+        "post_processor": {
+            "type": "TemplateProcessing", "single": [place(1), text, place(2)], "pair": [],
+            "special_tokens": { "[1]": special(1), "[2]": special(2) },
+        },
+        "model": { "type": "WordLevel", "vocab": vocab, "unk_token": "[0]" },
+    })
+    .to_string()
+}
+
+#[test]
+fn an_encoder_is_calibrated_on_lines_as_it_embeds_them() {
+    let model = folder().join("bert-of-words");
+    common::copy_folder(&models("tiny-bert"), &model);
+    std::fs::write(model.join("tokenizer.json"), words()).expect("the folder is writable");
+    let weights = |data: &Path, length: u32| {
+        let calibrate = format!("calibrate{{samples=0, length={length}, stats=[absmax, min-max, rows]}}");
+        let rounded =
+            "round-to-nearest{format=int8}, quantize-activations{format=int8, scale=static, range=whole}";
+        let recipe = Recipe::pipeline(&model, &pipeline(&format!("{calibrate}, {rounded}")));
+        bytes(&recipe.with(&["--agreement", "0", "--data", data.to_str().expect("UTF-8")]).built().path)
+    };
+    let text = |name: &str, lines: &[Vec<i32>]| {
+        let line = |ids: &Vec<i32>| ids.iter().map(|id| format!("w{id} ")).collect::<String>() + "\n\n";
+        let path = folder().join(name);
+        std::fs::write(&path, lines.iter().map(line).collect::<String>()).expect("the folder is writable");
+        path
+    };
+    let line =
+        |n: i32, words: i32| -> Vec<i32> { (0..words).map(|i| (n * 17 + i * i * 5 + i) % 45 + 3).collect() };
+
+    // Lines of one length are what an array of ids says, with what stands around each, however many a sample has.
+    let lines: Vec<Vec<i32>> = (0..12).map(|n| line(n, 6)).collect();
+    let array = |name: &str, rows: &[Vec<i32>]| {
+        let header = format!(
+            "{{'descr': '<i4', 'fortran_order': False, 'shape': ({}, {}), }}\n",
+            rows.len(),
+            rows[0].len()
+        );
+        let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+        bytes.extend((header.len() as u16).to_le_bytes());
+        bytes.extend(header.bytes());
+        bytes.extend(rows.iter().flatten().flat_map(|id| id.to_le_bytes()));
+        let path = folder().join(name);
+        std::fs::write(&path, bytes).expect("the folder is writable");
+        path
+    };
+    let around: Vec<Vec<i32>> = lines.iter().map(|ids| [&[1][..], ids, &[2]].concat()).collect();
+    let (same, bare) = (array("around.npy", &around), array("bare.npy", &lines));
+    let lines = text("lines.txt", &lines);
+    let want = weights(&same, 8);
+    assert!(weights(&lines, 8) == want);
+    assert!(weights(&lines, 32) == want, "texts of one sample do not run each by itself");
+    assert!(weights(&bare, 6) != want, "what stands around a line changes nothing");
+
+    // Lines of many lengths: calls are of their own length.
+    let lines: Vec<Vec<i32>> = (0..20).map(|n| line(n, n % 7 + 1)).collect();
+    let lines = text("ragged.txt", &lines);
+    assert!(weights(&lines, 9) == weights(&lines, 32));
+    // A line that is longer than a sample is cut.
+    let long = text("long.txt", &[[line(1, 6), line(2, 6)].concat()]);
+    let cut = text("cut.txt", &[line(1, 6), line(2, 6)]);
+    assert!(weights(&long, 8) == weights(&cut, 8));
+    assert!(weights(&long, 14) != weights(&cut, 8));
+}

@@ -8,7 +8,7 @@ use crate::{opt, output};
 use quantc_codegen::targets;
 use quantc_ir::diag::Diag;
 use quantc_ir::module::Module;
-use quantc_ir::weights::{Digest, Store};
+use quantc_ir::weights::Store;
 use quantc_passes::Registry;
 use quantc_passes::calib::file::{Head, LayerHead};
 use quantc_passes::calib::stats::{self, Kind};
@@ -166,7 +166,7 @@ fn taken(args: &Args, model: &Path) -> Outcome<StatsFile> {
     });
     let tokenizer = tokenizer.transpose()?;
     let data = read_data(data, tokenizer.as_ref(), &module)?;
-    let text = Digest::of(&data.tokens.iter().flat_map(|t| t.to_le_bytes()).collect::<Vec<u8>>()).to_string();
+    let text = data.text.digest().to_string();
     let name = data.name.clone();
     let exec = Compiled::new(targets::host(), threads, &dir.join("tmp"));
     let exec_name = exec.name();
@@ -211,7 +211,7 @@ fn taken(args: &Args, model: &Path) -> Outcome<StatsFile> {
         data: name,
         text,
         exec: exec_name,
-        length: samples.windows[0].len(),
+        length: samples.length,
         seed: *seed,
         samples: samples.names().into_iter().map(|(i, digest)| (i, digest.to_string())).collect(),
         statistics: args.stats.clone(),

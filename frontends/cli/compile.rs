@@ -14,7 +14,7 @@ use quantc_ir::target::TargetDesc;
 use quantc_ir::ty::ElemTy;
 use quantc_ir::weights::Store;
 use quantc_passes::Registry;
-use quantc_passes::calib::{Calibrator, Data, StatsFile};
+use quantc_passes::calib::{Calibrator, Data, StatsFile, Text};
 use quantc_passes::manager::{self, LayerAt, Memory};
 use quantc_passes::pass::{Env, Fact};
 use quantc_passes::pipeline;
@@ -408,25 +408,37 @@ pub fn build(job: &Job<'_>, store: &Store) -> Outcome<Built> {
     Ok(Built { module, written, macs_per_token, report: told })
 }
 
-/// The tokens of a text to calibrate on.
+/// A text to calibrate on: what a decoder reads as one, an encoder line by line, each with what `quantc embed` puts around it.
+/// An array of ids holds samples as they are.
 pub fn read_data(
     path: &Path,
     tokenizer: Option<&quantc_frontends::Tokenizer>,
     module: &quantc_ir::module::Module,
 ) -> Outcome<Data> {
-    let (tokens, row) = subject::tokens(path, tokenizer)?;
-    // An array holds samples as they are.
-    let bos = module.fact_u64("bos").ok().flatten().and_then(|id| u32::try_from(id).ok());
-    let bos = bos.filter(|_| row.is_none());
+    let encoder = module.facts.get("kind").is_some_and(|kind| kind == "encoder");
+    let text = match tokenizer {
+        Some(tokenizer) if encoder && !subject::is_array(path) => {
+            let whole = subject::read_text(path)?;
+            let lines = whole.lines().map(str::trim).filter(|line| !line.is_empty());
+            let texts = lines.map(|line| tokenizer.encode(line, false)).collect::<Result<_, _>>()?;
+            let (before, after) = tokenizer.around()?;
+            Text::Each { texts, before, after }
+        }
+        _ => {
+            let (tokens, row) = subject::tokens(path, tokenizer)?;
+            let bos = module.fact_u64("bos").ok().flatten().and_then(|id| u32::try_from(id).ok());
+            Text::Running { tokens, bos: bos.filter(|_| row.is_none()) }
+        }
+    };
     let vocab = module.fact_u64("vocab")?.unwrap_or(u64::from(u32::MAX));
-    if let Some(id) = tokens.iter().chain(&bos).find(|&&id| u64::from(id) >= vocab) {
+    if let Some(id) = text.ids().find(|&id| u64::from(id) >= vocab) {
         let text = format!("the tokenizer makes token {id}, but the model knows {vocab} tokens only");
         return Err(Diag::input(text).help("the tokenizer belongs to another model").into());
     }
     let name = path
         .file_name()
         .map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned());
-    Ok(Data { name, tokens, bos })
+    Ok(Data { name, text })
 }
 
 /// Refuses weights with elements that are not finite. Rounding and packing look at what they read; this looks at what is

@@ -6,7 +6,7 @@ use quantc_ir::diag::{Diag, Result};
 use quantc_ir::module::Module;
 use quantc_ir::target::TargetDesc;
 use quantc_ir::weights::Store;
-use quantc_passes::calib::{LayerExec, Runner};
+use quantc_passes::calib::{Extent, LayerExec, Runner};
 use quantc_runtime::engine::{Engine, OpenOptions};
 use quantc_runtime::session::{Session, SessionOptions, Step};
 use std::path::{Path, PathBuf};
@@ -68,7 +68,7 @@ impl LayerExec for Compiled {
         &self,
         piece: &'a Module,
         store: &'a Store,
-        tokens: usize,
+        calls: Extent,
     ) -> Result<Box<dyn Runner + 'a>> {
         let n = self.count.fetch_add(1, Ordering::Relaxed);
         std::fs::create_dir_all(&self.folder).map_err(|e| {
@@ -81,8 +81,8 @@ impl LayerExec for Compiled {
             module: piece,
             store: &packed,
             target: self.target,
-            max_tokens: tokens.try_into().unwrap_or(u32::MAX),
-            always_full: true,
+            max_tokens: calls.most.try_into().unwrap_or(u32::MAX),
+            always_full: calls.always,
             tuning: None,
             objects: Some(&self.objects),
             files: vec![],
@@ -97,13 +97,12 @@ impl LayerExec for Compiled {
         let _ = std::fs::remove_dir_all(&place);
         let options = SessionOptions { threads: self.threads, ..SessionOptions::default() };
         let session = Session::new(engine, &options).map_err(broken)?;
-        Ok(Box::new(PieceRunner { session, tokens }))
+        Ok(Box::new(PieceRunner { session }))
     }
 }
 
 struct PieceRunner {
     session: Session,
-    tokens: usize,
 }
 
 impl Runner for PieceRunner {
@@ -114,9 +113,9 @@ impl Runner for PieceRunner {
         result: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
     ) -> Result<()> {
         let failed = |e: quantc_runtime::error::Error| Diag::bug(format!("running a piece: {e}"));
-        let n = self.tokens;
-        let positions: Vec<u32> = (0..n as u32).collect();
         let tokens = ids.first().ok_or_else(|| Diag::bug("a piece without ids"))?;
+        let n = tokens.len();
+        let positions: Vec<u32> = (0..n as u32).collect();
         let step = Step { tokens, positions: &positions, slots: &vec![0; n], rows: n };
         let first = self.session.step_with(step, rows).map_err(failed)?;
         result(0, first)?;

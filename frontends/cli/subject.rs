@@ -205,13 +205,18 @@ pub fn tokenizer(engine: &Arc<Engine>) -> Outcome<Tokenizer> {
     Ok(Tokenizer::from_bytes(&bytes, &place(TOKENIZER))?)
 }
 
+/// Whether a file is a NumPy array rather than a text.
+pub fn is_array(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e == "npy")
+}
+
 /// The tokens of a text, or the ids of a NumPy array; and, of an array, the length of its rows, which are samples as they are.
 pub fn tokens(
     path: &Path,
     tokenizer: Option<&quantc_frontends::Tokenizer>,
 ) -> Outcome<(Vec<u32>, Option<usize>)> {
     let place = path.display().to_string();
-    if path.extension().is_none_or(|e| e != "npy") {
+    if !is_array(path) {
         let tokenizer = tokenizer.ok_or_else(|| {
             Diag::input("a text was given, and the model has no tokenizer to read it with")
                 .in_file(&place)

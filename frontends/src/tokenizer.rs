@@ -95,6 +95,18 @@ impl Tokenizer {
         })
     }
 
+    /// The special tokens in front of and behind what [`Tokenizer::encode`] makes of a text.
+    pub fn around(&self) -> Result<(Vec<u32>, Vec<u32>)> {
+        const TEXT: &str = "a";
+        let (inner, whole) = (self.encode(TEXT, false)?, self.encode(TEXT, true)?);
+        // What stands around a text does not depend on it.
+        let at = (0..=whole.len().saturating_sub(inner.len())).find(|&at| whole[at..].starts_with(&inner));
+        match at {
+            Some(at) => Ok((whole[..at].to_vec(), whole[at + inner.len()..].to_vec())),
+            None => Err(Diag::input("special tokens stand inside of a text").in_file(&self.place)),
+        }
+    }
+
     /// The text of `ids`; special tokens are left out.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.guarded("decoding tokens", || {

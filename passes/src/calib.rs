@@ -20,7 +20,7 @@ pub mod piece;
 pub mod plain_cache;
 pub mod stats;
 
-pub use chain::{Calibrator, Data};
+pub use chain::{Calibrator, Data, Text};
 pub use file::StatsFile;
 pub use piece::Piece;
 pub use stats::SiteStats;
@@ -44,14 +44,23 @@ pub trait LayerExec: Send + Sync {
         false
     }
 
-    /// Makes the `main` of `piece` ready for calls of `tokens` tokens.
-    fn prepare<'a>(&self, piece: &'a Module, store: &'a Store, tokens: usize)
+    /// Makes the `main` of `piece` ready for calls.
+    fn prepare<'a>(&self, piece: &'a Module, store: &'a Store, calls: Extent)
     -> Result<Box<dyn Runner + 'a>>;
+}
+
+/// How many tokens calls have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// At most so many.
+    pub most: usize,
+    /// Every call has that many.
+    pub always: bool,
 }
 
 /// A piece that is ready to run.
 pub trait Runner {
-    /// Runs one sample from the beginning: `ids` and `rows` are the inputs of `main` of i32 and of f32, in order. `result`
+    /// Runs one call from the beginning: `ids` and `rows` are the inputs of `main` of i32 and of f32, in order. `result`
     /// is called with the index and the numbers of each result, row by row.
     fn run(
         &mut self,
@@ -80,20 +89,14 @@ impl LayerExec for Reference {
         "reference".into()
     }
 
-    fn prepare<'a>(
-        &self,
-        piece: &'a Module,
-        store: &'a Store,
-        tokens: usize,
-    ) -> Result<Box<dyn Runner + 'a>> {
-        Ok(Box::new(ReferenceRunner { piece, store, tokens: tokens as u64 }))
+    fn prepare<'a>(&self, piece: &'a Module, store: &'a Store, _: Extent) -> Result<Box<dyn Runner + 'a>> {
+        Ok(Box::new(ReferenceRunner { piece, store }))
     }
 }
 
 struct ReferenceRunner<'a> {
     piece: &'a Module,
     store: &'a Store,
-    tokens: u64,
 }
 
 impl Runner for ReferenceRunner<'_> {
@@ -103,11 +106,12 @@ impl Runner for ReferenceRunner<'_> {
         rows: &[&[f32]],
         result: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
     ) -> Result<()> {
+        let tokens = ids.first().map_or(0, |ids| ids.len() as u64);
         let (mut ids, mut rows) = (ids.iter(), rows.iter());
         let missing = || Diag::bug("a piece has more inputs than it was given");
         let input = |&p| {
             let ty = self.piece.main.ty(p);
-            let dims: Vec<u64> = ty.shape.0.iter().map(|d| d.fixed().unwrap_or(self.tokens)).collect();
+            let dims: Vec<u64> = ty.shape.0.iter().map(|d| d.fixed().unwrap_or(tokens)).collect();
             match ty.elem {
                 ElemTy::I32 => {
                     let ids = ids.next().ok_or_else(missing)?;
@@ -117,7 +121,7 @@ impl Runner for ReferenceRunner<'_> {
             }
         };
         let inputs = self.piece.main.params.iter().map(input).collect::<Result<Vec<Tensor>>>()?;
-        let results = Evaluator::new(self.piece, self.store)?.step(&inputs, self.tokens)?;
+        let results = Evaluator::new(self.piece, self.store)?.step(&inputs, tokens)?;
         results.iter().enumerate().try_for_each(|(i, r)| result(i, r.f32s()?))
     }
 }

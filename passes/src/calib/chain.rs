@@ -1,8 +1,8 @@
 //! What lies between layers, for all samples, in files.
 
-use super::LayerExec;
 use super::piece::{self, Piece, Wanted};
 use super::plain_cache::plain_cache;
+use super::{Extent, LayerExec};
 use crate::analysis::Function;
 use quantc_ir::diag::{Diag, Result};
 use quantc_ir::entity::{OpId, ValueId};
@@ -24,21 +24,83 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub struct Data {
     /// Where it comes from, for people.
     pub name: String,
-    /// Its tokens, without special ones.
-    pub tokens: Vec<u32>,
-    /// The token in front of each sample, when the model has one.
-    pub bos: Option<u32>,
+    /// What it says.
+    pub text: Text,
 }
 
-/// Samples: windows of a text, all of one length.
+/// Tokens, without special ones, and how a model is given them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Text {
+    /// A running text, of which a sample is a window.
+    Running {
+        /// All tokens.
+        tokens: Vec<u32>,
+        /// The token in front of each sample, when the model has one.
+        bos: Option<u32>,
+    },
+    /// Texts that are read each by itself, as an encoder reads sentences. A sample is as many as fit into its length.
+    Each {
+        /// The tokens of each.
+        texts: Vec<Vec<u32>>,
+        /// What stands in front of each.
+        before: Vec<u32>,
+        /// What stands behind each.
+        after: Vec<u32>,
+    },
+}
+
+impl Text {
+    /// All ids that a model is given.
+    pub fn ids(&self) -> impl Iterator<Item = u32> {
+        let (running, each): (&[u32], &[Vec<u32>]) = match self {
+            Text::Running { tokens, .. } => (tokens, &[]),
+            Text::Each { texts, .. } => (&[], texts),
+        };
+        let around: [&[u32]; 2] = match self {
+            Text::Running { bos, .. } => [bos.as_slice(), &[]],
+            Text::Each { before, after, .. } => [before, after],
+        };
+        running.iter().chain(each.iter().flatten()).chain(around.into_iter().flatten()).copied()
+    }
+
+    /// A name for the tokens.
+    pub fn digest(&self) -> Digest {
+        match self {
+            Text::Running { tokens, .. } => Digest::of(&bytes(tokens)),
+            Text::Each { texts, .. } => {
+                let lengths: Vec<u32> = texts.iter().map(|text| text.len() as u32).collect();
+                Digest::of(&[bytes(&lengths), bytes(&texts.concat())].concat())
+            }
+        }
+    }
+}
+
+fn bytes(tokens: &[u32]) -> Vec<u8> {
+    tokens.iter().flat_map(|t| t.to_le_bytes()).collect()
+}
+
+/// Samples of a text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Samples {
-    /// Tokens of each sample, the one in front included.
-    pub windows: Vec<Vec<u32>>,
+    /// What the model is run on, call by call, in the order of samples.
+    pub calls: Vec<SampleCall>,
+    /// How many there are; at least one.
+    pub count: usize,
+    /// Most tokens of one.
+    pub length: usize,
     /// Where the first of them stands among all that the text has, shuffled when they are.
     pub first: usize,
     /// A name for all of them in their order.
     pub digest: Digest,
+}
+
+/// Tokens that a model reads together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SampleCall {
+    /// The sample that they are of, counted from 0.
+    pub sample: usize,
+    /// Special ones included; at least one.
+    pub tokens: Vec<u32>,
 }
 
 /// Which samples are taken of a text.
@@ -48,49 +110,92 @@ pub struct Choice {
     pub first: u32,
     /// How many at most; 0 takes all.
     pub samples: u32,
-    /// Tokens of one, the one in front included.
+    /// Most tokens of one, special ones included.
     pub length: u32,
     /// 0 takes them from the beginning of the text on, any other number shuffles them first.
     pub seed: u64,
 }
 
 impl Data {
-    /// Cuts the text into consecutive windows and takes some.
+    /// Takes some samples of the text: consecutive windows of a running one, texts in their order of others.
     pub fn samples(&self, choice: Choice) -> Result<Samples> {
-        let step = (choice.length as usize).saturating_sub(usize::from(self.bos.is_some()));
+        let length = choice.length as usize;
+        let mut all = match &self.text {
+            Text::Running { tokens, bos } => self.windows(tokens, *bos, length)?,
+            Text::Each { texts, before, after } => self.packed(texts, before, after, length)?,
+        };
+        if choice.seed != 0 {
+            shuffle(&mut all, choice.seed);
+        }
+        let first = choice.first as usize;
+        if first >= all.len() {
+            let text = format!(
+                "the text has {} samples of {length} tokens: none is left behind the first {first}",
+                all.len()
+            );
+            return Err(Diag::input(text).in_file(self.name.clone()).help("let `first` be smaller"));
+        }
+        all.drain(..first);
+        if choice.samples > 0 {
+            all.truncate(choice.samples as usize);
+        }
+        let count = all.len();
+        let calls = all.into_iter().enumerate();
+        let calls: Vec<SampleCall> = calls
+            .flat_map(|(sample, calls)| calls.into_iter().map(move |tokens| SampleCall { sample, tokens }))
+            .collect();
+        let mut options = format!("{count} of {length}");
+        if matches!(self.text, Text::Each { .. }) {
+            // Where one ends and the next begins.
+            options.extend(calls.iter().map(|call| format!(" {}:{}", call.sample, call.tokens.len())));
+        }
+        let inputs =
+            vec![Digest::of(&calls.iter().flat_map(|call| bytes(&call.tokens)).collect::<Vec<u8>>())];
+        let digest = Recipe { step: "samples", version: 1, options, inputs }.digest();
+        Ok(Samples { calls, count, length, first, digest })
+    }
+
+    /// Each sample as the one call that it is.
+    fn windows(&self, tokens: &[u32], bos: Option<u32>, length: usize) -> Result<Vec<Vec<Vec<u32>>>> {
+        let step = length.saturating_sub(usize::from(bos.is_some()));
         if step == 0 {
             return Err(Diag::pipeline("samples of no tokens").help("let `length` be at least 2"));
         }
-        if self.tokens.len() < step {
-            let have = self.tokens.len();
+        if tokens.len() < step {
+            let have = tokens.len();
             return Err(Diag::input(format!("the text has {have} tokens, one sample takes {step}"))
                 .in_file(self.name.clone())
                 .help("give a longer text, or a smaller `length` to `calibrate`"));
         }
-        let mut parts: Vec<&[u32]> = self.tokens.chunks_exact(step).collect();
-        if choice.seed != 0 {
-            shuffle(&mut parts, choice.seed);
+        let window = |part: &[u32]| vec![bos.iter().chain(part).copied().collect()];
+        Ok(tokens.chunks_exact(step).map(window).collect())
+    }
+
+    /// Each sample as the texts that fit into it. A text that is longer than a sample is cut.
+    fn packed(
+        &self,
+        texts: &[Vec<u32>],
+        before: &[u32],
+        after: &[u32],
+        length: usize,
+    ) -> Result<Vec<Vec<Vec<u32>>>> {
+        let around = before.len() + after.len();
+        if length <= around {
+            let text = format!("samples of {length} tokens have no room for the {around} around a text");
+            return Err(Diag::pipeline(text).help(format!("let `length` be at least {}", around + 1)));
         }
-        let first = choice.first as usize;
-        if first >= parts.len() {
-            let text = format!(
-                "the text has {} samples of {} tokens: none is left behind the first {first}",
-                parts.len(),
-                choice.length
-            );
-            return Err(Diag::input(text).in_file(self.name.clone()).help("let `first` be smaller"));
+        let (mut all, mut room): (Vec<Vec<Vec<u32>>>, usize) = (vec![], 0);
+        for part in texts.iter().flat_map(|text| text.chunks(length - around)) {
+            let call = [before, part, after].concat();
+            match all.last_mut().filter(|_| call.len() <= room) {
+                Some(sample) => (room, _) = (room - call.len(), sample.push(call)),
+                None => (room, _) = (length - call.len(), all.push(vec![call])),
+            }
         }
-        parts.drain(..first);
-        if choice.samples > 0 {
-            parts.truncate(choice.samples as usize);
+        if all.is_empty() {
+            return Err(Diag::input("the text has no line with a token").in_file(self.name.clone()));
         }
-        let windows: Vec<Vec<u32>> =
-            parts.into_iter().map(|part| self.bos.iter().chain(part).copied().collect()).collect();
-        let bytes: Vec<u8> = windows.iter().flatten().flat_map(|t| t.to_le_bytes()).collect();
-        let options = format!("{} of {}", windows.len(), choice.length);
-        let digest =
-            Recipe { step: "samples", version: 1, options, inputs: vec![Digest::of(&bytes)] }.digest();
-        Ok(Samples { windows, first, digest })
+        Ok(all)
     }
 }
 
@@ -111,9 +216,23 @@ fn shuffle<T>(items: &mut [T], seed: u64) {
 impl Samples {
     /// Each sample's place among all that the text has, with a digest of its tokens.
     pub fn names(&self) -> Vec<(usize, Digest)> {
-        let name =
-            |window: &Vec<u32>| Digest::of(&window.iter().flat_map(|t| t.to_le_bytes()).collect::<Vec<u8>>());
-        self.windows.iter().enumerate().map(|(i, window)| (self.first + i, name(window))).collect()
+        let of = |calls: &[SampleCall]| {
+            let tokens = calls.iter().flat_map(|call| bytes(&call.tokens)).collect::<Vec<u8>>();
+            (self.first + calls[0].sample, Digest::of(&tokens))
+        };
+        self.calls.chunk_by(|a, b| a.sample == b.sample).map(of).collect()
+    }
+
+    /// Tokens of all samples.
+    pub fn tokens(&self) -> usize {
+        self.calls.iter().map(|call| call.tokens.len()).sum()
+    }
+
+    /// How many tokens calls have.
+    pub fn extent(&self) -> Extent {
+        let lengths = || self.calls.iter().map(|call| call.tokens.len());
+        let most = lengths().max().unwrap_or(0);
+        Extent { most, always: lengths().all(|n| n == most) }
     }
 }
 
@@ -156,17 +275,17 @@ enum Source {
 // Rows lie in files as they lie in memory.
 const _: () = assert!(cfg!(target_endian = "little"));
 
-/// The rows of all samples at one point, sample by sample.
+/// The rows of all samples at one point, call by call and in each value by value.
 enum Rows {
     File { file: File, path: PathBuf },
     Memory(Vec<u8>),
 }
 
-/// Takes the sample, the index of the value and its rows.
+/// Takes the sample, the index of the value and rows of it: those of one call.
 pub type See<'a> = dyn FnMut(usize, usize, &[f32]) -> Result<()> + 'a;
 
-/// As [`See`], with all rows of the sample at the point before.
-type SeeBoth<'a> = dyn FnMut(usize, usize, &[f32], &[f32]) -> Result<()> + 'a;
+/// As [`See`], with the rows of each value at the point before.
+type SeeBoth<'a> = dyn FnMut(usize, usize, &[f32], &[&[f32]]) -> Result<()> + 'a;
 
 /// What calibration of a layer starts from.
 pub struct Start {
@@ -218,7 +337,7 @@ impl Calibrator {
                 samples
             }
         };
-        let tokens = samples.windows[0].len();
+        let tokens = samples.extent().most;
         let Function::Layer(layer) = function else {
             let boundary = self.first(&samples);
             let piece = piece::cut(module, store, &[], Wanted::Main(values), tokens)?;
@@ -325,8 +444,7 @@ impl Calibrator {
         if let Some(known) = self.files.get(&boundary.key) {
             return Ok(known.clone());
         }
-        let tokens = samples.windows[0].len();
-        let bytes = boundary.sample_len(tokens) * 4 * samples.windows.len();
+        let bytes = boundary.columns() * samples.tokens() * 4;
         let path = store.dir().map(|dir| dir.join("activations").join(boundary.key.to_string()));
         let found = path.as_deref().and_then(|path| Rows::open(path, bytes as u64));
         let rows = match (found, &boundary.made) {
@@ -335,7 +453,7 @@ impl Calibrator {
             (None, Some(made)) => {
                 let from = self.rows(&made.from, samples, store, interrupt)?;
                 let job = Job { exec: &*self.exec, samples, store, interrupt, bf16: false };
-                let rows = boundary.make(made, &from, &job, path.as_deref(), tokens)?;
+                let rows = boundary.make(made, &from, &job, path.as_deref())?;
                 drop(from);
                 // Nobody goes back behind a point that is there.
                 if let Some(Rows::File { path, .. }) = self.files.remove(&made.from.key).as_deref() {
@@ -431,51 +549,44 @@ impl Boundary {
         self.key
     }
 
-    /// Numbers of one sample.
-    fn sample_len(&self, tokens: usize) -> usize {
-        self.values.iter().map(|&(_, columns)| columns * tokens).sum()
+    /// Numbers of one token.
+    fn columns(&self) -> usize {
+        self.values.iter().map(|&(_, columns)| columns).sum()
     }
 
-    fn make(
-        &self,
-        made: &Made,
-        from: &Rows,
-        job: &Job<'_>,
-        path: Option<&Path>,
-        tokens: usize,
-    ) -> Result<Rows> {
-        let mut out = Sink::new(path)?;
-        let offsets = |boundary: &Boundary| -> Vec<usize> {
-            let sums = boundary.values.iter().scan(0, |sum, &(_, columns)| {
-                let at = *sum;
-                *sum += columns * tokens;
-                Some(at)
-            });
-            sums.collect()
+    /// Of the rows of one call, those of each value.
+    fn parts<'a>(&self, mut rows: &'a [f32], tokens: usize) -> Vec<&'a [f32]> {
+        let part = |&(_, columns): &(ValueId, usize)| {
+            let (part, rest) = rows.split_at(columns * tokens);
+            rows = rest;
+            part
         };
-        let (to, old) = (offsets(self), offsets(&made.from));
+        self.values.iter().map(part).collect()
+    }
+
+    fn make(&self, made: &Made, from: &Rows, job: &Job<'_>, path: Option<&Path>) -> Result<Rows> {
+        let mut out = Sink::new(path)?;
         let only_result = matches!(made.sources[..], [Source::Result(_)]);
-        let mut sample = vec![0.0; if only_result { 0 } else { self.sample_len(tokens) }];
         let results = made.sources.iter().filter(|s| matches!(s, Source::Result(_))).count();
+        let mut call: Vec<Vec<f32>> = vec![vec![]; self.values.len()];
         let mut seen = 0;
         job.run(&made.piece, &made.from, from, usize::MAX, &mut |_, i, rows, given| {
             if only_result {
                 return out.write(rows);
             }
-            for ((source, &at), &(_, columns)) in made.sources.iter().zip(&to).zip(&self.values) {
-                let place = &mut sample[at..at + columns * tokens];
-                match *source {
-                    Source::Result(k) if k == i => place.copy_from_slice(rows),
-                    Source::Kept(k) if seen == 0 => {
-                        place.copy_from_slice(&given[old[k]..][..columns * tokens])
-                    }
-                    _ => {}
-                }
+            for (source, part) in made.sources.iter().zip(&mut call) {
+                let rows = match *source {
+                    Source::Result(k) if k == i => rows,
+                    Source::Kept(k) if seen == 0 => given[k],
+                    _ => continue,
+                };
+                part.clear();
+                part.extend_from_slice(rows);
             }
             seen += 1;
             if seen == results {
                 seen = 0;
-                out.write(&sample)?;
+                call.iter().try_for_each(|part| out.write(part))?;
             }
             Ok(())
         })?;
@@ -493,7 +604,7 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// Runs `most` samples; `see` gets the sample, the index of the result, its rows, and all rows of the sample at the point
+    /// Runs `most` samples; `see` gets the sample, the index of the result, its rows, and the rows of each value at the point
     /// before.
     fn run(
         &self,
@@ -503,29 +614,27 @@ impl Job<'_> {
         most: usize,
         see: &mut SeeBoth<'_>,
     ) -> Result<()> {
-        let tokens = self.samples.windows[0].len();
+        let extent = self.samples.extent();
         let ready = super::runnable(&piece.module, self.store, self.bf16)?;
-        let mut runner = self.exec.prepare(&ready, self.store, tokens)?;
+        let mut runner = self.exec.prepare(&ready, self.store, extent)?;
         let ids = ready.main.params.iter().filter(|&&p| ready.main.ty(p).elem == ElemTy::I32).count();
-        let zeros = vec![0; tokens];
-        let len = boundary.sample_len(tokens);
-        let mut given = vec![0.0; len];
-        for (i, window) in self.samples.windows.iter().enumerate().take(most) {
+        let zeros = vec![0; extent.most];
+        let columns = boundary.columns();
+        let mut given = vec![0.0; columns * extent.most];
+        let mut at = 0;
+        for SampleCall { sample, tokens } in self.samples.calls.iter().take_while(|call| call.sample < most) {
             if self.interrupt.is_some_and(|flag| flag.load(Ordering::Relaxed)) {
                 return Err(Diag::system("interrupted"));
             }
-            rows.read(i * len, &mut given)?;
-            let mut inputs = vec![];
-            let mut rest = &given[..];
-            for &(_, columns) in &boundary.values {
-                let (rows, after) = rest.split_at(columns * tokens);
-                inputs.push(rows);
-                rest = after;
-            }
+            let n = tokens.len();
+            let given = &mut given[..columns * n];
+            rows.read(at, given)?;
+            at += given.len();
+            let inputs = boundary.parts(given, n);
             // Segments, where a model has them, are 0.
             let ids: Vec<&[u32]> =
-                std::iter::once(&window[..]).chain(std::iter::repeat(&zeros[..])).take(ids).collect();
-            runner.run(&ids, &inputs, &mut |k, rows| see(i, k, rows, &given))?;
+                std::iter::once(&tokens[..]).chain(std::iter::repeat(&zeros[..n])).take(ids).collect();
+            runner.run(&ids, &inputs, &mut |k, rows| see(*sample, k, rows, &inputs))?;
         }
         Ok(())
     }
@@ -616,4 +725,84 @@ fn sweep(place: &Path) {
 
 fn io(path: &Path, e: &std::io::Error) -> Diag {
     Diag::system(format!("cannot write it: {e}")).in_file(path.display().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn each(lengths: &[u32]) -> Data {
+        let texts = lengths.iter().map(|&n| (n * 100..n * 100 + n).collect()).collect();
+        Data { name: "lines".into(), text: Text::Each { texts, before: vec![1], after: vec![2, 3] } }
+    }
+
+    fn choice(length: u32) -> Choice {
+        Choice { first: 0, samples: 0, length, seed: 0 }
+    }
+
+    fn calls(samples: &Samples) -> Vec<(usize, &[u32])> {
+        samples.calls.iter().map(|call| (call.sample, &call.tokens[..])).collect()
+    }
+
+    #[test]
+    fn a_sample_is_a_window_or_as_many_texts_as_fit() {
+        let text = Text::Running { tokens: (10..17).collect(), bos: Some(9) };
+        let samples = Data { name: "running".into(), text }.samples(choice(4)).unwrap();
+        assert_eq!(calls(&samples), [(0, &[9, 10, 11, 12][..]), (1, &[9, 13, 14, 15])]);
+        assert_eq!((samples.count, samples.tokens()), (2, 8));
+        assert_eq!(samples.extent(), Extent { most: 4, always: true });
+
+        // With three around each: 4 and 5 fit into 9, 11 is cut, what is left of it has room for 4 behind it.
+        let samples = each(&[1, 2, 0, 8, 1]).samples(choice(9)).unwrap();
+        let want: [(usize, &[u32]); 5] = [
+            (0, &[1, 100, 2, 3]),
+            (0, &[1, 200, 201, 2, 3]),
+            (1, &[1, 800, 801, 802, 803, 804, 805, 2, 3]),
+            (2, &[1, 806, 807, 2, 3]),
+            (2, &[1, 100, 2, 3]),
+        ];
+        assert_eq!(calls(&samples), want);
+        assert_eq!((samples.count, samples.length, samples.tokens()), (3, 9, 27));
+        assert_eq!(samples.extent(), Extent { most: 9, always: false });
+        assert_eq!(each(&[2]).text.ids().collect::<Vec<_>>(), [200, 201, 1, 2, 3]);
+    }
+
+    #[test]
+    fn parts_are_samples_of_the_whole_under_their_names() {
+        let data = each(&[3, 4, 1, 2, 5, 6, 7, 1, 1, 2]);
+        for seed in [0, 7] {
+            let all = data.samples(Choice { seed, ..choice(12) }).unwrap();
+            let parts = [(0, 2), (2, 1), (3, 0)]
+                .map(|(first, samples)| data.samples(Choice { first, samples, seed, ..choice(12) }).unwrap());
+            assert_eq!(parts.iter().map(|p| p.count).collect::<Vec<_>>(), [2, 1, all.count - 3]);
+            assert_eq!(parts.iter().flat_map(Samples::names).collect::<Vec<_>>(), all.names());
+            assert_eq!(parts.iter().map(Samples::tokens).sum::<usize>(), all.tokens());
+        }
+    }
+
+    #[test]
+    fn names_tell_the_same_tokens_in_other_texts() {
+        // One text of four, and two of two with nothing around them.
+        let data = |texts: Vec<Vec<u32>>| Data {
+            name: "lines".into(),
+            text: Text::Each { texts, before: vec![], after: vec![] },
+        };
+        let (one, two) = (data(vec![vec![5, 6, 7, 8]]), data(vec![vec![5, 6], vec![7, 8]]));
+        assert_ne!(one.text.digest(), two.text.digest());
+        assert_ne!(one.samples(choice(4)).unwrap().digest, two.samples(choice(4)).unwrap().digest);
+    }
+
+    #[test]
+    fn what_leaves_no_sample_is_refused() {
+        let says = |data: Data, choice: Choice, what: &str| {
+            let err = data.samples(choice).unwrap_err().to_string();
+            assert!(err.contains(what), "{err}");
+        };
+        says(each(&[3]), choice(3), "no room for the 3 around a text");
+        says(each(&[0, 0]), choice(9), "no line with a token");
+        says(each(&[]), choice(9), "no line with a token");
+        says(each(&[3]), Choice { first: 1, ..choice(9) }, "none is left behind the first 1");
+        let short = Text::Running { tokens: vec![4; 3], bos: Some(1) };
+        says(Data { name: "short".into(), text: short }, choice(9), "one sample takes 8");
+    }
 }

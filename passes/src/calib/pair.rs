@@ -1,7 +1,7 @@
 //! Two modules side by side on the same samples.
 
 use super::LayerExec;
-use super::chain::Samples;
+use super::chain::{SampleCall, Samples};
 use super::piece::{self, Piece, Wanted};
 use quantc_ir::diag::{Diag, Result};
 use quantc_ir::module::Module;
@@ -14,13 +14,13 @@ pub struct Pair {
     samples: Samples,
 }
 
-/// Takes a sample and the first result of both modules on it, row by row.
+/// Takes the tokens of a call and the first result of both modules on it, row by row.
 pub type SeeBoth<'a> = dyn FnMut(&[u32], &[f32], &[f32]) -> Result<()> + 'a;
 
 impl Pair {
     /// Prepares nothing yet.
     pub fn new(a: &Module, b: &Module, store: &Store, samples: Samples) -> Result<Pair> {
-        let tokens = samples.windows.first().map_or(0, Vec::len);
+        let tokens = samples.extent().most;
         let whole =
             |module: &Module| piece::cut(module, store, &[], Wanted::Main(&module.main.results), tokens);
         Ok(Pair { pieces: [whole(a)?, whole(b)?], samples })
@@ -34,20 +34,22 @@ impl Pair {
 
     /// Runs all samples through both, one after the other.
     pub fn run(&self, exec: &dyn LayerExec, store: &Store, see: &mut SeeBoth<'_>) -> Result<()> {
-        let tokens = self.samples.windows.first().map_or(0, Vec::len);
+        let extent = self.samples.extent();
         let [a, b] = &self.pieces;
         let modules = [super::runnable(&a.module, store, false)?, super::runnable(&b.module, store, false)?];
         let mut runners = vec![];
         for module in &modules {
-            runners.push(exec.prepare(module, store, tokens)?);
+            runners.push(exec.prepare(module, store, extent)?);
         }
         let ids =
             modules[0].main.params.iter().filter(|&&p| modules[0].main.ty(p).elem == ElemTy::I32).count();
-        let zeros = vec![0; tokens];
-        for window in &self.samples.windows {
+        let zeros = vec![0; extent.most];
+        for SampleCall { tokens, .. } in &self.samples.calls {
             // Segments, where a model has them, are 0.
-            let ids: Vec<&[u32]> =
-                std::iter::once(&window[..]).chain(std::iter::repeat(&zeros[..])).take(ids).collect();
+            let ids: Vec<&[u32]> = std::iter::once(&tokens[..])
+                .chain(std::iter::repeat(&zeros[..tokens.len()]))
+                .take(ids)
+                .collect();
             let mut results = [vec![], vec![]];
             for (runner, result) in runners.iter_mut().zip(&mut results) {
                 runner.run(&ids, &[], &mut |i, rows| {
@@ -60,7 +62,7 @@ impl Pair {
             if results[0].len() != results[1].len() {
                 return Err(Diag::bug("two modules with results of different sizes"));
             }
-            see(window, &results[0], &results[1])?;
+            see(tokens, &results[0], &results[1])?;
         }
         Ok(())
     }

@@ -145,7 +145,7 @@ impl SiteStats {
         Convergence::of(half, all, method, scheme).map(Some)
     }
 
-    /// Folds rows of one sample in.
+    /// Folds rows in: those of a sample, or of a part of it that is a call of its own.
     /// Samples are counted from 0; in the text it is the one `first` places further.
     fn see(&mut self, sample: usize, first: usize, rows: &[f32], columns: usize, take: &Take) -> Result<()> {
         self.absmax.resize(columns, 0.0);
@@ -205,7 +205,7 @@ impl SiteStats {
                 self.tensors.push(Watched { all: AnyObserver::new(name, columns)?, half: None });
             }
             let Watched { all, half } = &mut self.tensors[i];
-            if sample > 0 && sample == take.half {
+            if sample > 0 && sample == take.half && half.is_none() {
                 *half = Some(all.clone());
             }
             all.see(&rows)?;
@@ -324,11 +324,11 @@ impl LayerStats {
             (v, Site { index, columns, read: index < read, divided: vec![], applied: 0, taken: None })
         };
         let sites = values.iter().enumerate().map(site).collect();
-        let tokens = start.samples.windows.iter().map(Vec::len).sum::<usize>();
+        let tokens = start.samples.tokens();
         let tensor = |kind: &Kind| if let Kind::Tensor(name) = kind { Some(*name) } else { None };
         let take = Take {
             tensors: kinds.iter().filter_map(tensor).collect(),
-            half: start.samples.windows.len() / 2,
+            half: start.samples.count / 2,
             hessian: kinds.contains(&Kind::Hessian),
             rows: kinds.contains(&Kind::Rows),
             mean: kinds.contains(&Kind::Mean),

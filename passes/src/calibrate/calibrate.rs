@@ -24,7 +24,8 @@ pass! {
         samples: u32 = 128,
         /// Samples left out in front, for statistics that are taken in parts.
         first: u32 = 0,
-        /// Tokens of one sample; 0 takes the model's context, but at most 512.
+        /// Tokens of one sample; 0 takes the model's context, but at most 512. A sample of an encoder is as many lines of the text
+        /// as have so many together, each read by itself.
         length: u32 = 0,
         /// 0 takes the samples from the beginning of the text on, any other number shuffles them first.
         seed: u64 = 0,
@@ -116,7 +117,7 @@ impl Pass for Calibrate {
         let name = calibrator.data().name.clone();
         cx.session().put(calibrator);
         let start = Start { bf16, ..start? };
-        let (n, each) = (start.samples.windows.len(), start.samples.windows[0].len());
+        let (n, each) = (start.samples.count, start.samples.length);
         let digest = start.samples.digest.to_string();
         let place = format!("@{}", cx.function_name());
         let text = format!("{} values on {n} samples of {each} tokens of {name}, {}", values.len(), &digest[..16]);
