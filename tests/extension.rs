@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// What cargo builds for the crate alone: the repository's packages, the crate itself, and outside packages that tests of
-/// the repository use with more features.
-const UNOPTIMIZED: [&str; 16] = [
+/// the repository use with more features; and what the workspace does not optimize either.
+const UNOPTIMIZED: [&str; 18] = [
     "quantc",
     "quantc-ir",
     "quantc-passes",
@@ -26,6 +26,8 @@ const UNOPTIMIZED: [&str; 16] = [
     "clap",
     "clap_builder",
     "fancy-regex",
+    "gemm-c32",
+    "gemm-c64",
     "regex",
     "regex-automata",
     "rustix",
@@ -43,7 +45,7 @@ fn build(krate: &Path) -> PathBuf {
     cargo.args(["build", "--offline", "--quiet", "--manifest-path"]).arg(krate.join("Cargo.toml"));
     cargo.arg("--target-dir").arg(target);
     // As in the manifest of the workspace, so that outside packages are shared with it.
-    cargo.args(["--config", "profile.dev.opt-level=1"]);
+    cargo.args(["--config", "profile.dev.opt-level=1", "--config", "profile.dev.lto='off'"]);
     if std::env::var_os("CARGO_PROFILE_DEV_DEBUG").is_none() {
         cargo.args(["--config", "profile.dev.debug='line-tables-only'"]);
     }
