@@ -45,7 +45,7 @@ fn build(krate: &Path) -> PathBuf {
     cargo.args(["build", "--offline", "--quiet", "--manifest-path"]).arg(krate.join("Cargo.toml"));
     cargo.arg("--target-dir").arg(target);
     // As in the manifest of the workspace, so that outside packages are shared with it.
-    cargo.args(["--config", "profile.dev.opt-level=1", "--config", "profile.dev.lto='off'"]);
+    cargo.args(["--config", "profile.dev.opt-level=1"]);
     if std::env::var_os("CARGO_PROFILE_DEV_DEBUG").is_none() {
         cargo.args(["--config", "profile.dev.debug='line-tables-only'"]);
     }
