@@ -146,12 +146,7 @@ fn what_is_missing_or_stale_is_said_with_the_remedy() {
     std::fs::write(&short, "Once upon a time.").expect("the folder is writable");
     says(refused("calibrate, gptq", Some(&short)), &["short.txt", "one sample takes", "longer text"]);
     let ids = folder().join("ids.npy");
-    let mut array = b"\x93NUMPY\x01\x00".to_vec();
-    let header = "{'descr': '<i4', 'fortran_order': False, 'shape': (1, 2), }\n";
-    array.extend((header.len() as u16).to_le_bytes());
-    array.extend(header.bytes());
-    array.extend([5i32, 70_000].iter().flat_map(|id| id.to_le_bytes()));
-    std::fs::write(&ids, array).expect("the folder is writable");
+    std::fs::write(&ids, common::ids_array(&[vec![5, 70_000]])).expect("the folder is writable");
     says(refused("calibrate, gptq", Some(&ids)), &["70000", "1024 tokens only"]);
 }
 
@@ -342,17 +337,8 @@ fn an_encoder_is_calibrated_on_lines_as_it_embeds_them() {
     // Lines of one length are what an array of ids says, with what stands around each, however many a sample has.
     let lines: Vec<Vec<i32>> = (0..12).map(|n| line(n, 6)).collect();
     let array = |name: &str, rows: &[Vec<i32>]| {
-        let header = format!(
-            "{{'descr': '<i4', 'fortran_order': False, 'shape': ({}, {}), }}\n",
-            rows.len(),
-            rows[0].len()
-        );
-        let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
-        bytes.extend((header.len() as u16).to_le_bytes());
-        bytes.extend(header.bytes());
-        bytes.extend(rows.iter().flatten().flat_map(|id| id.to_le_bytes()));
         let path = folder().join(name);
-        std::fs::write(&path, bytes).expect("the folder is writable");
+        std::fs::write(&path, common::ids_array(rows)).expect("the folder is writable");
         path
     };
     let around: Vec<Vec<i32>> = lines.iter().map(|ids| [&[1][..], ids, &[2]].concat()).collect();

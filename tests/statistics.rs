@@ -20,11 +20,7 @@ fn on_data() -> Vec<OsString> {
     let data = folder().join("ids.npy");
     if !data.exists() {
         let ids: Vec<i32> = (0..1024).map(|i| (i * i * 31 + i * 7 + 3) % 41 + 3).collect();
-        let mut array = b"\x93NUMPY\x01\x00".to_vec();
-        let header = "{'descr': '<i4', 'fortran_order': False, 'shape': (1, 1024), }\n";
-        array.extend((header.len() as u16).to_le_bytes());
-        array.extend(header.bytes());
-        array.extend(ids.iter().flat_map(|id| id.to_le_bytes()));
+        let array = common::ids_array(&[ids]);
         // Tests run at the same time; whoever comes last writes the same.
         let part = folder().join(format!("{:?}.npy", std::thread::current().id()));
         std::fs::write(&part, array)

@@ -166,7 +166,7 @@ fn taken(args: &Args, model: &Path) -> Outcome<StatsFile> {
     });
     let tokenizer = tokenizer.transpose()?;
     let data = read_data(data, tokenizer.as_ref(), &module)?;
-    let text = data.text.digest().to_string();
+    let text = data.digest().to_string();
     let name = data.name.clone();
     let exec = Compiled::new(targets::host(), threads, &dir.join("tmp"));
     let exec_name = exec.name();

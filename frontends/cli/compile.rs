@@ -14,7 +14,7 @@ use quantc_ir::target::TargetDesc;
 use quantc_ir::ty::ElemTy;
 use quantc_ir::weights::Store;
 use quantc_passes::Registry;
-use quantc_passes::calib::{Calibrator, Data, StatsFile, Text};
+use quantc_passes::calib::{Calibrator, Data, StatsFile};
 use quantc_passes::manager::{self, LayerAt, Memory};
 use quantc_passes::pass::{Env, Fact};
 use quantc_passes::pipeline;
@@ -415,30 +415,33 @@ pub fn read_data(
     tokenizer: Option<&quantc_frontends::Tokenizer>,
     module: &quantc_ir::module::Module,
 ) -> Outcome<Data> {
+    let name = path
+        .file_name()
+        .map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned());
+    let mut data = Data { name, ..Data::default() };
     let encoder = module.facts.get("kind").is_some_and(|kind| kind == "encoder");
-    let text = match tokenizer {
+    match tokenizer {
         Some(tokenizer) if encoder && !subject::is_array(path) => {
-            let whole = subject::read_text(path)?;
-            let lines = whole.lines().map(str::trim).filter(|line| !line.is_empty());
-            let texts = lines.map(|line| tokenizer.encode(line, false)).collect::<Result<_, _>>()?;
-            let (before, after) = tokenizer.around()?;
-            Text::Each { texts, before, after }
+            let mut ends = vec![];
+            for line in subject::read_text(path)?.lines() {
+                data.tokens.extend(tokenizer.encode(line, false)?);
+                ends.push(data.tokens.len());
+            }
+            data.ends = Some(ends);
+            (data.before, data.after) = tokenizer.around()?;
         }
         _ => {
             let (tokens, row) = subject::tokens(path, tokenizer)?;
             let bos = module.fact_u64("bos").ok().flatten().and_then(|id| u32::try_from(id).ok());
-            Text::Running { tokens, bos: bos.filter(|_| row.is_none()) }
+            (data.tokens, data.before) = (tokens, bos.filter(|_| row.is_none()).into_iter().collect());
         }
-    };
+    }
     let vocab = module.fact_u64("vocab")?.unwrap_or(u64::from(u32::MAX));
-    if let Some(id) = text.ids().find(|&id| u64::from(id) >= vocab) {
+    if let Some(id) = data.ids().find(|&id| u64::from(id) >= vocab) {
         let text = format!("the tokenizer makes token {id}, but the model knows {vocab} tokens only");
         return Err(Diag::input(text).help("the tokenizer belongs to another model").into());
     }
-    let name = path
-        .file_name()
-        .map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned());
-    Ok(Data { name, text })
+    Ok(data)
 }
 
 /// Refuses weights with elements that are not finite. Rounding and packing look at what they read; this looks at what is

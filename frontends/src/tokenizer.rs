@@ -18,7 +18,7 @@ use std::cell::Cell;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
 use std::sync::{Once, OnceLock};
-use tokenizers::{PostProcessor as _, TruncationDirection};
+use tokenizers::{Encoding, PostProcessor as _, Token, TruncationDirection};
 
 /// The longest `tokenizer.json` that is read, in bytes.
 const MAX_FILE: u64 = 256 << 20;
@@ -97,14 +97,17 @@ impl Tokenizer {
 
     /// The special tokens in front of and behind what [`Tokenizer::encode`] makes of a text.
     pub fn around(&self) -> Result<(Vec<u32>, Vec<u32>)> {
-        const TEXT: &str = "a";
-        let (inner, whole) = (self.encode(TEXT, false)?, self.encode(TEXT, true)?);
-        // What stands around a text does not depend on it.
-        let at = (0..=whole.len().saturating_sub(inner.len())).find(|&at| whole[at..].starts_with(&inner));
-        match at {
-            Some(at) => Ok((whole[..at].to_vec(), whole[at + inner.len()..].to_vec())),
-            None => Err(Diag::input("special tokens stand inside of a text").in_file(&self.place)),
-        }
+        // No token of any text.
+        const TEXT: u32 = u32::MAX;
+        self.guarded("looking at what is put around a text", || {
+            let text = Encoding::from_tokens(vec![Token::new(TEXT, "a".into(), (0, 1))], 0);
+            let all =
+                self.whole()?.post_process(text, None, true).map_err(|e| self.failed(&e.to_string()))?;
+            match all.get_ids().split(|&id| id == TEXT).collect::<Vec<_>>()[..] {
+                [before, after] => Ok((before.to_vec(), after.to_vec())),
+                _ => Err(self.failed("a text does not stand once in what is put around it")),
+            }
+        })
     }
 
     /// The text of `ids`; special tokens are left out.
@@ -342,6 +345,34 @@ mod tests {
             "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}"#;
         let d = Tokenizer::from_bytes(text, "t.json").unwrap_err();
         assert!(d.message.contains("`<s>` has id 7"), "{d}");
+    }
+
+    #[test]
+    fn what_stands_around_a_text_depends_on_no_word() {
+        // Its one word is no part of any text.
+        let around = |single: serde_json::Value| {
+            let special = |id: u32| serde_json::json!({ "id": id.to_string(), "ids": [id], "tokens": [id.to_string()] });
+            let post = serde_json::json!({
+                "type": "TemplateProcessing", "single": single, "pair": [],
+                "special_tokens": { "1": special(1), "2": special(2) },
+            });
+            let file = serde_json::json!({
+                "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+                "pre_tokenizer": null, "decoder": null,
+                "post_processor": if single.is_null() { serde_json::Value::Null } else { post },
+                "model": { "type": "WordLevel", "vocab": { "nothing": 0 }, "unk_token": "nothing" },
+            });
+            Tokenizer::from_bytes(file.to_string().as_bytes(), "t").unwrap().around()
+        };
+        let special = |id: u32| serde_json::json!({ "SpecialToken": { "id": id.to_string(), "type_id": 0 } });
+        let text = || serde_json::json!({ "Sequence": { "id": "A", "type_id": 0 } });
+        let both = around(serde_json::json!([special(1), text(), special(2), special(2)])).unwrap();
+        assert_eq!(both, (vec![1], vec![2, 2]));
+        assert_eq!(around(serde_json::Value::Null).unwrap(), (vec![], vec![]));
+        for single in [serde_json::json!([special(1)]), serde_json::json!([text(), special(1), text()])] {
+            let refused = around(single).unwrap_err().to_string();
+            assert!(refused.contains("does not stand once"), "{refused}");
+        }
     }
 
     #[test]

@@ -20,7 +20,7 @@ pub mod piece;
 pub mod plain_cache;
 pub mod stats;
 
-pub use chain::{Calibrator, Data, Text};
+pub use chain::{Calibrator, Data};
 pub use file::StatsFile;
 pub use piece::Piece;
 pub use stats::SiteStats;

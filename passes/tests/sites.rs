@@ -9,7 +9,7 @@ mod harness;
 use harness::{distance, evaluate, module, randomize};
 use quantc_ir::module::Module;
 use quantc_ir::weights::{Store, WeightSource};
-use quantc_passes::calib::{Calibrator, Data, Reference, Text};
+use quantc_passes::calib::{Calibrator, Data, Reference};
 use quantc_passes::manager::{self, Report};
 use quantc_passes::pass::{Env, Fact, Session};
 use quantc_passes::{Registry, pipeline};
@@ -44,7 +44,7 @@ fn run_on(module: &mut Module, store: &Store, passes: &str) -> (f32, Report) {
     let checked = checked.unwrap_or_else(|e| panic!("{e}"));
     let mut session = Session::default();
     let tokens = (0..64).map(|i| (i * 7 + i / 5) % 32).collect();
-    let data = Data { name: "test".into(), text: Text::Running { tokens, bos: None } };
+    let data = Data { name: "test".into(), tokens, ..Data::default() };
     session.put(Calibrator::new(data, Arc::new(Reference)));
     let report =
         manager::run(module, &checked, Env::new(store), session, &mut []).unwrap_or_else(|e| panic!("{e}"));

@@ -345,6 +345,17 @@ pub fn files_under(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     found
 }
 
+/// A NumPy array of token ids, row by row.
+pub fn ids_array(rows: &[Vec<i32>]) -> Vec<u8> {
+    let shape = (rows.len(), rows.first().map_or(0, Vec::len));
+    let header = format!("{{'descr': '<i4', 'fortran_order': False, 'shape': {shape:?}, }}\n");
+    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+    bytes.extend((header.len() as u16).to_le_bytes());
+    bytes.extend(header.bytes());
+    bytes.extend(rows.iter().flatten().flat_map(|id| id.to_le_bytes()));
+    bytes
+}
+
 /// Copies the files of a folder into a new one.
 pub fn copy_folder(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).expect("the target folder is writable");

@@ -20,59 +20,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A text to calibrate on.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Data {
     /// Where it comes from, for people.
     pub name: String,
-    /// What it says.
-    pub text: Text,
-}
-
-/// Tokens, without special ones, and how a model is given them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Text {
-    /// A running text, of which a sample is a window.
-    Running {
-        /// All tokens.
-        tokens: Vec<u32>,
-        /// The token in front of each sample, when the model has one.
-        bos: Option<u32>,
-    },
-    /// Texts that are read each by itself, as an encoder reads sentences. A sample is as many as fit into its length.
-    Each {
-        /// The tokens of each.
-        texts: Vec<Vec<u32>>,
-        /// What stands in front of each.
-        before: Vec<u32>,
-        /// What stands behind each.
-        after: Vec<u32>,
-    },
-}
-
-impl Text {
-    /// All ids that a model is given.
-    pub fn ids(&self) -> impl Iterator<Item = u32> {
-        let (running, each): (&[u32], &[Vec<u32>]) = match self {
-            Text::Running { tokens, .. } => (tokens, &[]),
-            Text::Each { texts, .. } => (&[], texts),
-        };
-        let around: [&[u32]; 2] = match self {
-            Text::Running { bos, .. } => [bos.as_slice(), &[]],
-            Text::Each { before, after, .. } => [before, after],
-        };
-        running.iter().chain(each.iter().flatten()).chain(around.into_iter().flatten()).copied()
-    }
-
-    /// A name for the tokens.
-    pub fn digest(&self) -> Digest {
-        match self {
-            Text::Running { tokens, .. } => Digest::of(&bytes(tokens)),
-            Text::Each { texts, .. } => {
-                let lengths: Vec<u32> = texts.iter().map(|text| text.len() as u32).collect();
-                Digest::of(&[bytes(&lengths), bytes(&texts.concat())].concat())
-            }
-        }
-    }
+    /// Its tokens, without special ones.
+    pub tokens: Vec<u32>,
+    /// Where texts end that are read each by itself, as an encoder reads sentences: a sample is as many as fit into its length.
+    /// `None` for one running text, of which a sample is a window.
+    pub ends: Option<Vec<usize>>,
+    /// The tokens in front of what a model reads together.
+    pub before: Vec<u32>,
+    /// The tokens behind it.
+    pub after: Vec<u32>,
 }
 
 fn bytes(tokens: &[u32]) -> Vec<u8> {
@@ -117,35 +77,62 @@ pub struct Choice {
 }
 
 impl Data {
-    /// Takes some samples of the text: consecutive windows of a running one, texts in their order of others.
+    /// All ids that a model is given.
+    pub fn ids(&self) -> impl Iterator<Item = u32> {
+        self.tokens.iter().chain(&self.before).chain(&self.after).copied()
+    }
+
+    /// A name for the text.
+    pub fn digest(&self) -> Digest {
+        let tokens = Digest::of(&bytes(&self.tokens));
+        let Some(ends) = &self.ends else { return tokens };
+        let ends = Digest::of(&ends.iter().flat_map(|&end| (end as u64).to_le_bytes()).collect::<Vec<u8>>());
+        Recipe { step: "texts", version: 1, options: String::new(), inputs: vec![tokens, ends] }.digest()
+    }
+
+    /// Takes some samples of the text, in its order or shuffled.
     pub fn samples(&self, choice: Choice) -> Result<Samples> {
-        let length = choice.length as usize;
-        let mut all = match &self.text {
-            Text::Running { tokens, bos } => self.windows(tokens, *bos, length)?,
-            Text::Each { texts, before, after } => self.packed(texts, before, after, length)?,
+        let (length, first, most) = (choice.length as usize, choice.first as usize, choice.samples as usize);
+        let around = self.before.len() + self.after.len();
+        if length <= around {
+            let text = format!("samples of {length} tokens have no room beside the {around} around a text");
+            return Err(Diag::pipeline(text).help(format!("let `length` be at least {}", around + 1)));
+        }
+        let parts = match &self.ends {
+            None => self.windows(length - around)?,
+            Some(ends) => self.packed(ends, length, around),
         };
+        // Of a long text no more is looked at than is wanted.
+        let wanted = if choice.seed == 0 && most > 0 { first + most } else { usize::MAX };
+        let mut all: Vec<Vec<&[u32]>> = parts.take(wanted).collect();
         if choice.seed != 0 {
             shuffle(&mut all, choice.seed);
         }
-        let first = choice.first as usize;
+        let refuse = |text: String| Diag::input(text).in_file(self.name.clone());
+        if all.is_empty() {
+            return Err(refuse("the text has no line with a token".into()));
+        }
         if first >= all.len() {
+            let have = all.len();
             let text = format!(
-                "the text has {} samples of {length} tokens: none is left behind the first {first}",
-                all.len()
+                "the text has {have} samples of {length} tokens: none is left behind the first {first}"
             );
-            return Err(Diag::input(text).in_file(self.name.clone()).help("let `first` be smaller"));
+            return Err(refuse(text).help("let `first` be smaller"));
         }
         all.drain(..first);
-        if choice.samples > 0 {
-            all.truncate(choice.samples as usize);
+        if most > 0 {
+            all.truncate(most);
         }
         let count = all.len();
-        let calls = all.into_iter().enumerate();
-        let calls: Vec<SampleCall> = calls
-            .flat_map(|(sample, calls)| calls.into_iter().map(move |tokens| SampleCall { sample, tokens }))
-            .collect();
+        let call = |(sample, part): (usize, &[u32])| {
+            let tokens = [&self.before, part, &self.after].concat();
+            SampleCall { sample, tokens }
+        };
+        let parts =
+            all.iter().enumerate().flat_map(|(sample, parts)| parts.iter().map(move |&p| (sample, p)));
+        let calls: Vec<SampleCall> = parts.map(call).collect();
         let mut options = format!("{count} of {length}");
-        if matches!(self.text, Text::Each { .. }) {
+        if self.ends.is_some() {
             // Where one ends and the next begins.
             options.extend(calls.iter().map(|call| format!(" {}:{}", call.sample, call.tokens.len())));
         }
@@ -155,49 +142,35 @@ impl Data {
         Ok(Samples { calls, count, length, first, digest })
     }
 
-    /// Each sample as the one call that it is.
-    fn windows(&self, tokens: &[u32], bos: Option<u32>, length: usize) -> Result<Vec<Vec<Vec<u32>>>> {
-        let step = length.saturating_sub(usize::from(bos.is_some()));
-        if step == 0 {
-            return Err(Diag::pipeline("samples of no tokens").help("let `length` be at least 2"));
-        }
-        if tokens.len() < step {
-            let have = tokens.len();
+    /// Each sample as the window of `step` tokens that it is; what is left at the end is none.
+    fn windows(&self, step: usize) -> Result<Parts<'_>> {
+        if self.tokens.len() < step {
+            let have = self.tokens.len();
             return Err(Diag::input(format!("the text has {have} tokens, one sample takes {step}"))
                 .in_file(self.name.clone())
                 .help("give a longer text, or a smaller `length` to `calibrate`"));
         }
-        let window = |part: &[u32]| vec![bos.iter().chain(part).copied().collect()];
-        Ok(tokens.chunks_exact(step).map(window).collect())
+        Ok(Box::new(self.tokens.chunks_exact(step).map(|window| vec![window])))
     }
 
-    /// Each sample as the texts that fit into it. A text that is longer than a sample is cut.
-    fn packed(
-        &self,
-        texts: &[Vec<u32>],
-        before: &[u32],
-        after: &[u32],
-        length: usize,
-    ) -> Result<Vec<Vec<Vec<u32>>>> {
-        let around = before.len() + after.len();
-        if length <= around {
-            let text = format!("samples of {length} tokens have no room for the {around} around a text");
-            return Err(Diag::pipeline(text).help(format!("let `length` be at least {}", around + 1)));
-        }
-        let (mut all, mut room): (Vec<Vec<Vec<u32>>>, usize) = (vec![], 0);
-        for part in texts.iter().flat_map(|text| text.chunks(length - around)) {
-            let call = [before, part, after].concat();
-            match all.last_mut().filter(|_| call.len() <= room) {
-                Some(sample) => (room, _) = (room - call.len(), sample.push(call)),
-                None => (room, _) = (length - call.len(), all.push(vec![call])),
+    /// Each sample as the texts that fit into it, with what is `around` each. A text that is longer than a sample is cut.
+    fn packed<'a>(&'a self, ends: &'a [usize], length: usize, around: usize) -> Parts<'a> {
+        let starts = std::iter::once(&0).chain(ends);
+        let texts = starts.zip(ends).map(|(&start, &end)| &self.tokens[start..end]);
+        let mut parts = texts.flat_map(move |text| text.chunks(length - around)).peekable();
+        Box::new(std::iter::from_fn(move || {
+            let (mut sample, mut room) = (vec![], length);
+            while let Some(part) = parts.next_if(|part| part.len() + around <= room) {
+                room -= part.len() + around;
+                sample.push(part);
             }
-        }
-        if all.is_empty() {
-            return Err(Diag::input("the text has no line with a token").in_file(self.name.clone()));
-        }
-        Ok(all)
+            (!sample.is_empty()).then_some(sample)
+        }))
     }
 }
+
+/// What samples have of a text, one sample after the other.
+type Parts<'a> = Box<dyn Iterator<Item = Vec<&'a [u32]>> + 'a>;
 
 /// Fisher and Yates, with numbers of splitmix64.
 fn shuffle<T>(items: &mut [T], seed: u64) {
@@ -210,6 +183,14 @@ fn shuffle<T>(items: &mut [T], seed: u64) {
     };
     for i in (1..items.len()).rev() {
         items.swap(i, (next() % (i as u64 + 1)) as usize);
+    }
+}
+
+impl SampleCall {
+    /// The inputs of ids that a module with `count` of them is given: the tokens, and of `zeros` the segments.
+    pub fn ids<'a>(&'a self, count: usize, zeros: &'a [u32]) -> Vec<&'a [u32]> {
+        let n = self.tokens.len();
+        std::iter::once(&self.tokens[..]).chain(std::iter::repeat(&zeros[..n])).take(count).collect()
     }
 }
 
@@ -617,24 +598,23 @@ impl Job<'_> {
         let extent = self.samples.extent();
         let ready = super::runnable(&piece.module, self.store, self.bf16)?;
         let mut runner = self.exec.prepare(&ready, self.store, extent)?;
-        let ids = ready.main.params.iter().filter(|&&p| ready.main.ty(p).elem == ElemTy::I32).count();
+        let inputs_of_ids = piece::inputs_of_ids(&ready);
         let zeros = vec![0; extent.most];
         let columns = boundary.columns();
         let mut given = vec![0.0; columns * extent.most];
         let mut at = 0;
-        for SampleCall { sample, tokens } in self.samples.calls.iter().take_while(|call| call.sample < most) {
+        for call in self.samples.calls.iter().take_while(|call| call.sample < most) {
             if self.interrupt.is_some_and(|flag| flag.load(Ordering::Relaxed)) {
                 return Err(Diag::system("interrupted"));
             }
-            let n = tokens.len();
+            let n = call.tokens.len();
             let given = &mut given[..columns * n];
             rows.read(at, given)?;
             at += given.len();
             let inputs = boundary.parts(given, n);
-            // Segments, where a model has them, are 0.
-            let ids: Vec<&[u32]> =
-                std::iter::once(&tokens[..]).chain(std::iter::repeat(&zeros[..n])).take(ids).collect();
-            runner.run(&ids, &inputs, &mut |k, rows| see(*sample, k, rows, &inputs))?;
+            runner.run(&call.ids(inputs_of_ids, &zeros), &inputs, &mut |k, rows| {
+                see(call.sample, k, rows, &inputs)
+            })?;
         }
         Ok(())
     }
@@ -731,9 +711,23 @@ fn io(path: &Path, e: &std::io::Error) -> Diag {
 mod tests {
     use super::*;
 
+    /// Texts read each by itself.
+    fn texts(all: &[Vec<u32>], [before, after]: [&[u32]; 2]) -> Data {
+        let ends = all.iter().scan(0, |end, text| {
+            *end += text.len();
+            Some(*end)
+        });
+        let ends = Some(ends.collect());
+        Data { name: "lines".into(), tokens: all.concat(), ends, before: before.into(), after: after.into() }
+    }
+
     fn each(lengths: &[u32]) -> Data {
-        let texts = lengths.iter().map(|&n| (n * 100..n * 100 + n).collect()).collect();
-        Data { name: "lines".into(), text: Text::Each { texts, before: vec![1], after: vec![2, 3] } }
+        let all: Vec<Vec<u32>> = lengths.iter().map(|&n| (n * 100..n * 100 + n).collect()).collect();
+        texts(&all, [&[1], &[2, 3]])
+    }
+
+    fn running(tokens: Vec<u32>, bos: u32) -> Data {
+        Data { name: "running".into(), tokens, before: vec![bos], ..Data::default() }
     }
 
     fn choice(length: u32) -> Choice {
@@ -746,8 +740,7 @@ mod tests {
 
     #[test]
     fn a_sample_is_a_window_or_as_many_texts_as_fit() {
-        let text = Text::Running { tokens: (10..17).collect(), bos: Some(9) };
-        let samples = Data { name: "running".into(), text }.samples(choice(4)).unwrap();
+        let samples = running((10..17).collect(), 9).samples(choice(4)).unwrap();
         assert_eq!(calls(&samples), [(0, &[9, 10, 11, 12][..]), (1, &[9, 13, 14, 15])]);
         assert_eq!((samples.count, samples.tokens()), (2, 8));
         assert_eq!(samples.extent(), Extent { most: 4, always: true });
@@ -764,7 +757,7 @@ mod tests {
         assert_eq!(calls(&samples), want);
         assert_eq!((samples.count, samples.length, samples.tokens()), (3, 9, 27));
         assert_eq!(samples.extent(), Extent { most: 9, always: false });
-        assert_eq!(each(&[2]).text.ids().collect::<Vec<_>>(), [200, 201, 1, 2, 3]);
+        assert_eq!(each(&[2]).ids().collect::<Vec<_>>(), [200, 201, 1, 2, 3]);
     }
 
     #[test]
@@ -783,12 +776,9 @@ mod tests {
     #[test]
     fn names_tell_the_same_tokens_in_other_texts() {
         // One text of four, and two of two with nothing around them.
-        let data = |texts: Vec<Vec<u32>>| Data {
-            name: "lines".into(),
-            text: Text::Each { texts, before: vec![], after: vec![] },
-        };
-        let (one, two) = (data(vec![vec![5, 6, 7, 8]]), data(vec![vec![5, 6], vec![7, 8]]));
-        assert_ne!(one.text.digest(), two.text.digest());
+        let (one, two) = (vec![vec![5, 6, 7, 8]], vec![vec![5, 6], vec![7, 8]]);
+        let [one, two] = [one, two].map(|all| texts(&all, [&[], &[]]));
+        assert_ne!(one.digest(), two.digest());
         assert_ne!(one.samples(choice(4)).unwrap().digest, two.samples(choice(4)).unwrap().digest);
     }
 
@@ -798,11 +788,11 @@ mod tests {
             let err = data.samples(choice).unwrap_err().to_string();
             assert!(err.contains(what), "{err}");
         };
-        says(each(&[3]), choice(3), "no room for the 3 around a text");
+        says(each(&[3]), choice(3), "no room beside the 3 around a text");
         says(each(&[0, 0]), choice(9), "no line with a token");
         says(each(&[]), choice(9), "no line with a token");
         says(each(&[3]), Choice { first: 1, ..choice(9) }, "none is left behind the first 1");
-        let short = Text::Running { tokens: vec![4; 3], bos: Some(1) };
-        says(Data { name: "short".into(), text: short }, choice(9), "one sample takes 8");
+        says(running(vec![4; 3], 1), choice(9), "one sample takes 8");
+        says(running(vec![4; 3], 1), choice(1), "no room beside the 1 around a text");
     }
 }

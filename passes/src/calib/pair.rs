@@ -1,11 +1,10 @@
 //! Two modules side by side on the same samples.
 
 use super::LayerExec;
-use super::chain::{SampleCall, Samples};
+use super::chain::Samples;
 use super::piece::{self, Piece, Wanted};
 use quantc_ir::diag::{Diag, Result};
 use quantc_ir::module::Module;
-use quantc_ir::ty::ElemTy;
 use quantc_ir::weights::{Digest, Recipe, Store};
 
 /// Two modules with the same inputs and results, whole.
@@ -41,15 +40,10 @@ impl Pair {
         for module in &modules {
             runners.push(exec.prepare(module, store, extent)?);
         }
-        let ids =
-            modules[0].main.params.iter().filter(|&&p| modules[0].main.ty(p).elem == ElemTy::I32).count();
+        let inputs_of_ids = piece::inputs_of_ids(&modules[0]);
         let zeros = vec![0; extent.most];
-        for SampleCall { tokens, .. } in &self.samples.calls {
-            // Segments, where a model has them, are 0.
-            let ids: Vec<&[u32]> = std::iter::once(&tokens[..])
-                .chain(std::iter::repeat(&zeros[..tokens.len()]))
-                .take(ids)
-                .collect();
+        for call in &self.samples.calls {
+            let ids = call.ids(inputs_of_ids, &zeros);
             let mut results = [vec![], vec![]];
             for (runner, result) in runners.iter_mut().zip(&mut results) {
                 runner.run(&ids, &[], &mut |i, rows| {
@@ -62,7 +56,7 @@ impl Pair {
             if results[0].len() != results[1].len() {
                 return Err(Diag::bug("two modules with results of different sizes"));
             }
-            see(tokens, &results[0], &results[1])?;
+            see(&call.tokens, &results[0], &results[1])?;
         }
         Ok(())
     }

@@ -76,6 +76,11 @@ fn find(values: &[ValueId], at: &BTreeMap<ValueId, ValueId>) -> Result<Vec<Value
     values.iter().map(|v| at.get(v).copied().ok_or_else(missing)).collect()
 }
 
+/// How many inputs of ids the `main` of a piece has.
+pub fn inputs_of_ids(piece: &Module) -> usize {
+    piece.main.params.iter().filter(|&&p| piece.main.ty(p).elem == ElemTy::I32).count()
+}
+
 /// Names program and weights. Names of values and weights do not count.
 fn key(module: &Module, store: &Store) -> Result<Digest> {
     layer_key(module, &module.main, store)

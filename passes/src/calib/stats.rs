@@ -632,6 +632,19 @@ mod tests {
         assert_eq!(stats.rows, kept.iter().map(|&token| token as f32).collect::<Vec<_>>());
     }
 
+    /// Half of the samples is what was seen before the first call of the next one.
+    #[test]
+    fn a_sample_may_have_several_calls() {
+        let take = Take { tensors: vec![MinMax::NAME], half: 1, ..Take::default() };
+        let mut stats = SiteStats::default();
+        for (sample, x) in [(0, 1.0), (0, 2.0), (1, 4.0), (1, 3.0)] {
+            stats.see(sample, 0, &[x], 1, &take).unwrap();
+        }
+        let scheme = Scheme::parse("!q<int8:f32 tensor>").unwrap();
+        let moved = stats.convergence(Method::Whole, &scheme).unwrap().unwrap();
+        assert_eq!((moved.n_scales, moved.largest), (1, 0.5));
+    }
+
     #[test]
     fn observers_see_the_samples_and_half_of_them() {
         let take =
