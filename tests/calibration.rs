@@ -350,9 +350,12 @@ fn an_encoder_is_calibrated_on_lines_as_it_embeds_them() {
     assert!(weights(&bare, 6) != want, "what stands around a line changes nothing");
 
     // Lines of many lengths: calls are of their own length.
-    let lines: Vec<Vec<i32>> = (0..20).map(|n| line(n, n % 7 + 1)).collect();
-    let lines = text("ragged.txt", &lines);
-    assert!(weights(&lines, 9) == weights(&lines, 32));
+    let mut lines: Vec<Vec<i32>> = (0..20).map(|n| line(n, n % 7 + 1)).collect();
+    let ragged = text("ragged.txt", &lines);
+    lines.reverse();
+    let (back, want) = (text("back.txt", &lines), weights(&ragged, 9));
+    assert!(weights(&ragged, 32) == want);
+    assert!(weights(&back, 32) == want, "what a later layer sees of a text is not its own");
     // A line that is longer than a sample is cut.
     let long = text("long.txt", &[[line(1, 6), line(2, 6)].concat()]);
     let cut = text("cut.txt", &[line(1, 6), line(2, 6)]);
